@@ -1,0 +1,35 @@
+"""Exact, fast, memory-flat in-batch negatives across any number of GPUs, for training bi-encoders in PyTorch."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inbatch.collectives import all_gather as all_gather
+    from inbatch.encoder import BiEncoderModel as BiEncoderModel
+    from inbatch.grad_cache import GradCache as GradCache
+    from inbatch.losses import FalseNegatives as FalseNegatives
+    from inbatch.losses import InfoNCELoss as InfoNCELoss
+    from inbatch.losses import info_nce as info_nce
+
+# Public name -> module. Resolved on first use, so that `import inbatch` costs nothing and needs only torch.
+_PUBLIC = {
+    "BiEncoderModel": "inbatch.encoder",
+    "FalseNegatives": "inbatch.losses",
+    "GradCache": "inbatch.grad_cache",
+    "InfoNCELoss": "inbatch.losses",
+    "all_gather": "inbatch.collectives",
+    "info_nce": "inbatch.losses",
+}
+
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'inbatch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
