@@ -1,0 +1,24 @@
+"""Small things that several test modules need."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pool import BACKEND
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def device() -> torch.device:
+    """Where this process's tensors go: the CPU, or with INBATCH_TEST_BACKEND=nccl the GPU of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if BACKEND == "nccl" else torch.device("cpu")
+
+
+def data_dir(name: str) -> Path:
+    """The folder of a real data set under INBATCH_DATA; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("INBATCH_DATA") or REPOSITORY.parent / "shared" / "data") / name
+    if not folder.exists():
+        pytest.skip(f"the data set {name} is not at {folder}; set INBATCH_DATA to the folder that holds it")
+    return folder
