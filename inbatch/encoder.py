@@ -1,0 +1,317 @@
+"""A bi-encoder: backbone, pooling, normalisation, tokenizer; opens and writes sentence-transformers folders.
+
+Shapes: B texts, T token positions, D dimension.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from tokenizers import normalizers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from inbatch._st_format import Layout, read_layout, write_layout
+from inbatch.pooling import check_pooling, pool
+
+# transformers marks "no limit" with a huge model_max_length.
+_NO_LIMIT = 10**9
+_DOWNLOAD = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+class BiEncoderModel(nn.Module):
+    """e(text) = normalise(pool(backbone(text))): one encoder for queries and passages.
+
+    Build it with `from_pretrained`. `model(batch)` is `model.encode(batch)`, so that DDP and FSDP2 can wrap it.
+
+    Attributes:
+        backbone: the transformers model. tokenizer: its tokenizer.
+        prompts: name -> text put in front, e.g. "query", "document". default_prompt_name: what
+            sentence-transformers uses when no prompt is named; `tokenize` uses prompts only when named.
+        max_seq_length: tokens a text is cut to by default, None is no limit. embedding_dim: D.
+    """
+
+    def __init__(self, backbone: nn.Module, tokenizer, layout: Layout):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = check_pooling(layout.pooling)
+        self.l2_normalize = layout.l2_normalize
+        self.prompts = dict(layout.prompts)
+        self.default_prompt_name = layout.default_prompt_name
+        self.similarity = layout.similarity
+        self.max_seq_length = layout.max_seq_length
+        self.do_lower_case = layout.do_lower_case
+        self.position_limit, self.position_offset = _position_table(backbone)
+        # Asked once, here: a later wrapper (peft) takes anything.
+        accepted = inspect.signature(backbone.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
+        # The pooled output is never used: a trainable pooler would leave DDP waiting for its gradient.
+        if isinstance(pooler := getattr(backbone, "pooler", None), nn.Module):
+            pooler.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        pooling: str | None = None,
+        l2_normalize: bool | None = None,
+        bidirectional: bool | None = None,
+        prompts: Mapping[str, str] | None = None,
+        max_seq_length: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> "BiEncoderModel":
+        """Open a transformers or sentence-transformers model, from a folder or by its name on the hub.
+
+        None is what the saved model says; where it says nothing: mean pooling, normalised, and bidirectional
+        attention for decoders. A decoder that sentence-transformers saved stays as it was saved.
+
+        Args:
+            pooling: "mean", "cls", "last" or "weighted_mean".
+            bidirectional: every token sees every token. Kept in config.json as is_causal=false, which transformers
+                and sentence-transformers honour when they open the folder.
+            prompts: replaces the saved prompts of the same names.
+            dtype: "float32", torch.bfloat16, ...; None is the dtype of the weights on disk.
+            attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers choose.
+
+        Raises:
+            ValueError: no such model; a module, pooling or backbone that is not supported.
+        """
+        folder = _local_folder(str(name_or_path))
+        saved = read_layout(folder)
+        home = folder / saved.backbone_path if saved else folder
+        if (home / "adapter_config.json").is_file():
+            raise ValueError(f"{home} holds a LoRA adapter (adapter_config.json), not a model: merge it into its base")
+        saved = saved or Layout(pooling="mean", l2_normalize=True, bidirectional=True)
+        saved = replace(saved, pooling=check_pooling(pooling or saved.pooling))
+        backbone = _load_backbone(home, dtype, attn_implementation)
+        _set_attention(backbone, bidirectional, default=saved.bidirectional)
+        tokenizer = _load_tokenizer(home, lower_case=saved.do_lower_case)
+        layout = replace(
+            saved,
+            l2_normalize=saved.l2_normalize if l2_normalize is None else l2_normalize,
+            prompts={**saved.prompts, **(prompts or {})},
+            max_seq_length=max_seq_length or saved.max_seq_length or _default_limit(tokenizer, backbone),
+        )
+        return cls(backbone, tokenizer, layout)
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.backbone.config.get_text_config().hidden_size
+
+    def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Embed a tokenised batch into [B, D] float32 (float64 for a float64 backbone).
+
+        Reads `input_ids` [B, T] and `attention_mask` [B, T] (1 at real tokens, contiguous; padding on either side;
+        other keys are ignored). B = 0 gives [0, D] that still depends on every parameter a batch uses, so that all
+        ranks of a data-parallel group take part in the reductions. A text without tokens becomes 0.
+        """
+        ids_BT, mask_BT = _check_batch(batch, self.position_limit)
+        rows = ids_BT.shape[0]
+        if ids_BT.numel() == 0:
+            ids_BT, mask_BT = ids_BT.new_zeros(max(rows, 1), 1), mask_BT.new_zeros(max(rows, 1), 1)
+        # A text without tokens attends to its first padding token (else its softmax has no terms); it pools to 0.
+        attend_BT = mask_BT.clone()
+        attend_BT[:, 0] |= ~mask_BT.any(1)
+        states_BTD = self.backbone(
+            input_ids=ids_BT, attention_mask=attend_BT.long(), **self._position_kwargs(attend_BT), **self._no_cache
+        ).last_hidden_state
+        embeddings_BD = pool(states_BTD, mask_BT, self.pooling)
+        if self.l2_normalize:
+            embeddings_BD = nn.functional.normalize(embeddings_BD, dim=-1)
+        return embeddings_BD[:rows]
+
+    forward = encode
+
+    def _position_kwargs(self, mask_BT: Tensor) -> dict[str, Tensor]:
+        """Positions count real tokens, so that padding on the left does not shift them."""
+        if not self._takes_positions:
+            return {}
+        return {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0) + self.position_offset}
+
+    def tokenize(
+        self, texts: Sequence[str], *, prompt: str | None = None, max_length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Texts to padded int64 `input_ids` and `attention_mask` [B, T], T the longest text's length.
+
+        Args:
+            prompt: the name of one of `prompts`, put in front of every text; None is none.
+            max_length: tokens to cut to, special tokens included; None is `max_seq_length`.
+        """
+        if prompt is not None and prompt not in self.prompts:
+            raise ValueError(f"unknown prompt {prompt!r}; this model has {sorted(self.prompts)}")
+        limit = max_length or self.max_seq_length
+        if limit and self.position_limit and limit > self.position_limit:
+            raise ValueError(f"max_length {limit} exceeds the {self.position_limit} positions of the backbone")
+        if not texts:
+            return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
+        prefix = self.prompts[prompt] if prompt else ""
+        tokens = self.tokenizer(
+            [prefix + text for text in texts],
+            padding=True,
+            truncation=limit is not None,
+            max_length=limit,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+        return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass (non-reentrant, which DDP and FSDP2 need)."""
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained(folder)` open alike.
+
+        state_dict: this model's whole state where the parameters are sharded (FSDP2); None reads the parameters.
+        """
+        folder = Path(folder)
+        if hasattr(self.backbone, "merge_and_unload"):
+            raise ValueError(
+                "the backbone has an adapter: set model.backbone = model.backbone.merge_and_unload() first"
+            )
+        weights = None
+        if state_dict is not None:
+            prefix = "backbone."
+            weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.backbone.save_pretrained(folder, state_dict=weights)
+        if self.max_seq_length:
+            self.tokenizer.model_max_length = self.max_seq_length
+        if self.pooling == "weighted_mean":
+            # sentence-transformers weighs by the column, padding included: only right padding gives our weights.
+            self.tokenizer.padding_side = "right"
+        self.tokenizer.save_pretrained(folder)
+        layout = Layout(
+            pooling=self.pooling,
+            l2_normalize=self.l2_normalize,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            similarity=self.similarity,
+            max_seq_length=self.max_seq_length,
+            do_lower_case=self.do_lower_case,
+        )
+        write_layout(folder, layout, self.embedding_dim)
+
+
+def _check_batch(batch: Mapping[str, Tensor], limit: int | None) -> tuple[Tensor, Tensor]:
+    for key in ("input_ids", "attention_mask"):
+        if key not in batch:
+            raise ValueError(f"the batch has no {key!r}; it has {sorted(batch)}")
+        if batch[key].ndim != 2:
+            raise ValueError(f"{key} must be [B, T], got shape {tuple(batch[key].shape)}")
+    ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
+    if ids_BT.shape != mask_BT.shape:
+        raise ValueError(
+            f"input_ids {tuple(ids_BT.shape)} and attention_mask {tuple(mask_BT.shape)} must have the same shape"
+        )
+    if limit is not None and ids_BT.shape[1] > limit:
+        raise ValueError(
+            f"the batch has {ids_BT.shape[1]} token positions, the backbone only {limit}: tokenise with a max_length"
+        )
+    return ids_BT, mask_BT.bool()
+
+
+def _local_folder(name: str) -> Path:
+    """The folder itself, or the snapshot of a hub model (downloaded where needed)."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
+            raise ValueError(f"{name} is no model: the folder has neither config.json nor modules.json")
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name} is no model: there is no such folder")
+    try:
+        path = snapshot_download(name, allow_patterns=_DOWNLOAD, ignore_patterns=["onnx/*", "openvino/*"])
+        if not any(Path(path).glob("**/*.safetensors")):
+            path = snapshot_download(name, allow_patterns=[*_DOWNLOAD, "*.bin"])
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name!r} is neither a folder here nor a model on the hub that can be had: {reason}"
+        ) from None
+    return Path(path)
+
+
+def _load_backbone(folder: Path, dtype: str | torch.dtype | None, attn_implementation: str | None):
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    try:
+        return AutoModel.from_pretrained(folder, **{key: value for key, value in options.items() if value is not None})
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{folder} cannot be opened as a transformers model: {error}") from error
+
+
+def _load_tokenizer(folder: Path, lower_case: bool):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be opened: {error}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{folder}: the tokenizer has no pad token and no eos token to pad with; set one")
+        # Saved with the tokenizer only: a pad_token_id in config.json would make transformers drop the gradient of
+        # the end-of-text token's embedding.
+        tokenizer.pad_token = tokenizer.eos_token
+    if lower_case:
+        backend = tokenizer.backend_tokenizer
+        rest = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
+    return tokenizer
+
+
+def _set_attention(backbone: nn.Module, bidirectional: bool | None, default: bool) -> None:
+    """Make a decoder's attention bidirectional or causal through its config, which is saved with it."""
+    config = backbone.config
+    kind = config.model_type
+    if not any(getattr(module, "is_causal", False) is True for module in backbone.modules()):
+        if bidirectional is False:
+            raise ValueError(f"bidirectional=False: {kind} is an encoder, its attention is bidirectional")
+        return
+    causal = getattr(config, "is_causal", None)
+    if bidirectional is None:
+        bidirectional = default if causal is None else not causal
+    if bidirectional:
+        config.is_causal = False
+        _require_bidirectional(backbone)
+    elif causal is False:
+        config.is_causal = True
+
+
+@torch.no_grad()
+def _require_bidirectional(backbone: nn.Module) -> None:
+    """ValueError unless the first token's state feels the last token: not every decoder heeds its config."""
+    training = backbone.training
+    ids_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=next(backbone.parameters()).device)
+    states_BTD = backbone.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).last_hidden_state
+    backbone.train(training)
+    if torch.equal(states_BTD[0, 0], states_BTD[1, 0]):
+        raise ValueError(
+            f"the attention of {backbone.config.model_type} stays causal in this transformers release; "
+            "pass bidirectional=False to train it so"
+        )
+
+
+def _position_table(backbone: nn.Module) -> tuple[int | None, int]:
+    """(positions a learned table offers, number of its first position); (None, 0) without such a table."""
+    for module in backbone.modules():
+        table = getattr(module, "position_embeddings", getattr(module, "wpe", None))
+        if isinstance(table, nn.Embedding):
+            # RoBERTa and its kin count from padding_idx + 1.
+            padding = getattr(module, "padding_idx", None)
+            offset = padding + 1 if isinstance(padding, int) else 0
+            return table.num_embeddings - offset, offset
+    return None, 0
+
+
+def _default_limit(tokenizer, backbone: nn.Module) -> int | None:
+    limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None)]
+    limits.append(_position_table(backbone)[0])
+    return min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
