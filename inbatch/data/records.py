@@ -1,0 +1,130 @@
+"""What travels through the package's data side: examples, training batches, retrieval sets, and their integer ids."""
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Namespaces that no corpus name can collide with, since stable_id() keeps the two parts apart.
+TEXT_NAMESPACE = "text of a passage"
+QUERY_TEXT_NAMESPACE = "text of a query"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document: its text, its title ("" if none) and its id within its corpus (None if the record has none)."""
+
+    text: str
+    title: str = ""
+    doc_id: str | None = None
+
+    @property
+    def full_text(self) -> str:
+        """What is encoded: title and text joined by a space, as BEIR does; either alone where the other is empty."""
+        return f"{self.title} {self.text}".strip() if self.title else self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One query with its known positives (at least one) and its hard negatives (possibly none).
+
+    ``corpus`` names what the ids belong to: equal ids of two corpora are different documents.
+    """
+
+    query: str
+    query_id: str | None = None
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...] = ()
+    corpus: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """One rank's share of a global batch; B queries, M passages, either may be 0.
+
+    Attributes:
+        queries: tokenized queries, tensors ``[B, T]``.
+        passages: tokenized passages, tensors ``[M, T]``; those of a query are contiguous, its positive first.
+        positives: ``[B]`` int64, the column in ``passages`` of each query's positive.
+        query_ids: ``[B]`` int64.
+        passage_ids: ``[M]`` int64.
+        positive_ids: ``[B, K]`` int64, every known positive of each query, padded with -1; K >= 1.
+    """
+
+    queries: dict[str, Tensor]
+    passages: dict[str, Tensor]
+    positives: Tensor
+    query_ids: Tensor
+    passage_ids: Tensor
+    positive_ids: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
+        """The same batch with every tensor on ``device``."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return TrainBatch(
+            queries={name: move(tensor) for name, tensor in self.queries.items()},
+            passages={name: move(tensor) for name, tensor in self.passages.items()},
+            positives=move(self.positives),
+            query_ids=move(self.query_ids),
+            passage_ids=move(self.passage_ids),
+            positive_ids=move(self.positive_ids),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalData:
+    """A retrieval test set: queries, the whole corpus, and the judgements.
+
+    ``documents[i]`` (title and text joined) belongs to ``doc_ids[i]`` and is read from disk on access;
+    ``queries[i]`` belongs to ``query_ids[i]``; ``qrels[query_id][doc_id]`` is the grade, 0 or less is not relevant.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    doc_ids: list[str]
+    documents: Sequence[str]
+    qrels: dict[str, dict[str, int]]
+
+
+def stable_id(namespace: str, key: str) -> int:
+    """A signed 64-bit id of ``key`` within ``namespace``: the same in every process and on every machine.
+
+    The first 8 bytes of BLAKE2b over both parts (length-prefixed, so that ("ab", "c") and ("a", "bc") differ).
+    Never -1, which means "unknown". Two of ten million keys collide with probability 3e-6.
+    """
+    space = namespace.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(len(space).to_bytes(8, "little") + space + key.encode("utf-8", "surrogatepass"))
+    value = int.from_bytes(digest.digest(), "little", signed=True)
+    return value if value != -1 else -2
+
+
+def normalised(text: str) -> str:
+    """Text as it is compared: Unicode NFC, runs of white space as one space. Case is kept: cased models see it."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def passage_key(passage: Passage, corpus: str) -> int:
+    """The int64 id under which the loss knows a passage.
+
+    A passage with an id is that id within its corpus: ids are trusted, so two ids are two documents, and an id'd
+    document never equals an inline text. (A corpus file gives documents of equal text one id; see ``Documents``.)
+    A passage without an id is its normalised text (title included), in one namespace: equal inline texts are equal
+    wherever they come from.
+    """
+    if passage.doc_id is not None:
+        return stable_id(f"documents of {corpus}", passage.doc_id)
+    return stable_id(TEXT_NAMESPACE, normalised(passage.full_text))
+
+
+def query_key(example: Example) -> int:
+    """The int64 id of an example's query: its id within its corpus or, without one, its normalised text."""
+    if example.query_id is not None:
+        return stable_id(f"queries of {example.corpus}", example.query_id)
+    return stable_id(QUERY_TEXT_NAMESPACE, normalised(example.query))
