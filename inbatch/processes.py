@@ -1,0 +1,92 @@
+"""The process group itself: who is in it, and how it starts and stops. Re-exported by `inbatch.collectives`."""
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:  # torch can be built without torch.distributed; one process needs none of it
+    ProcessGroup = getattr(dist, "ProcessGroup", object)
+
+_bound_device: torch.device | None = None
+
+
+def world_size(group: ProcessGroup | None = None) -> int:
+    """Number of processes in the group; 1 without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError("this process is not a member of the given process group: give a group it belongs to")
+    return size
+
+
+def rank(group: ProcessGroup | None = None) -> int:
+    """This process's position in the group; 0 without a process group."""
+    return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def device_types(group: ProcessGroup | None = None) -> list[str]:
+    """The types of device whose tensors the group can send."""
+    return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+
+
+def start(backend: str | None = None, timeout_s: float = 300) -> torch.device:
+    """Initialises the default process group from torchrun's environment and returns this process's device.
+
+    Without that environment (RANK is not set) nothing is initialised: one process. A process group that is already
+    there is kept. backend None: where there are GPUs, NCCL between them (and gloo for CPU tensors); else gloo.
+    "gloo": everything on the CPU. timeout_s bounds every collective.
+    Raises ValueError if the environment is incomplete or contradicts itself, or there are fewer GPUs than processes.
+    """
+    global _bound_device
+    use_cuda = backend != "gloo" and torch.cuda.is_available()
+    distributed = _torchrun_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if distributed else 0
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank} but this machine shows {torch.cuda.device_count()} GPUs: "
+            "start no more processes than GPUs, or use the backend 'gloo' to run on the CPU"
+        )
+    _bound_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(_bound_device)
+    if distributed and not dist.is_initialized():
+        dist.init_process_group(
+            backend or ("cpu:gloo,cuda:nccl" if use_cuda else "gloo"),
+            timeout=timedelta(seconds=timeout_s),
+            device_id=_bound_device if use_cuda else None,
+        )
+    return _bound_device
+
+
+def _torchrun_environment() -> bool:
+    """Whether torchrun (or the like) started this process; half an environment would hang, so it is an error."""
+    size, my_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
+    if my_rank is None:
+        if size != "1":
+            raise ValueError(f"WORLD_SIZE is {size} but RANK is not set: start with torchrun, or unset WORLD_SIZE")
+        return False
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+    if not (my_rank.isdecimal() and size.isdecimal() and int(my_rank) < int(size)):
+        raise ValueError(f"RANK is {my_rank} and WORLD_SIZE is {size}: expected 0 <= RANK < WORLD_SIZE")
+    return True
+
+
+def stop() -> None:
+    """Destroys the default process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This process's device: the one that `start` bound, else the current GPU, else the CPU."""
+    if _bound_device is not None:
+        return _bound_device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
