@@ -1,0 +1,250 @@
+"""Texts to embeddings: in memory, or to a file that the ranks fill together.
+
+Shapes: n texts, B texts in a batch, T token positions, D dimension.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from inbatch import collectives
+from inbatch.data.corpus import Documents, DocumentTexts, open_documents
+from inbatch.data.lines import Lines, find_file
+
+PRECISIONS = ("fp32", "bf16")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_WINDOW = 4096  # texts tokenised, sorted and batched together: enough that batches have hardly any padding
+_NPY = {torch.float32: "<f4", torch.float16: "<f2"}
+_SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def embed(
+    model: nn.Module,
+    texts: Sequence[str],
+    *,
+    rows: range | None = None,
+    prefix: str = "",
+    max_length: int | None = None,
+    batch_tokens: int = 16384,
+    precision: str = "fp32",
+    dtype: torch.dtype = torch.float32,
+    progress: str | None = None,
+) -> Tensor:
+    """The embeddings [n, D] of texts[rows] (None: all), in order and in host memory, where a corpus has room.
+
+    model: a BiEncoderModel, or DDP around one; it computes on its own device, in evaluation mode and without
+    gradient, and is left as it was. texts: read as they are needed. prefix: put before each text. max_length: tokens a
+    text is cut to; None is the model's. batch_tokens: padded tokens per batch, of texts of similar length. precision:
+    "fp32", or "bf16" autocast. dtype: what is kept. progress: the label of a progress bar; None shows none.
+
+    Raises ValueError for batch_tokens < 1 or an unknown precision.
+    """
+    module = unwrap(model)
+    rows = range(len(texts)) if rows is None else rows
+    embeddings = torch.empty(len(rows), module.embedding_dim, dtype=dtype)
+    options = {"prefix": prefix, "max_length": max_length, "batch_tokens": batch_tokens, "precision": precision}
+    for start, window in _embed_windows(module, texts, rows, progress=progress, **options):
+        embeddings[start : start + len(window)] = window
+    return embeddings
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The encoder inside DistributedDataParallel, whose own forward communicates."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def share(count: int, group=None) -> range:
+    """This rank's contiguous share of `count` rows; shares follow one another in rank order and differ by at most 1."""
+    rank, world_size = collectives.rank(group), collectives.world_size(group)
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def _embed_windows(
+    module: Any, texts: Sequence[str], rows: range, *, prefix, max_length, batch_tokens, precision, progress
+) -> Iterator[tuple[int, Tensor]]:
+    """(place within rows, embeddings [w, D] on the model's device), window by window."""
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1, such as 16384")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    device = next(module.parameters()).device
+
+    def tokenise(start: int) -> dict[str, Tensor]:
+        window = [prefix + texts[row] for row in rows[start : start + _WINDOW]]
+        return module.tokenize(window, max_length=max_length)
+
+    # A window is read and tokenised while the one before it is encoded.
+    with (
+        _evaluating(module),
+        ThreadPoolExecutor(1) as reader,
+        tqdm(total=len(rows), desc=progress, disable=progress is None, unit="text", leave=False) as bar,
+    ):
+        ahead = reader.submit(tokenise, 0) if len(rows) else None
+        for start in range(0, len(rows), _WINDOW):
+            assert ahead is not None
+            tokens = ahead.result()
+            if start + _WINDOW < len(rows):
+                ahead = reader.submit(tokenise, start + _WINDOW)
+            window = torch.empty(len(tokens["input_ids"]), module.embedding_dim, device=device)
+            for some in _batches(tokens["attention_mask"].sum(1), batch_tokens):
+                batch = {name: value.to(device) for name, value in _without_padding(tokens, some).items()}
+                # Not inference_mode: what a backbone caches in its forward (rotary tables) must serve training.
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    window[some.to(device)] = module(batch).float()
+                bar.update(len(some))
+            yield start, window
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, module by module: a frozen tower may have been in it within a model that trains."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def _batches(lengths: Tensor, batch_tokens: int) -> Iterator[Tensor]:
+    """Indices into lengths, batch by batch, so that count * longest <= batch_tokens (or one text). The longest come
+    first: what does not fit in memory fails at once."""
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + count]
+        start += count
+
+
+def _without_padding(tokens: dict[str, Tensor], some: Tensor) -> dict[str, Tensor]:
+    """Some rows, less the columns that are padding in all of them, on whichever side."""
+    batch = {name: value[some] for name, value in tokens.items()}
+    used = batch["attention_mask"].any(0).nonzero().squeeze(1)
+    if not len(used):
+        return batch
+    return {name: value[:, used[0] : used[-1] + 1] for name, value in batch.items()}
+
+
+def encode_to_file(
+    model: nn.Module,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    prefix: str = "",
+    max_length: int | None = None,
+    batch_tokens: int = 16384,
+    precision: str = "fp32",
+    dtype: str = "float32",
+    progress: bool = False,
+    group=None,
+) -> tuple[int, int]:
+    """Writes the embeddings of a file's texts, one a row in file order, and returns their shape (n, D).
+
+    source: a BEIR folder (its corpus), a JSONL file of {_id, title, text} records, or a text file with a text a line
+    (blank lines left out). output: ends in .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to
+    output + ".ids.txt", one a line. dtype: "float32", "float16" or, in .safetensors, "bfloat16". Else as `embed`.
+
+    Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
+    a rank holds no more than a window of 4096 texts. The file appears under its name when it is complete.
+    Raises ValueError on every rank for a source or output that cannot be used.
+    """
+    output = Path(output)
+    unfinished = output.with_name(f"{output.name}.tmp")
+    module = unwrap(model)
+    collectives.agree("encode_to_file", {}, group=group, same={"dimension": module.embedding_dim, "dtype": dtype})
+    texts, ids = collectives.together(lambda: _open_source(Path(source)), group)
+    shape = len(texts), module.embedding_dim
+    first = collectives.rank(group) == 0
+    header = collectives.together(lambda: _header(output, dtype, shape), group)
+    collectives.together(lambda: _create(unfinished, header, shape, DTYPES[dtype], ids) if first else None, group)
+    options = {"prefix": prefix, "max_length": max_length, "batch_tokens": batch_tokens, "precision": precision}
+    label = f"encode {Path(source).name}" if progress and first else None
+
+    def fill() -> None:
+        width = shape[1] * DTYPES[dtype].itemsize
+        file = np.memmap(unfinished, np.uint8, "r+", offset=len(header), shape=(shape[0], width))
+        rows = share(shape[0], group)
+        for start, window in _embed_windows(module, texts, rows, progress=label, **options):
+            place = rows.start + start
+            file[place : place + len(window)] = window.to("cpu", DTYPES[dtype]).view(torch.uint8).numpy()
+        file.flush()
+
+    try:
+        collectives.together(fill, group)
+    except BaseException:
+        if first:
+            unfinished.unlink(missing_ok=True)
+        raise
+    if first:
+        unfinished.replace(output)
+    collectives.barrier(group)
+    return shape
+
+
+class _TextLines(Lines):
+    def _read(self, index: int) -> str:
+        return self._bytes[self._starts[index] : self._stops[index]].decode("utf-8").strip()
+
+
+def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
+    if source.is_dir():
+        corpus = find_file(source, "corpus.jsonl")
+        if corpus is None:
+            raise ValueError(f"{source} has no corpus.jsonl; expected a BEIR folder, a JSONL file or a text file")
+        source = corpus
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist; expected a BEIR folder, a JSONL file or a text file")
+    if source.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        documents = open_documents(source)
+        return DocumentTexts(documents), documents
+    lines = _TextLines(source)
+    if not len(lines):
+        raise ValueError(f"{source} is empty: expected one text a line")
+    return lines, None
+
+
+def _header(output: Path, dtype: str, shape: tuple[int, int]) -> bytes:
+    """What stands before the rows in the file."""
+    formats = {".npy": _NPY, ".safetensors": _SAFETENSORS}
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if output.suffix not in formats:
+        raise ValueError(f"the output is {output.name!r}; expected a name ending in .npy or .safetensors")
+    names = formats[output.suffix]
+    if DTYPES[dtype] not in names:
+        raise ValueError(f"{output.suffix} files cannot hold {dtype}; expected float32 or float16, or .safetensors")
+    if output.suffix == ".npy":
+        description = f"{{'descr': '{names[DTYPES[dtype]]}', 'fortran_order': False, 'shape': {shape}, }}"
+        size = -(-(10 + len(description) + 1) // 64) * 64 - 10
+        return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + description.encode().ljust(size - 1) + b"\n"
+    stop = shape[0] * shape[1] * DTYPES[dtype].itemsize
+    tensor = {"dtype": names[DTYPES[dtype]], "shape": shape, "data_offsets": [0, stop]}
+    description = json.dumps({"embeddings": tensor})
+    size = -(-len(description) // 8) * 8
+    return size.to_bytes(8, "little") + description.encode().ljust(size)
+
+
+def _create(unfinished: Path, header: bytes, shape: tuple[int, int], dtype: torch.dtype, ids: Documents | None) -> None:
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + shape[0] * shape[1] * dtype.itemsize)
+    if ids is None:
+        return
+    output = unfinished.with_name(unfinished.name.removesuffix(".tmp"))
+    with output.with_name(f"{output.name}.ids.txt").open("w", encoding="utf-8") as file:
+        for doc_id in ids.own_ids():
+            if len(doc_id.splitlines()) != 1:
+                raise ValueError(f"the id {doc_id!r} does not fit on a line of its own")
+            file.write(f"{doc_id}\n")

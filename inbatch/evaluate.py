@@ -1,0 +1,131 @@
+"""Retrieval evaluation: embed queries and corpus, search exactly, measure. The same figures for any number of ranks."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from inbatch import collectives, search
+from inbatch.data.records import RetrievalData
+from inbatch.encode import embed, share, unwrap
+from inbatch.metrics import DEFAULT_MEASURES, Run, parse_measure, retrieval_metrics, write_trec_run
+
+__all__ = ["embed", "evaluate", "retrieve"]
+
+
+def evaluate(
+    model: nn.Module,
+    data: RetrievalData,
+    *,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    top_k: int = 100,
+    run_file: str | os.PathLike | None = None,
+    group=None,
+    **options,
+) -> dict[str, float]:
+    """The measures of an exact search over the whole corpus, averaged over the judged queries.
+
+    model, options: as `retrieve`. measures: names as ir-measures or other tools write them, such as "nDCG@10",
+    "recall@100", "MRR@10"; they are the keys of the result. top_k: how many documents are retrieved for a query, at
+    least the largest cut-off. run_file: where rank 0 writes a TREC run.
+
+    Every rank returns the same numbers. They do not depend on the number of ranks, but for rounding in the encoder.
+    Raises ValueError, on every rank and before anything is embedded, for an unknown measure, an empty corpus, qrels
+    that share no id with the data.
+    """
+    collectives.together(lambda: _check(data, measures, top_k), group)
+    run = retrieve(model, data, top_k=top_k, group=group, **options)
+
+    def measure() -> dict[str, float] | None:
+        if collectives.rank(group) != 0:
+            return None
+        if run_file is not None:
+            write_trec_run(run_file, run)
+        return retrieval_metrics(run, data.qrels, measures)
+
+    figures = collectives.broadcast_object(collectives.together(measure, group), group=group)
+    assert figures is not None
+    return figures
+
+
+def retrieve(
+    model: nn.Module,
+    data: RetrievalData,
+    *,
+    top_k: int = 100,
+    query_prefix: str | None = None,
+    passage_prefix: str | None = None,
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+    similarity: str = "cosine",
+    batch_tokens: int = 16384,
+    precision: str = "fp32",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    group=None,
+) -> Run:
+    """{query id: {document id: score}}, best first: the top_k documents of every query, on every rank.
+
+    Each rank embeds and holds (in host memory, as `dtype`) a share of the corpus, reading its texts as it goes. prefix:
+    None is the model's own prompt ("query", "document"), if it has one. max_len: tokens a text is cut to; None is the
+    model's limit. similarity: "cosine" or "dot". batch_tokens, precision: see `embed`. progress: bars on rank 0.
+
+    model: a BiEncoderModel or DDP around one, the same weights on every rank. Its training mode is left as it was.
+    Raises ValueError on every rank if one fails, or if embeddings differ in size between ranks.
+    """
+    module = unwrap(model)
+    bars = progress and collectives.rank(group) == 0
+
+    def embed_share(what: str, texts: Sequence[str], prefix: str | None, max_length: int | None, kept: torch.dtype):
+        return embed(
+            module,
+            texts,
+            rows=share(len(texts), group),
+            prefix=module.prompts.get(what, "") if prefix is None else prefix,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            precision=precision,
+            dtype=kept,
+            progress=what if bars else None,
+        )
+
+    def both():
+        if similarity not in search.SIMILARITIES:
+            raise ValueError(f"similarity is {similarity!r}; expected one of {', '.join(search.SIMILARITIES)}")
+        queries = embed_share("query", data.queries, query_prefix, query_max_len, torch.float32)
+        documents = embed_share("document", data.documents, passage_prefix, passage_max_len, dtype)
+        return queries.to(next(module.parameters()).device), documents
+
+    queries, documents = collectives.together(both, group)
+    agreed = collectives.agree("the embeddings of the queries", {"queries": queries}, group=group)
+    queries = collectives.all_gather(queries, group, rows=agreed["queries"])
+    scores, indices = search.top_k(queries, documents, top_k, similarity=similarity, group=group)
+    return {
+        query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True)}
+        for query, row, row_scores in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
+    }
+
+
+def _check(data: RetrievalData, measures: Sequence[str], top_k: int) -> None:
+    """What would only be found after hours of embedding."""
+    if isinstance(measures, str) or not measures:
+        raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
+    for name in measures:
+        if (parse_measure(name).params.get("cutoff") or 0) > top_k:
+            raise ValueError(f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k")
+    for count, ids, what in (
+        (len(data.documents), data.doc_ids, "documents"),
+        (len(data.queries), data.query_ids, "queries"),
+    ):
+        if count == 0:
+            raise ValueError(f"there are no {what} to evaluate with; expected at least one")
+        if count != len(ids):
+            raise ValueError(f"there are {count} {what} but {len(ids)} ids; expected one id each")
+    judged = {document for documents in data.qrels.values() for document in documents}
+    for ids, known, what in ((data.query_ids, data.qrels, "query"), (data.doc_ids, judged, "document")):
+        if not any(name in known for name in ids):
+            raise ValueError(
+                f"the qrels name no {what} of this data: they have {what} ids such as {next(iter(known), None)!r}, "
+                f"the data {ids[0]!r}; are they of another collection?"
+            )

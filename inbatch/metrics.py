@@ -1,0 +1,125 @@
+"""Retrieval measures (through ir-measures) and TREC run files.
+
+A run maps a query id to its documents and their scores: {"q1": {"d7": 0.93, "d2": 0.91}}. Documents rank by falling
+score; equal scores rank in the order given, which `search.top_k` makes deterministic. Tools of the TREC family would
+break ties by document id, and not all in the same direction, so what they are given here never has ties.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import numpy as np
+from ir_measures import Measure
+from ir_measures.measures import registry as _MEASURES
+from ir_measures.providers import registry as _PROVIDERS
+
+Run = Mapping[str, Mapping[str, float]]
+Qrels = Mapping[str, Mapping[str, int]]
+
+DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
+# What users of other tools write, in lower case. ir-measures' own names are found in any case.
+_ALIASES = {"hit": "Success", "hits": "Success", "hitrate": "Success", "reciprocal_rank": "RR"}
+_NAME = re.compile(r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:@\s*(?P<cutoff>\d+))?\s*", re.ASCII)
+
+
+def parse_measure(name: str) -> Measure:
+    """The ir-measures Measure of a name such as "nDCG@10", "recall@100", "MRR@10", "MAP" or "P(rel=2)@5".
+
+    Raises ValueError for a name that is unknown (with the nearest known one), a cut-off that is missing or 0, or a
+    measure that no installed package computes.
+    """
+    known = {known_name.lower(): known_name for known_name in _MEASURES} | _ALIASES
+    match = _NAME.fullmatch(name)
+    base = match["name"].lower() if match else name.split("@")[0].lower()
+    if match is None or base not in known:
+        near = difflib.get_close_matches(base, known, n=1, cutoff=0.4)
+        meant = f"{known[near[0]]}{name.strip()[len(base) :] if match else '@10'}" if near else "nDCG@10"
+        raise ValueError(f"{name!r} is no measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
+    cutoff = f"@{match['cutoff']}" if match["cutoff"] else ""
+    if cutoff and int(match["cutoff"]) < 1:
+        raise ValueError(f"measure {name!r} has a cut-off of 0; expected at least 1, such as {known[base]}@10")
+    try:
+        measure = ir_measures.parse_measure(f"{known[base]}{match['options'] or ''}{cutoff}")
+        measure.validate_params()
+    except (AssertionError, NameError, SyntaxError, TypeError, ValueError) as error:
+        hint = str(error) if cutoff else f"it may need a cut-off, as in {known[base]}@10"
+        raise ValueError(f"measure {name!r} is not complete or has an option it does not take: {hint}") from error
+    if not any(provider.is_available() and provider.supports(measure) for provider in _PROVIDERS.values()):
+        raise ValueError(f"measure {name!r} needs a package that is not installed: see ir-measures' list of providers")
+    return measure
+
+
+def retrieval_metrics(run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES) -> dict[str, float]:
+    """Each measure, averaged over the queries of `qrels`; keys are the names as given, in that order.
+
+    A query of `qrels` for which nothing was retrieved counts 0. Queries of the run without judgements are left out.
+    Raises ValueError for an unknown measure, empty qrels, or a run that shares no query with them.
+    """
+    parsed = _parse_all(measures)
+    totals = _calculate(run, qrels, parsed).aggregated
+    return {name: float(totals[measure]) for name, measure in parsed.items()}
+
+
+def per_query_metrics(
+    run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES
+) -> dict[str, dict[str, float]]:
+    """{measure: {query id: value}} for every query of `qrels`; as `retrieval_metrics` otherwise."""
+    parsed = _parse_all(measures)
+    found: dict[Measure, dict[str, float]] = {measure: {} for measure in parsed.values()}
+    for value in _calculate(run, qrels, parsed).per_query:
+        found[value.measure][value.query_id] = float(value.value)
+    return {name: {query: found[measure][query] for query in qrels} for name, measure in parsed.items()}
+
+
+def _parse_all(measures: Sequence[str]) -> dict[str, Measure]:
+    if isinstance(measures, str) or not measures:
+        raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
+    return {name: parse_measure(name) for name in measures}
+
+
+def _calculate(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> Any:
+    if not qrels:
+        raise ValueError("the qrels are empty: expected {query id: {document id: relevance}}")
+    if run and not any(query in run for query in qrels):
+        raise ValueError(
+            f"no query of the run is judged: the run has ids such as {next(iter(run))!r}, "
+            f"the qrels {next(iter(qrels))!r}"
+        )
+    # Positions instead of scores: small integers that every tool sorts alike, whatever precision it keeps scores in.
+    positions = {
+        query: {document: float(-place) for place, (document, _) in enumerate(_ranked(documents))}
+        for query, documents in run.items()
+        if query in qrels
+    }
+    judged = {query: dict(documents) for query, documents in qrels.items()}
+    return ir_measures.calc(list(dict.fromkeys(parsed.values())), judged, positions)
+
+
+def _ranked(documents: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(documents.items(), key=lambda item: -item[1])  # a stable sort
+
+
+def write_trec_run(path: str | os.PathLike, run: Run, tag: str = "inbatch") -> None:
+    """Writes "query Q0 document rank score tag" lines, ranks from 1, readable by trec_eval and ir_measures.
+
+    Scores are float32 with all their digits. Those tools sort by score again and break ties in ways of their own, so a
+    score that does not lie below the one before it is lowered to the next float32: the order in the file is the order
+    they see. Written beside and then renamed. Raises ValueError for an id or tag that is empty or has white space.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for query, documents in run.items():
+            below = np.float32(np.inf)
+            for rank, (document, score) in enumerate(_ranked(documents), start=1):
+                below = min(np.float32(score), np.nextafter(below, np.float32(-np.inf)))
+                for word in (query, document, tag):
+                    if not word or word.split() != [word]:
+                        raise ValueError(f"{word!r} cannot stand in a TREC run: expected a word without white space")
+                file.write(f"{query} Q0 {document} {rank} {below!s} {tag}\n")
+    unfinished.replace(path)
