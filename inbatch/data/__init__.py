@@ -1,7 +1,19 @@
 """Records -> batches: readers of the usual formats, a plan of batches without state, a collator."""
 
 from inbatch.data.beir import load_retrieval
+from inbatch.data.collator import Collator
 from inbatch.data.plan import BatchPlan
+from inbatch.data.readers import open_examples
 from inbatch.data.records import Example, Passage, RetrievalData, TrainBatch, stable_id
 
-__all__ = ["BatchPlan", "Example", "Passage", "RetrievalData", "TrainBatch", "load_retrieval", "stable_id"]
+__all__ = [
+    "BatchPlan",
+    "Collator",
+    "Example",
+    "Passage",
+    "RetrievalData",
+    "TrainBatch",
+    "load_retrieval",
+    "open_examples",
+    "stable_id",
+]

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from inbatch.data.columns import without_positives
 from inbatch.data.corpus import Documents, DocumentTexts, open_documents
-from inbatch.data.lines import Rows, find_file, open_text
+from inbatch.data.examples import Examples
+from inbatch.data.lines import find_file, open_text
 from inbatch.data.records import Example, RetrievalData
 
 Qrels = dict[str, dict[str, int]]
@@ -31,7 +33,7 @@ def load_retrieval(path: str | os.PathLike, split: str = "test") -> RetrievalDat
     )
 
 
-class BeirExamples(Rows[Example]):
+class BeirExamples(Examples):
     """The training examples of one split of a BEIR folder, one a query with a relevant document.
 
     Documents judged not relevant (a score of 0 or less) are its hard negatives.
@@ -56,11 +58,12 @@ class BeirExamples(Rows[Example]):
         query = self._queries[int(self._query_rows[index])]
         judged = slice(self._offsets[index], self._offsets[index + 1])
         rows, relevant = self._doc_rows[judged], self._grades[judged] > 0
+        positives, negatives = ([self._corpus[int(row)] for row in rows[which]] for which in (relevant, ~relevant))
         return Example(
             query=query.text,
             query_id=query.doc_id,
-            positives=tuple(self._corpus[int(row)] for row in rows[relevant]),
-            negatives=tuple(self._corpus[int(row)] for row in rows[~relevant]),
+            positives=tuple(positives),
+            negatives=tuple(without_positives(positives, negatives)),
             corpus=self._name,
         )
 

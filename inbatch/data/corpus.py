@@ -5,16 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from inbatch.data.columns import Where, id_text
 from inbatch.data.lines import Lines, Rows
-from inbatch.data.records import Passage, normalised, stable_id
-
-ID_NAMES = ("_id", "id", "docid", "doc_id")
+from inbatch.data.records import ID_NAMES, Passage, normalised, stable_id
 
 
 class Documents(Rows[Passage]):
     """The documents of one or several files of records ``{_id, title, text}``, found by row or by id.
 
-    Held in memory: 40 bytes a document. Opening reads every record once, so that a broken one is reported here. Of
+    Held in memory: 32 bytes a document. Opening reads every record once, so that a broken one is reported here. Of
     documents with equal texts all get the id of the first: a copy of a positive is no negative, whatever its id.
     Row order is file order; ``own_ids()`` gives the ids as written.
     """
@@ -93,18 +92,18 @@ class DocumentTexts(Rows[str]):
         return self._documents.own(index).full_text
 
 
-def parse_document(record: object, where) -> Passage:
+def parse_document(record: object, where: Where) -> Passage:
     """A ``Passage`` with an id from ``{_id, title, text}``; ``where()`` names the record in messages."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where()}: expected an object with an id and a text, found {type(record).__name__}")
-    name = next((name for name in ID_NAMES if record.get(name) is not None), None)
+    name = next((name for name in ID_NAMES if record.get(name) not in (None, "")), None)
     text, title = record.get("text"), record.get("title") or ""
     if name is None or not isinstance(text, str) or not isinstance(title, str):
         raise ValueError(
             f"{where()}: expected an id ({', '.join(ID_NAMES)}), a string `text` and optionally a string `title`, "
             f"found {_describe(record)}"
         )
-    return Passage(text, title, str(record[name]))
+    return Passage(text, title, id_text(record[name], name, where))
 
 
 def _describe(record: Mapping) -> str:

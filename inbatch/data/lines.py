@@ -6,6 +6,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
@@ -55,12 +56,22 @@ class Lines(Rows[Any]):
     def _read(self, index: int) -> Any:
         line = self._bytes[self._starts[index] : self._stops[index]]
         try:
-            return json.loads(line)
+            value = json.loads(line.decode("utf-8-sig"))
+            if b"\\ud" in line.lower():  # half a surrogate pair passes as JSON, and no tokenizer takes it
+                json.dumps(value, ensure_ascii=False).encode()
+            return value
         except ValueError as error:
             shown = line[:60].decode("utf-8", "replace")
             raise ValueError(
-                f"{self.where(index)} is not JSON ({error}): {shown!r}. Expected one JSON object a line."
+                f"{self.where(index)} is not JSON ({error}): {shown!r}. Expected one JSON object a line, in UTF-8."
             ) from None
+
+    def whole(self) -> Any:
+        """The JSON value that the file is when read as one."""
+        try:
+            return json.loads(self._bytes[:])
+        except ValueError as error:
+            raise ValueError(f"{self.path} is not JSON: {error}") from None
 
     def where(self, index: int) -> str:
         """The place of record ``index``, as in "data/train.jsonl, line 3" (lines count from 1)."""
@@ -72,8 +83,11 @@ class Lines(Rows[Any]):
 def spooled(path: str | os.PathLike, values: Iterable[Any], *, unit: str) -> Lines:
     """``Lines`` over values unpacked from another kind of file into an unnamed temporary file."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - Lines closes it once mapped
-    for value in values:
-        spool.write(json.dumps(value).encode() + b"\n")
+    for number, value in enumerate(values, 1):
+        try:
+            spool.write(json.dumps(value).encode() + b"\n")
+        except TypeError as error:
+            raise ValueError(f"{path}, {unit} {number}: expected texts, numbers and lists of them; {error}") from None
     spool.flush()
     return Lines(path, spool=spool, unit=unit)
 
@@ -86,15 +100,19 @@ def find_file(folder: Path, name: str) -> Path | None:
 def open_text(path: Path) -> IO[str]:
     """A UTF-8 text file, gzipped if its name ends in .gz."""
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline=None)  # type: ignore[return-value]
+    # A byte that is no UTF-8 becomes a sign that no id holds, and so is reported with its line.
+    return opener(path, "rt", encoding="utf-8-sig", errors="replace")  # type: ignore[return-value]
 
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix != ".gz":
         return open(path, "rb")
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    with gzip.open(path, "rb") as packed:
-        shutil.copyfileobj(packed, spool)
+    try:
+        with gzip.open(path, "rb") as packed:
+            shutil.copyfileobj(packed, spool)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
     spool.flush()
     return spool
 

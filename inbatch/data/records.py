@@ -12,6 +12,9 @@ from torch import Tensor
 TEXT_NAMESPACE = "text of a passage"
 QUERY_TEXT_NAMESPACE = "text of a query"
 
+# What the field calls a document's id.
+ID_NAMES = ("_id", "id", "docid", "doc_id")
+
 
 @dataclass(frozen=True)
 class Passage:
