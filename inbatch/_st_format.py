@@ -63,9 +63,7 @@ def read_layout(folder: Path) -> Layout | None:
         raise ValueError(f"{folder}: modules {kinds} are not supported; expected {_SUPPORTED}, in this order")
     backbone = folder / modules[0]["path"]
     transformer = _json(backbone / "sentence_bert_config.json", {})
-    task = transformer.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise ValueError(f"{folder}: module Transformer has the task {task!r}; only 'feature-extraction' is supported")
+    _check_transformer(folder, transformer)
     processor = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
     top = _json(folder / "config_sentence_transformers.json", {})
     return Layout(
@@ -78,6 +76,19 @@ def read_layout(folder: Path) -> Layout | None:
         max_seq_length=transformer.get("max_seq_length") or processor.get("model_max_length"),
         do_lower_case=bool(transformer.get("do_lower_case", False)),
     )
+
+
+def _check_transformer(folder: Path, transformer: dict[str, Any]) -> None:
+    """ValueError for settings that would make sentence-transformers compute other states than the plain backbone."""
+    task = transformer.get("transformer_task", "feature-extraction")
+    text = transformer.get("modality_config", {"text": {}}).get("text")
+    if task != "feature-extraction" or text is None or text.get("method", "forward") != "forward":
+        raise ValueError(f"{folder}: its Transformer module is no plain text encoder (task {task}, text {text})")
+    for key in ("model_kwargs", "model_args", "config_kwargs", "config_args"):
+        if transformer.get(key):
+            raise ValueError(
+                f"{folder}: sentence_bert_config.json sets {key}={transformer[key]}, which is not supported"
+            )
 
 
 def _read_pooling(path: Path) -> str:

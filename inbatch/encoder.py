@@ -4,25 +4,17 @@ Shapes: B texts, T token positions, D dimension.
 """
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from tokenizers import normalizers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inbatch._loading import default_limit, load_backbone, load_tokenizer, local_folder, position_table, set_attention
 from inbatch._st_format import Layout, read_layout, write_layout
 from inbatch.pooling import check_pooling, pool
-
-# transformers marks "no limit" with a huge model_max_length.
-_NO_LIMIT = 10**9
-_DOWNLOAD = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 class BiEncoderModel(nn.Module):
@@ -37,9 +29,9 @@ class BiEncoderModel(nn.Module):
         max_seq_length: tokens a text is cut to by default, None is no limit. embedding_dim: D.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer, layout: Layout):
+    def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout):
         super().__init__()
-        self.backbone = backbone
+        self.backbone: PreTrainedModel = backbone
         self.tokenizer = tokenizer
         self.pooling = check_pooling(layout.pooling)
         self.l2_normalize = layout.l2_normalize
@@ -48,7 +40,7 @@ class BiEncoderModel(nn.Module):
         self.similarity = layout.similarity
         self.max_seq_length = layout.max_seq_length
         self.do_lower_case = layout.do_lower_case
-        self.position_limit, self.position_offset = _position_table(backbone)
+        self.position_limit, self.position_offset = position_table(backbone)
         # Asked once, here: a later wrapper (peft) takes anything.
         accepted = inspect.signature(backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -56,6 +48,7 @@ class BiEncoderModel(nn.Module):
         # The pooled output is never used: a trainable pooler would leave DDP waiting for its gradient.
         if isinstance(pooler := getattr(backbone, "pooler", None), nn.Module):
             pooler.requires_grad_(False)
+        self.train(backbone.training)
 
     @classmethod
     def from_pretrained(
@@ -86,21 +79,18 @@ class BiEncoderModel(nn.Module):
         Raises:
             ValueError: no such model; a module, pooling or backbone that is not supported.
         """
-        folder = _local_folder(str(name_or_path))
-        saved = read_layout(folder)
-        home = folder / saved.backbone_path if saved else folder
-        if (home / "adapter_config.json").is_file():
-            raise ValueError(f"{home} holds a LoRA adapter (adapter_config.json), not a model: merge it into its base")
-        saved = saved or Layout(pooling="mean", l2_normalize=True, bidirectional=True)
+        folder = local_folder(str(name_or_path))
+        saved = read_layout(folder) or Layout(pooling="mean", l2_normalize=True, bidirectional=True)
         saved = replace(saved, pooling=check_pooling(pooling or saved.pooling))
-        backbone = _load_backbone(home, dtype, attn_implementation)
-        _set_attention(backbone, bidirectional, default=saved.bidirectional)
-        tokenizer = _load_tokenizer(home, lower_case=saved.do_lower_case)
+        home = folder / saved.backbone_path
+        backbone = load_backbone(home, dtype, attn_implementation)
+        set_attention(backbone, bidirectional, default=saved.bidirectional)
+        tokenizer = load_tokenizer(home, lower_case=saved.do_lower_case)
         layout = replace(
             saved,
             l2_normalize=saved.l2_normalize if l2_normalize is None else l2_normalize,
             prompts={**saved.prompts, **(prompts or {})},
-            max_seq_length=max_seq_length or saved.max_seq_length or _default_limit(tokenizer, backbone),
+            max_seq_length=max_seq_length or saved.max_seq_length or default_limit(tokenizer, backbone),
         )
         return cls(backbone, tokenizer, layout)
 
@@ -183,6 +173,8 @@ class BiEncoderModel(nn.Module):
         if state_dict is not None:
             prefix = "backbone."
             weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+            if not weights:
+                raise ValueError(f"state_dict has no key that starts with {prefix!r}; pass this model's own state_dict")
         self.backbone.save_pretrained(folder, state_dict=weights)
         if self.max_seq_length:
             self.tokenizer.model_max_length = self.max_seq_length
@@ -218,100 +210,3 @@ def _check_batch(batch: Mapping[str, Tensor], limit: int | None) -> tuple[Tensor
             f"the batch has {ids_BT.shape[1]} token positions, the backbone only {limit}: tokenise with a max_length"
         )
     return ids_BT, mask_BT.bool()
-
-
-def _local_folder(name: str) -> Path:
-    """The folder itself, or the snapshot of a hub model (downloaded where needed)."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
-            raise ValueError(f"{name} is no model: the folder has neither config.json nor modules.json")
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{name} is no model: there is no such folder")
-    try:
-        path = snapshot_download(name, allow_patterns=_DOWNLOAD, ignore_patterns=["onnx/*", "openvino/*"])
-        if not any(Path(path).glob("**/*.safetensors")):
-            path = snapshot_download(name, allow_patterns=[*_DOWNLOAD, "*.bin"])
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{name!r} is neither a folder here nor a model on the hub that can be had: {reason}"
-        ) from None
-    return Path(path)
-
-
-def _load_backbone(folder: Path, dtype: str | torch.dtype | None, attn_implementation: str | None):
-    options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    try:
-        return AutoModel.from_pretrained(folder, **{key: value for key, value in options.items() if value is not None})
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{folder} cannot be opened as a transformers model: {error}") from error
-
-
-def _load_tokenizer(folder: Path, lower_case: bool):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be opened: {error}") from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"{folder}: the tokenizer has no pad token and no eos token to pad with; set one")
-        # Saved with the tokenizer only: a pad_token_id in config.json would make transformers drop the gradient of
-        # the end-of-text token's embedding.
-        tokenizer.pad_token = tokenizer.eos_token
-    if lower_case:
-        backend = tokenizer.backend_tokenizer
-        rest = [] if backend.normalizer is None else [backend.normalizer]
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
-    return tokenizer
-
-
-def _set_attention(backbone: nn.Module, bidirectional: bool | None, default: bool) -> None:
-    """Make a decoder's attention bidirectional or causal through its config, which is saved with it."""
-    config = backbone.config
-    kind = config.model_type
-    if not any(getattr(module, "is_causal", False) is True for module in backbone.modules()):
-        if bidirectional is False:
-            raise ValueError(f"bidirectional=False: {kind} is an encoder, its attention is bidirectional")
-        return
-    causal = getattr(config, "is_causal", None)
-    if bidirectional is None:
-        bidirectional = default if causal is None else not causal
-    if bidirectional:
-        config.is_causal = False
-        _require_bidirectional(backbone)
-    elif causal is False:
-        config.is_causal = True
-
-
-@torch.no_grad()
-def _require_bidirectional(backbone: nn.Module) -> None:
-    """ValueError unless the first token's state feels the last token: not every decoder heeds its config."""
-    training = backbone.training
-    ids_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=next(backbone.parameters()).device)
-    states_BTD = backbone.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).last_hidden_state
-    backbone.train(training)
-    if torch.equal(states_BTD[0, 0], states_BTD[1, 0]):
-        raise ValueError(
-            f"the attention of {backbone.config.model_type} stays causal in this transformers release; "
-            "pass bidirectional=False to train it so"
-        )
-
-
-def _position_table(backbone: nn.Module) -> tuple[int | None, int]:
-    """(positions a learned table offers, number of its first position); (None, 0) without such a table."""
-    for module in backbone.modules():
-        table = getattr(module, "position_embeddings", getattr(module, "wpe", None))
-        if isinstance(table, nn.Embedding):
-            # RoBERTa and its kin count from padding_idx + 1.
-            padding = getattr(module, "padding_idx", None)
-            offset = padding + 1 if isinstance(padding, int) else 0
-            return table.num_embeddings - offset, offset
-    return None, 0
-
-
-def _default_limit(tokenizer, backbone: nn.Module) -> int | None:
-    limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None)]
-    limits.append(_position_table(backbone)[0])
-    return min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
