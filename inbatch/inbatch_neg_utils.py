@@ -1,8 +1,8 @@
 """Drop-in for `nemo_automodel.components.models.common.inbatch_neg_utils`: change the import, keep the code.
 
-Same names, parameters, defaults and semantics, over this library's collectives and on the default process group. Added:
-ranks may hold different numbers of rows, or none; and where ranks disagree on what they gather (one has None, or another
-dtype, trailing shape or requires_grad), every rank raises the same ValueError instead of waiting for ever.
+Same names, parameters, defaults and semantics, over this library's collectives and on the default process group.
+Added: ranks may hold different numbers of rows, or none; and where ranks disagree on what they gather (one has None,
+or another dtype, trailing shape or requires_grad), every rank raises the same ValueError instead of waiting for ever.
 For exact gradients by default, ids that may be unknown and any process group, see `inbatch.info_nce`.
 
 Legend: B local queries, N gathered passages.
@@ -37,7 +37,7 @@ def dist_gather_tensor(t: Tensor | None, preserve_grad: bool = False) -> Tensor 
 def dist_gather_tensor_with_dim1_padding(
     t: Tensor | None, padding_value: int | float | bool = 0, preserve_grad: bool = False
 ) -> Tensor | None:
-    """Pads dim 1 of `t` [R, T, ...] on the right with padding_value to the longest rank's T, then all-gathers along dim 0.
+    """Pads dim 1 of `t` [R, T, ...] on the right to the longest rank's T with padding_value, then all-gathers dim 0.
 
     Otherwise as `dist_gather_tensor`; `t` must have two dimensions or more.
     """

@@ -19,6 +19,10 @@ import torch
 import torch.distributed as dist
 
 BACKEND = os.environ.get("INBATCH_TEST_BACKEND", "gloo")
+GO = b"go"
+
+
+START_S = 180  # a new worker imports torch and the test module, on a busy machine
 
 
 def _serve(connection) -> None:
@@ -26,31 +30,30 @@ def _serve(connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            job = connection.recv_bytes()
+            group, call = pickle.loads(connection.recv_bytes())
+            try:
+                body, args = pickle.loads(
+                    call
+                )  # imports the test module, so that the job's time limit does not count it
+            except BaseException:
+                connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+                continue
+            connection.send_bytes(pickle.dumps((True, None)))
+            if connection.recv_bytes() == GO:
+                connection.send_bytes(_run_job(group, body, args))
         except EOFError:
             return
-        connection.send_bytes(_run_job(job))
 
 
-def _run_job(job: bytes) -> bytes:
+def _run_job(group: dict, body, args: tuple) -> bytes:
+    cuda = torch.device("cuda", group["rank"]) if BACKEND == "nccl" else None
     try:
-        # The header comes apart, so that a body that cannot be imported here is reported like any other failure.
-        (rank, world_size, rendezvous, timeout_s), payload = pickle.loads(job)
-        cuda = torch.device("cuda", rank) if BACKEND == "nccl" else None
         if cuda is not None:
             torch.cuda.set_device(cuda)
-        body, args = pickle.loads(payload)
         torch.manual_seed(0)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda is not None else "gloo",
-            init_method=f"file://{rendezvous}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=cuda,
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda is not None else "gloo", device_id=cuda, **group)
         try:
-            return pickle.dumps((True, body(rank, *args)))
+            return pickle.dumps((True, body(group["rank"], *args)))
         finally:
             dist.destroy_process_group()
     except BaseException:
@@ -72,20 +75,33 @@ class Pool:
         if BACKEND == "nccl" and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs, found {torch.cuda.device_count()}")
         self._jobs += 1
-        rendezvous = os.path.join(self._folder.name, f"rendezvous-{self._jobs}")
-        payload = pickle.dumps((body, args))
+        group = {
+            "init_method": f"file://{self._folder.name}/rendezvous-{self._jobs}",
+            "world_size": world_size,
+            "timeout": timedelta(seconds=START_S + timeout_s),  # the limit that counts is the one below
+        }
+        call = pickle.dumps((body, args))
         self._hire(world_size)
         connections = [connection for _, connection in self._workers[:world_size]]
         for rank, connection in enumerate(connections):
-            connection.send_bytes(pickle.dumps(((rank, world_size, rendezvous, timeout_s), payload)))
-        answers = self._collect(connections, time.monotonic() + timeout_s)
+            connection.send_bytes(pickle.dumps((group | {"rank": rank}, call)))
+        answers = self._collect(connections, START_S)
+        ready = all(ok for ok, _ in answers.values()) and len(answers) == world_size
+        if ready:
+            for connection in connections:
+                connection.send_bytes(GO)
+            answers = self._collect(connections, timeout_s)
+        else:
+            for rank, (ok, _) in answers.items():
+                if ok:
+                    connections[rank].send_bytes(b"")
         failed = [rank for rank, (ok, _) in answers.items() if not ok]
         missing = [rank for rank in range(world_size) if rank not in answers]
         if failed or missing:
             self._replace(missing)
             report = "\n".join(f"--- rank {rank} ---\n{answers[rank][1]}" for rank in sorted(failed))
-            hung = f"ranks {missing} did not answer within {timeout_s:g} s (hung or died)\n" if missing else ""
-            raise AssertionError(f"{hung}{report}")
+            lost = f"ranks {missing} died or hung (limit {timeout_s:g} s)\n" if missing else ""
+            raise AssertionError(f"{lost}{report}")
         return [answers[rank][1] for rank in range(world_size)]
 
     def _hire(self, count: int) -> None:
@@ -97,22 +113,22 @@ class Pool:
             self._workers.append((process, ours))
 
     @staticmethod
-    def _collect(connections: list, deadline: float) -> dict:
+    def _collect(connections: list, limit_s: float) -> dict:
+        deadline = time.monotonic() + limit_s
         answers, open_ = {}, dict(zip(connections, range(len(connections)), strict=True))
         while open_ and (left_s := deadline - time.monotonic()) > 0:
             for connection in wait(list(open_), timeout=left_s):
                 rank = open_.pop(connection)
                 try:
                     answers[rank] = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    answers[rank] = (False, "the worker process died")
-                if not answers[rank][0]:
-                    deadline = min(deadline, time.monotonic() + 15)  # its peers will hardly get further
+                except (EOFError, ConnectionError):
+                    pass  # the worker died
+                if not answers.get(rank, (False,))[0]:
+                    deadline = min(deadline, time.monotonic() + 10)  # its peers will hardly get further
         return answers
 
     def _replace(self, ranks: list[int]) -> None:
-        dead = {rank for rank, (process, _) in enumerate(self._workers) if not process.is_alive()}
-        for rank in sorted(dead.union(ranks), reverse=True):
+        for rank in sorted(ranks, reverse=True):
             process, connection = self._workers.pop(rank)
             process.kill()
             process.join()

@@ -1,0 +1,81 @@
+"""The house rules that an import can break: imports point down, and torch.distributed is named in one place."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+
+from tests.helpers import REPOSITORY
+
+TOP, MIDDLE, LEAF = 3, 1, 0
+LAYERS = {"cli": TOP, "__main__": TOP, "train": 2, "evaluate": 2, "mine": 2}  # all others are MIDDLE
+LAYERS |= {"collectives": LEAF, "processes": LEAF, "masking": LEAF}
+# What is no collective operation: types, sharding and launching.
+ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "run", "tensor"}
+
+
+def _module(path) -> str:
+    parts = path.relative_to(REPOSITORY / "inbatch").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {_module(path): ast.parse(path.read_text()) for path in (REPOSITORY / "inbatch").rglob("*.py")}
+
+
+def _imports(tree):
+    """Full dotted names of what a module imports at run time, wherever in the file."""
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in set(ast.walk(tree)) - typing_only:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _ours(name: str) -> str | None:
+    """The module of ours that an imported name is, or lies in."""
+    parts = name.split(".")
+    if parts[0] != "inbatch":
+        return None
+    return next(known for n in range(len(parts), 0, -1) if (known := ".".join(parts[1:n])) in SOURCES)
+
+
+def test_imports_point_down_and_never_in_circles():
+    graph = {name: {ours for i in _imports(tree) if (ours := _ours(i)) is not None} for name, tree in SOURCES.items()}
+    layer = {name: LAYERS.get(name.split(".")[0], MIDDLE) for name in SOURCES}
+    upwards = [(a, b) for a, below in graph.items() for b in below if layer[b] > layer[a]]
+    assert not upwards
+    graphlib.TopologicalSorter({a: below - {a} for a, below in graph.items()}).prepare()
+
+
+def test_only_collectives_names_the_operations_of_torch_distributed():
+    found = []
+    for name, tree in SOURCES.items():
+        attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for imported in {*_imports(tree), *attributes}:
+            parts = imported.split(".")
+            if parts[:2] == ["torch", "distributed"] and (len(parts) == 2 or parts[2] not in ALLOWED_DISTRIBUTED):
+                found.append((name, imported))
+    assert {name for name, _ in found} <= {"collectives", "processes"}, found
+
+
+def _loaded_after(code: str) -> set[str]:
+    code = f"import sys; {code}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True, cwd=REPOSITORY).split())
+
+
+def test_importing_the_package_is_free_and_the_loss_needs_only_torch():
+    assert not _loaded_after("import inbatch") & {"torch", "numpy"}
+    assert not _loaded_after("from inbatch import all_gather, info_nce") & {
+        "transformers",
+        "datasets",
+        "triton",
+        "pyarrow",
+    }
