@@ -1,0 +1,217 @@
+"""The kernel functions of `_blocks` in Triton, for CUDA: float32 scores that never leave the registers.
+
+Shapes: R rows, C columns, D dimension, r rows of one chunk.
+
+One kernel multiplies a tile of scores, exponentiates it against the row's pivot and writes it in the dtype of the
+gradient products, which are plain matrix products. That dtype is bfloat16 for half-precision inputs, float16 included:
+exp(score - pivot) needs its range. Sums are added in a fixed order: results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from inbatch.losses import tiled
+from inbatch.losses._blocks import Block
+
+try:
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from inbatch.losses import _kernels as kernels
+except ImportError:
+    triton = None
+
+DEFAULT_CHUNK_MIB = 1024.0
+ROW_MULTIPLE = 128
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """BM x BN scores, BK of D at a time, over a ring of `stages` buffers; groups of row tiles share the L2 cache."""
+
+    BM: int
+    BN: int
+    BK: int
+    HALVES: int
+    GROUP: int
+    FLATTEN: bool
+    num_warps: int
+    num_stages: int
+    programs: int = 1  # resident on each multiprocessor
+
+    def options(self) -> dict[str, int | bool]:
+        names = ("BM", "BN", "BK", "HALVES", "GROUP", "FLATTEN", "num_warps", "num_stages")
+        return {name: getattr(self, name) for name in names}
+
+
+HALF_TILE = Tile(BM=128, BN=256, BK=64, HALVES=2, GROUP=8, FLATTEN=True, num_warps=8, num_stages=3)
+FLOAT_TILE = Tile(BM=128, BN=128, BK=32, HALVES=1, GROUP=8, FLATTEN=False, num_warps=8, num_stages=3)
+# Without the bulk copy engine: older devices, rows that are not multiples of 16 bytes.
+POINTER_TILE = Tile(BM=64, BN=128, BK=32, HALVES=1, GROUP=8, FLATTEN=False, num_warps=4, num_stages=3)
+INTERPRETED_TILE = Tile(BM=32, BN=32, BK=16, HALVES=2, GROUP=2, FLATTEN=False, num_warps=4, num_stages=1)
+_SETTLE_TILE = {"BM": 32, "BN": 64, "BK": 32, "BT": 64}
+
+
+def why_not(queries: Tensor) -> str | None:
+    if triton is None:
+        return "triton is not installed"
+    if queries.dtype == torch.float64:
+        return "it computes in float32, the inputs are float64"
+    if not queries.is_cuda and not INTERPRETED:
+        return f"it needs CUDA, the inputs are on {queries.device}"
+    return None
+
+
+def exp_itemsize(dtype: torch.dtype) -> int:
+    return _exp_dtype(dtype).itemsize
+
+
+def _exp_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+@lru_cache(maxsize=16)
+def _device_facts(index: int) -> tuple[int, bool]:
+    """(multiprocessors, has the bulk copy engine)"""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    return _device_facts(tensor.device.index)[0] if tensor.is_cuda else 2
+
+
+def _bulk_copies(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can read and write all of these."""
+    if tensors[0].is_cuda and not _device_facts(tensors[0].device.index)[1]:
+        return False
+    return all(
+        tensor.stride(1) == 1 and tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+        for tensor in tensors
+    )
+
+
+def _pick_tile(dtype: torch.dtype, bulk: bool) -> Tile:
+    if INTERPRETED:
+        return INTERPRETED_TILE
+    if not bulk:
+        return POINTER_TILE
+    return FLOAT_TILE if dtype == torch.float32 else HALF_TILE
+
+
+def _row_slices(block: Block, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, tuple]:
+    limit = None if block.limit is None else block.limit[start:stop]
+    keys = tuple(
+        (row_keys[start:stop], column_keys, row_keys.shape[1], column_keys.shape[1])
+        for row_keys, column_keys in block.keys
+    )
+    return block.rows[start:stop], block.own[start:stop], limit, keys
+
+
+def exp_scores(
+    block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    rows, own, limit, keys = _row_slices(block, start, stop)
+    (R, D), C = rows.shape, block.columns.shape[0]
+    dtype, device = _exp_dtype(rows.dtype), rows.device
+    # Rows of E start on 128 bytes: the copy engine needs 16, the products are fastest so.
+    stride = -(-C // 64) * 64
+    exp = torch.empty((R, stride) if keep else (1, stride), dtype=dtype, device=device)
+    if R == 0 or C == 0:
+        return (exp[:, :C] if keep else None), torch.zeros(R, dtype=torch.float32, device=device), pivot_r
+    bulk = _bulk_copies(rows, block.columns)
+    tile = _pick_tile(rows.dtype, bulk)
+    tiles = triton.cdiv(R, tile.BM), triton.cdiv(C, tile.BN)
+    partial = torch.empty((tiles[1], R), dtype=torch.float32, device=device)
+    sums = torch.empty((2, R), dtype=torch.float32, device=device)  # and pivots
+    masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    if bulk:
+        operands = (
+            TensorDescriptor(rows, [R, D], [rows.stride(0), 1], [tile.BM, tile.BK]),
+            TensorDescriptor(block.columns, [C, D], [block.columns.stride(0), 1], [tile.BN, tile.BK]),
+            TensorDescriptor(exp, [exp.shape[0], C], [stride, 1], [tile.BM, tile.BN // tile.HALVES]),
+        )
+    else:
+        operands = (rows, block.columns, exp)
+    grid = min(tiles[0] * tiles[1], _multiprocessors(rows) * tile.programs)
+    kernels.exp_kernel[(grid,)](
+        *operands, own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
+        own if counts is None else counts[start:stop], keys,
+        R, C, D, rows.stride(0), block.columns.stride(0), stride,
+        COUNT=counts is not None, TMA=bulk, **masks, **tile.options(),
+    )  # fmt: skip
+    kernels.settle_kernel[(triton.cdiv(R, _SETTLE_TILE["BM"]),)](
+        rows, block.columns, exp, own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
+        sums[0], sums[1], keys, R, C, D, tiles[1], rows.stride(0), block.columns.stride(0), stride,
+        **masks, **_SETTLE_TILE,
+    )  # fmt: skip
+    return (exp[:, :C] if keep else None), sums[0], sums[1]
+
+
+def finish(
+    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, factor: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if len(sums) != 1:
+        return tiled.finish(sums, pivots, positive_r, factor)
+    loss, weight, coefficient = torch.empty((3, positive_r.shape[0]), dtype=torch.float32, device=positive_r.device)
+    if positive_r.shape[0]:
+        kernels.finish_kernel[(triton.cdiv(positive_r.shape[0], 256),)](
+            sums[0], pivots[0], positive_r, factor, loss, weight, coefficient, positive_r.shape[0], BLOCK=256
+        )
+    return loss, [weight], coefficient
+
+
+def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
+    """[R] float32: scale * rows_i . positives_i"""
+    R, D = rows.shape
+    scores = torch.empty(R, dtype=torch.float32, device=rows.device)
+    if R:
+        kernels.row_dot_kernel[(triton.cdiv(R, 8),)](
+            rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0), BM=8, BD=256
+        )
+    return scores
+
+
+def add_gradients(
+    block: Block,
+    exp_rC: Tensor,
+    start: int,
+    stop: int,
+    weight_r: Tensor,
+    d_rows: Tensor | None,
+    d_columns: Tensor | None,
+    *,
+    fresh_rows: bool,
+    fresh_columns: bool,
+) -> None:
+    dtype = exp_rC.dtype
+    if d_rows is not None:
+        if fresh_rows:
+            _product(exp_rC, block.columns.to(dtype), d_rows[start:stop], add=False)
+            d_rows[start:stop].mul_(weight_r[:, None])
+        else:
+            product = torch.empty_like(d_rows[start:stop])
+            _product(exp_rC, block.columns.to(dtype), product, add=False)
+            d_rows[start:stop].addcmul_(product, weight_r[:, None])
+    if d_columns is not None:
+        rows = block.rows[start:stop]
+        weighted = torch.mul(rows, weight_r[:, None], out=torch.empty(rows.shape, dtype=dtype, device=rows.device))
+        _product(exp_rC.T, weighted, d_columns, add=not fresh_columns)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+    """out = left @ right, or out += it, in float32 throughout."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=1 if add else 0)
+    elif add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
