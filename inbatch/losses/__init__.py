@@ -1,0 +1,152 @@
+"""The loss: info_nce and InfoNCELoss check what they are given, agree with the other ranks, choose an implementation, call it.
+
+Shapes: B local queries, M local passages, D dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from inbatch.losses import _check, tiled
+from inbatch.losses._driver import InfoNCE
+from inbatch.losses._objective import CLIP, GTE, QWEN3_EMBEDDING, Objective
+from inbatch.losses._stats import LossStats
+from inbatch.losses.reference import reference_loss
+from inbatch.masking import FalseNegatives
+
+__all__ = ["CLIP", "GTE", "QWEN3_EMBEDDING", "FalseNegatives", "InfoNCELoss", "LossStats", "Objective", "info_nce"]
+
+
+def info_nce(
+    queries: Tensor,
+    passages: Tensor,
+    *,
+    positives: Tensor | None = None,
+    temperature: float | Tensor = 0.02,
+    false_negatives: FalseNegatives | None = None,
+    negatives: str = "gather",
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+    objective: Objective | None = None,
+    chunk_mib: float | None = None,
+    stats: LossStats | None = None,
+) -> Tensor:
+    """Mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i)  with  s_ij = q_i . p_j / temperature.
+
+    C(i): the passages of all ranks less the false negatives of i. See README for `objective`, other sums of such terms.
+
+    queries [B, D], passages [M, D]: one floating dtype; B and M may differ between ranks and may be 0
+    positives [B] int64: column of each query's positive among the local passages; default: equal groups, positive first
+        (on a GPU it is checked there; on the CPU it costs no synchronisation)
+    temperature: positive float, or a 0-d tensor that may require grad
+    negatives: "gather", "ring" (never gathers: memory independent of the number of ranks) or "local" (this rank's only)
+    impl: "auto", "reference" (dense), "tiled" (plain PyTorch, bounded memory) or "fused" (Triton)
+    chunk_mib: bound on the exponentials held at once by "tiled" and "fused"; stats: counts what the softmax saw
+
+    Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
+    over the W ranks it is the loss, and parameter gradients averaged over ranks (DDP, FSDP2) are the one-process gradients.
+    Raises ValueError, on every rank, for wrong or disagreeing inputs. (van den Oord et al. 2018; Karpukhin et al. 2020)
+    """
+    settings = _check.Settings(
+        positives=positives,
+        temperature=temperature,
+        false_negatives=false_negatives or FalseNegatives(),
+        negatives=negatives,
+        group=group,
+        objective=objective or Objective(),
+        chunk_mib=chunk_mib,
+        stats=stats,
+    )
+    error = _check.find_error(queries, passages, settings)
+    kernels = None
+    if error is None:
+        kernels, error = _choose(impl, queries)
+    problem = _check.agree(queries, passages, settings, kernels, error)
+    if kernels is None:
+        return reference_loss(queries, passages, temperature, problem)
+    return InfoNCE.apply(queries, passages, temperature, problem)
+
+
+def _choose(impl: str, queries: Tensor) -> tuple[ModuleType | None, str | None]:
+    """The module with the kernel functions (None: the reference), or what is wrong."""
+    if impl == "reference":
+        return None, None
+    if impl not in ("auto", "tiled", "fused"):
+        return None, f'impl must be "auto", "reference", "tiled" or "fused", got {impl!r}'
+    if impl == "tiled" or (impl == "auto" and not queries.is_cuda):
+        return tiled, None
+    fused = importlib.import_module("inbatch.losses.fused")
+    reason = fused.why_not(queries)
+    if reason is None:
+        return fused, None
+    return (tiled, None) if impl == "auto" else (None, f'impl="fused" cannot run here: {reason}; use impl="auto"')
+
+
+class InfoNCELoss(nn.Module):
+    """info_nce with its options held; `forward` takes what changes from batch to batch.
+
+    learnable: the temperature is a parameter, kept positive as exp(log_temperature). Its gradient follows the same contract as
+    the embeddings': average it over ranks, as DDP does for a module that holds this one.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.02,
+        *,
+        learnable: bool = False,
+        negatives: str = "gather",
+        impl: str = "auto",
+        group: ProcessGroup | None = None,
+        objective: Objective | None = None,
+        chunk_mib: float | None = None,
+    ):
+        super().__init__()
+        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+            raise ValueError(f"temperature must be a positive number to start from, got {temperature!r}")
+        self._fixed_temperature = temperature
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
+        self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (
+            negatives,
+            impl,
+            group,
+            objective,
+            chunk_mib,
+        )
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in use: a float, or a 0-d tensor that requires grad if it is learnable."""
+        return self._fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def forward(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        *,
+        positives: Tensor | None = None,
+        false_negatives: FalseNegatives | None = None,
+        stats: LossStats | None = None,
+    ) -> Tensor:
+        return info_nce(
+            queries,
+            passages,
+            positives=positives,
+            temperature=self.temperature,
+            false_negatives=false_negatives,
+            negatives=self.negatives,
+            impl=self.impl,
+            group=self.group,
+            objective=self.objective,
+            chunk_mib=self.chunk_mib,
+            stats=stats,
+        )
+
+    def extra_repr(self) -> str:
+        learnable = "" if self.log_temperature is None else ", learnable"
+        return f"temperature={float(self.temperature):g}{learnable}, negatives={self.negatives!r}, impl={self.impl!r}"

@@ -1,0 +1,74 @@
+"""Which scores enter which softmax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# direction -> (what the rows are, what the columns are); "positive" is the row's positive passage.
+DIRECTIONS = {
+    "query_to_passage": ("query", "passage"),
+    "passage_to_query": ("positive", "query"),
+    "query_to_query": ("query", "query"),
+    "passage_to_passage": ("positive", "passage"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What info_nce computes, for row i with query q_i and positive passage d_i; s is the scaled score.
+
+    directions: whose scores stand beside s(q_i, d_i) in the softmax of row i
+        query_to_passage    s(q_i, p) for every other passage      passage_to_query    s(d_i, q) for every other query
+        query_to_query      s(q_i, q) for every other query        passage_to_passage  s(d_i, p) for every other passage
+    partition: "joint", one softmax over all of them, or "per_direction", one for each and the mean of their losses
+    matryoshka_dims: the loss is the weighted sum over prefixes of the embeddings, each renormalised (the full dimension is
+        taken as it is); weights default to 1 (Kusupati et al. 2022)
+
+    Settings: CLIP (Radford et al. 2021), GTE (Li et al. 2023) and QWEN3_EMBEDDING (Zhang et al. 2025, which also masks by
+    FalseNegatives(margin=0.1)). Raises ValueError for unknown or repeated names and for wrong dimensions.
+    """
+
+    directions: tuple[str, ...] = ("query_to_passage",)
+    partition: str = "joint"
+    matryoshka_dims: tuple[int, ...] | None = None
+    matryoshka_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            not self.directions
+            or len(set(self.directions)) < len(self.directions)
+            or set(self.directions) - set(DIRECTIONS)
+        ):
+            raise ValueError(f"directions must be different ones of {', '.join(DIRECTIONS)}, got {self.directions!r}")
+        if self.partition not in ("joint", "per_direction"):
+            raise ValueError(f'partition must be "joint" or "per_direction", got {self.partition!r}')
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is not None and (not dims or len(set(dims)) < len(dims) or min(dims) < 1):
+            raise ValueError(f"matryoshka_dims must be different positive integers, got {dims!r}")
+        if weights is not None and (dims is None or len(weights) != len(dims) or not all(map(math.isfinite, weights))):
+            raise ValueError(
+                f"matryoshka_weights must give one number for each of matryoshka_dims {dims!r}, got {weights!r}"
+            )
+
+    def softmaxes(self) -> list[tuple[tuple[str, ...], float]]:
+        """(directions, weight) of each softmax."""
+        if self.partition == "joint":
+            return [(self.directions, 1.0)]
+        return [((direction,), 1 / len(self.directions)) for direction in self.directions]
+
+    def prefixes(self, dim: int) -> list[tuple[int, float]]:
+        """(dimensions, weight) of each prefix, the longest first."""
+        if self.matryoshka_dims is None:
+            return [(dim, 1.0)]
+        weights = self.matryoshka_weights or (1.0,) * len(self.matryoshka_dims)
+        return sorted(zip(self.matryoshka_dims, weights, strict=True), reverse=True)
+
+    @property
+    def query_columns(self) -> bool:
+        return any(DIRECTIONS[direction][1] == "query" for direction in self.directions)
+
+
+CLIP = Objective(directions=("query_to_passage", "passage_to_query"), partition="per_direction")
+GTE = Objective(directions=tuple(DIRECTIONS))
+QWEN3_EMBEDDING = Objective(directions=("query_to_passage", "query_to_query", "passage_to_passage"))

@@ -1,0 +1,49 @@
+"""What the softmax saw, for the log: counted by the loss itself, read when wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from inbatch import collectives
+
+
+class LossStats:
+    """Collects from every info_nce(..., stats=...) until `reset`; costs no pass over the scores and no synchronisation.
+
+    `result()` is collective (every rank of the group calls it) and returns figures over all rows of all ranks:
+
+        candidates   mean number of columns in a row's softmax, its positive included
+        masked       fraction of the columns other than the positive that were left out as false negatives
+        accuracy     fraction of rows whose positive scores highest among the candidates (ties count for the positive)
+
+    With several softmaxes (per_direction, Matryoshka) the first direction and the longest prefix are counted.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was collected."""
+        self._totals: Tensor | None = None
+        self._group: ProcessGroup | None = None
+
+    def add(self, counts_B: Tensor, others: int, group: ProcessGroup | None) -> None:
+        """counts [B, 2]: masked columns, columns that beat the positive; others: columns of a row besides its positive."""
+        masked, beaten = counts_B[:, 0].sum(), (counts_B[:, 1] > 0).sum()
+        rows = counts_B.shape[0]
+        new = torch.stack([torch.full_like(masked, rows), torch.full_like(masked, rows * others), masked, beaten])
+        self._totals = new if self._totals is None else self._totals + new
+        self._group = group
+
+    def result(self) -> dict[str, float]:
+        """The figures so far; ValueError if there are none."""
+        if self._totals is None:
+            raise ValueError("LossStats has collected nothing yet: pass it to info_nce(..., stats=...) first")
+        rows, others, masked, beaten = collectives.all_reduce(self._totals.clone(), "sum", self._group).tolist()
+        return {
+            "candidates": 1 + (others - masked) / rows,
+            "masked": masked / others if others else 0.0,
+            "accuracy": 1 - beaten / rows,
+        }
