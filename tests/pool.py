@@ -4,6 +4,7 @@ Spawning a process and importing torch costs seconds, a job in a warm worker cos
 default group of exactly the wanted size (file rendezvous) and a time limit: workers that hang are killed and replaced.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -105,6 +106,7 @@ class Pool:
         return [answers[rank][1] for rank in range(world_size)]
 
     def _hire(self, count: int) -> None:
+        self._replace([rank for rank, (process, _) in enumerate(self._workers) if not process.is_alive()])
         while len(self._workers) < count:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -119,10 +121,8 @@ class Pool:
         while open_ and (left_s := deadline - time.monotonic()) > 0:
             for connection in wait(list(open_), timeout=left_s):
                 rank = open_.pop(connection)
-                try:
+                with contextlib.suppress(EOFError, ConnectionError):  # a worker that died has no answer
                     answers[rank] = pickle.loads(connection.recv_bytes())
-                except (EOFError, ConnectionError):
-                    pass  # the worker died
                 if not answers.get(rank, (False,))[0]:
                     deadline = min(deadline, time.monotonic() + 10)  # its peers will hardly get further
         return answers

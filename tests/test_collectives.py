@@ -182,7 +182,7 @@ def _ones(*shape, **kwargs):
 DISAGREEMENTS = {
     # case: (what rank 2 does, what the others do, what the message says)
     "presence": ({"t": None}, {"t": (5, 8)}, "t: ranks 0, 1 have (rows, 8) float32, rank 2 has None"),
-    "trailing shape": ({"t": (5, 8)}, {"t": (8, 4)}, "t: ranks 0, 1 have (rows, 4) float32, rank 2 has (rows, 8) float32"),
+    "trailing shape": ({"t": (5, 8)}, {"t": (8, 4)}, "t: ranks 0, 1 have (rows, 4) float32, rank 2 has (rows, 8)"),
     "dimensions": ({"t": (5,)}, {"t": (5, 1)}, "rank 2 has (rows) float32"),
     "0-d": ({"t": ()}, {"t": (5,)}, "rank 2 has () float32"),
     "dtype": ({"t": (5, 8), "dtype": torch.bfloat16}, {"t": (5, 8)}, "rank 2 has (rows, 8) bfloat16"),
