@@ -44,7 +44,8 @@ def write_corpus_id(folder: Path, *, documents=None, data=None, kind: str = "par
         write_jsonl(corpus / "docs.jsonl", documents)
     record = {"question_id": 7, "question": "why?", "corpus_id": corpus_id}
     record |= {"pos_doc": [{"id": 1}, {"id": "2"}], "neg_doc": [{"id": 3}, 4]}
-    content = {"corpus": [{"path": "corpus"}], "data": [record] if data is None else data}
+    place = {"path": "corpus"}  # either alone or in a list
+    content = {"corpus": [place] if kind == "parquet" else place, "data": [record] if data is None else data}
     path = folder / "train.json"
     path.write_text(json.dumps(content, indent=2))
     return path

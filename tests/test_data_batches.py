@@ -81,7 +81,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
         838,
         536,
     ]  # a resumed run must meet the same batches after an upgrade
-    forward[1][:] = -7  # a caller's batch is its own
+    plan.batch(1)[:] = -7  # a caller's batch is its own
     assert plan.batch(1).min() >= 0
 
 
