@@ -1,0 +1,286 @@
+"""The command line: `inbatch train | evaluate | encode`.
+
+A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from inbatch.config import Config
+    from inbatch.encoder import BiEncoderModel
+
+TRAIN_HELP = """\
+Train the encoder that the YAML file CONFIG describes. Every key can be set as an option, over the file:
+
+    inbatch train configs/quickstart.yaml --nproc-per-node 2 --optim.lr 1e-4 --train.output_dir runs/second
+
+The same command again goes on with a run that was interrupted. On several machines, start
+`torchrun ... -m inbatch train CONFIG` on each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; the process ends with 0, 1 after a mistake in files or settings, 2 after wrong usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
+    try:
+        launch = known.nproc_per_node > 1 and "RANK" not in os.environ
+        status = _launch(known, arguments) if launch else _run(known)
+    except (ValueError, OSError, ArithmeticError) as error:
+        _report(error)
+        status = 1
+    if status:
+        # Not sys.exit: a rank that failed would wait for its peers in the destructors of the process group.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _parse_train(arguments: list[str]) -> argparse.Namespace:
+    """CONFIG comes first, and is optional; what this parser does not know are overrides of the configuration."""
+    config = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    parser = argparse.ArgumentParser(
+        prog="inbatch train", parents=[_common_options()], add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("-h", "--help", action="store_true")
+    known, overrides = parser.parse_known_args(arguments)
+    if known.help:
+        from inbatch.config_file import build_parser as build_config_parser
+
+        # Without jsonargparse's usage, which repeats every key.
+        print(TRAIN_HELP + "\n\n" + build_config_parser().format_help().split("\n\n", 2)[2], end="")
+        sys.exit(0)
+    return argparse.Namespace(**vars(known), command="train", config=config, overrides=overrides, function=_train)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="inbatch", description="Train and use text encoders for retrieval.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
+
+    evaluate = commands.add_parser(
+        "evaluate", parents=[_common_options(), _encoding_options()], help="measure retrieval on a BEIR folder",
+        allow_abbrev=False,
+        description="Embed the queries and the corpus of a BEIR folder, search exactly and print the measures as JSON.",
+    )  # fmt: skip
+    evaluate.add_argument("model", metavar="MODEL", help="folder or hub name of a model")
+    evaluate.add_argument("data", metavar="DATA", help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
+    evaluate.add_argument("--split", default="test", help="which qrels (default: %(default)s)")
+    evaluate.add_argument("--measures", nargs="+", metavar="M", help="such as nDCG@10 R@100 RR@10")
+    evaluate.add_argument("--similarity", choices=("cosine", "dot"), default="cosine", help="(default: %(default)s)")
+    evaluate.add_argument(
+        "--top-k", type=_positive, default=100, metavar="K", help="documents per query (default: 100)"
+    )
+    evaluate.add_argument("--query-prefix", help="text before each query (default: the model's prompt)")
+    evaluate.add_argument("--passage-prefix", help="text before each document (default: the model's prompt)")
+    evaluate.add_argument("--query-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
+    evaluate.add_argument("--passage-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
+    evaluate.add_argument("--run-file", metavar="FILE", help="write the rankings as a TREC run")
+    evaluate.set_defaults(function=_evaluate)
+
+    encode = commands.add_parser(
+        "encode", parents=[_common_options(), _encoding_options()], help="write the embeddings of a file's texts",
+        allow_abbrev=False,
+        description="Write the embeddings of a file's texts, one a row in file order; ids go to OUTPUT.ids.txt.",
+    )  # fmt: skip
+    encode.add_argument("model", metavar="MODEL", help="folder or hub name of a model")
+    encode.add_argument(
+        "input", metavar="INPUT", help="BEIR folder (its corpus), JSONL of {_id, title, text}, or text lines"
+    )
+    encode.add_argument("output", metavar="OUTPUT", help="file name ending in .npy or .safetensors")
+    encode.add_argument("--prompt", help="the model's prompt to put before each text, such as query or document")
+    encode.add_argument("--prefix", help="text to put before each text, instead of a prompt")
+    encode.add_argument("--max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
+    encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
+    encode.set_defaults(function=_encode)
+    return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--nproc-per-node", type=_positive, default=1, metavar="N", help="processes to start here (default: 1)"
+    )
+    return options
+
+
+def _encoding_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
+    )
+    options.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on GPUs, fp32 on CPU"
+    )
+    options.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="padded tokens per batch")
+    options.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
+
+
+# ---- processes and errors
+
+
+def _run(known: argparse.Namespace) -> int:
+    warnings.showwarning = _show_warning
+    known.function(known)
+    return 0
+
+
+def _launch(known: argparse.Namespace, arguments: list[str]) -> int:
+    """Starts the same command in N processes on this machine through torchrun; returns 1 if one fails."""
+    if known.command == "train":
+        _load_config(known)  # a mistake in it is found at once, and once
+    import logging
+
+    from torch.distributed import run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // known.nproc_per_node)))
+    # The rank that failed has said why; torchrun's own report would bury it.
+    logging.disable(logging.CRITICAL)
+    try:
+        run.main(["--standalone", "--nproc-per-node", str(known.nproc_per_node), "-m", "inbatch", *arguments])
+    except Exception as error:
+        if type(error).__name__ != "ChildFailedError":
+            raise
+        return 1
+    return 0
+
+
+def _report(error: Exception) -> None:
+    """One line on stderr, from one of this machine's ranks, and in the report that torchrun prints last."""
+    message = " ".join(str(error).split())
+    if os.environ.get("INBATCH_TRACEBACK"):
+        traceback.print_exc()
+    torchrun_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    first = True
+    if torchrun_file:
+        Path(torchrun_file).write_text(json.dumps({"message": message}), encoding="utf-8")
+        # <job>/<attempt>/<local rank>/error.json: the ranks of an attempt share a folder, where one creates this file.
+        try:
+            (Path(torchrun_file).parents[1] / "inbatch-error").touch(exist_ok=False)
+        except FileExistsError:
+            first = False
+    if first:
+        print(f"inbatch: error: {message}", file=sys.stderr)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"inbatch: warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _processes(device: str) -> Iterator["torch.device"]:
+    """The process group of torchrun's environment, if any, and this process's device; ended only after success."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from inbatch import collectives
+
+    transformers_logging.disable_progress_bar()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda but torch sees no GPU: set it to auto or cpu")
+    yield collectives.start("gloo" if device == "cpu" else None)
+    collectives.stop()
+
+
+# ---- the commands; what they need is imported when they run, so that --help is quick
+
+
+def _load_config(known: argparse.Namespace) -> "Config":
+    from inbatch.config_file import load
+
+    return load(known.config, known.overrides)
+
+
+def _train(known: argparse.Namespace) -> None:
+    config = _load_config(known)
+    with _processes(config.train.device) as device:
+        from inbatch.train import train
+
+        train(config, device=device)
+
+
+def _open_model(known: argparse.Namespace, device: "torch.device") -> "BiEncoderModel":
+    """The model on its device, in float32; its size agreed between the ranks."""
+    import torch
+
+    from inbatch import collectives
+    from inbatch.encoder import BiEncoderModel
+
+    model = collectives.together(lambda: BiEncoderModel.from_pretrained(known.model, dtype=torch.float32))
+    collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
+    return model.to(device).eval()
+
+
+def _encoding(known: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
+    precision = known.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"precision": precision, "batch_tokens": known.batch_tokens, "progress": known.progress}
+
+
+def _evaluate(known: argparse.Namespace) -> None:
+    with _processes(known.device) as device:
+        from inbatch import collectives
+        from inbatch.data import load_retrieval
+        from inbatch.evaluate import evaluate
+        from inbatch.metrics import DEFAULT_MEASURES
+
+        data = collectives.together(lambda: load_retrieval(known.data, known.split))
+        figures = evaluate(
+            _open_model(known, device),
+            data,
+            measures=known.measures or DEFAULT_MEASURES,
+            top_k=known.top_k,
+            run_file=known.run_file,
+            similarity=known.similarity,
+            query_prefix=known.query_prefix,
+            passage_prefix=known.passage_prefix,
+            query_max_len=known.query_max_len,
+            passage_max_len=known.passage_max_len,
+            **_encoding(known, device),
+        )
+        if collectives.rank() == 0:
+            print(json.dumps(figures))
+
+
+def _encode(known: argparse.Namespace) -> None:
+    with _processes(known.device) as device:
+        from inbatch import collectives
+        from inbatch.encode import encode_to_file
+
+        model = _open_model(known, device)
+        if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
+            raise ValueError(
+                f"--prompt {known.prompt}: expected one of {sorted(model.prompts)}, and no --prefix beside it"
+            )
+        prefix = model.prompts[known.prompt] if known.prompt else known.prefix or ""
+        rows, dimension = encode_to_file(
+            model,
+            known.input,
+            known.output,
+            prefix=prefix,
+            max_length=known.max_len,
+            dtype=known.dtype,
+            **_encoding(known, device),
+        )
+        if collectives.rank() == 0:
+            print(f"{known.output}: {rows} x {dimension} {known.dtype}")

@@ -1,0 +1,186 @@
+"""Everything before the first step: the run's folder, the data, the model, the optimizer, and where to go on from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from inbatch import checkpoint, collectives
+from inbatch.batches import Batches
+from inbatch.config import Config, differences, save
+from inbatch.config_file import load
+from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
+from inbatch.encoder import BiEncoderModel
+from inbatch.losses import InfoNCELoss
+from inbatch.optim import build_optimizer
+from inbatch.run_log import RunLog
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What the loop works with. `network` is the model as it is called: in DDP where there are several ranks."""
+
+    config: Config
+    device: torch.device
+    model: BiEncoderModel
+    network: nn.Module
+    loss: InfoNCELoss
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    plan: BatchPlan
+    evaluation: RetrievalData | None
+    first_step: int
+    total_steps: int
+    log: RunLog
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.train.output_dir)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for module in (self.model, self.loss) for p in module.parameters() if p.requires_grad]
+
+    @property
+    def bf16(self) -> bool:
+        precision = self.config.train.precision
+        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """The value that rank 0 computes, on every rank; an error there is raised on every rank."""
+    value = collectives.together(lambda: function() if collectives.rank() == 0 else None)
+    return collectives.broadcast_object(value)
+
+
+def claim_folder(config: Config) -> str | None:
+    """Makes the run's folder, or checks that it is this run's; the newest checkpoint in it, if any."""
+    folder = Path(config.train.output_dir)
+    known = folder / "config.yaml"
+    if known.exists():
+        changed = differences(load(known), config)
+        if changed:
+            listed = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+            raise ValueError(
+                f"{folder} holds a run with another configuration ({listed}): choose another train.output_dir"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    save(config, known)
+    found = checkpoint.latest(folder / "checkpoints")
+    return str(found[1]) if found else None
+
+
+def set_up(config: Config, device: torch.device, start: str | None) -> Run | None:
+    """Opens data and model and builds what the loop needs; None where the run is done already."""
+    together = collectives.together
+    examples = together(lambda: open_examples(config.data.train, split=config.data.split, columns=config.data.columns))
+    plan = BatchPlan(len(examples), config.train.global_batch_size, config.train.seed)
+    total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
+    if on_rank_0(lambda: is_done(config, total_steps, start)):
+        return None
+    evaluation = together(lambda: load_retrieval(config.eval.data, config.eval.split) if config.eval.data else None)
+    model = together(lambda: open_model(config, start)).to(device).train()
+    parameters = sum(p.numel() for p in model.parameters())
+    collectives.agree("the model", {}, same={"embedding size": model.embedding_dim, "parameters": parameters})
+    loss = InfoNCELoss(
+        config.loss.temperature,
+        learnable=config.loss.learnable_temperature,
+        negatives=config.loss.negatives,
+        impl=config.loss.impl,
+    ).to(device)
+    optimizer = build_optimizer([model, loss], config.optim)
+    first_step = restore(start, loss, optimizer) if start else 0
+    batches = Batches(
+        examples,
+        plan,
+        build_collator(config, model),
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+        accumulation_steps=config.train.accumulation_steps,
+    )
+    return Run(
+        config=config,
+        device=device,
+        model=model,
+        network=replicate(model, device),
+        loss=loss,
+        optimizer=optimizer,
+        batches=batches,
+        plan=plan,
+        evaluation=evaluation,
+        first_step=first_step,
+        total_steps=total_steps,
+        log=RunLog(
+            config.train.output_dir,
+            first_step=first_step,
+            total_steps=total_steps,
+            enabled=collectives.rank() == 0,
+            progress=config.train.progress,
+        ),
+    )
+
+
+def is_done(config: Config, total_steps: int, start: str | None) -> bool:
+    done = Path(config.train.output_dir) / "done.json"
+    if not done.exists():
+        return False
+    steps = checkpoint.read_json(done)["steps"]
+    if steps < total_steps and start is None:
+        raise ValueError(
+            f"{done.parent} is done after {steps} steps and kept no checkpoint to go on from to {total_steps}: choose "
+            "another train.output_dir (and set checkpoint.every_steps for runs that are to be extended)"
+        )
+    return steps >= total_steps
+
+
+def open_model(config: Config, start: str | None) -> BiEncoderModel:
+    """The model to train, with float32 parameters; from the checkpoint where there is one."""
+    prompts = {"query": config.data.query_prefix, "document": config.data.passage_prefix}
+    model = BiEncoderModel.from_pretrained(
+        f"{start}/model" if start else config.model.name_or_path,
+        pooling=config.model.pooling,
+        l2_normalize=config.model.l2_normalize,
+        bidirectional=config.model.bidirectional,
+        prompts={name: text for name, text in prompts.items() if text is not None},
+        # The model is used at the lengths it was trained at: evaluation here and sentence-transformers later agree.
+        max_seq_length=max(config.data.query_max_len, config.data.passage_max_len),
+        dtype=torch.float32,
+        attn_implementation=config.model.attn_implementation,
+    )
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def build_collator(config: Config, model: BiEncoderModel) -> Collator:
+    return Collator(
+        lambda texts, max_length: model.tokenize(texts, max_length=max_length),
+        query_max_len=config.data.query_max_len,
+        passage_max_len=config.data.passage_max_len,
+        query_prefix=model.prompts.get("query", ""),
+        passage_prefix=model.prompts.get("document", ""),
+        train_n_passages=config.data.train_n_passages,
+    )
+
+
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP over the default group; GradCache starts its one reduction a step."""
+    if collectives.world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def restore(start: str, loss: InfoNCELoss, optimizer: torch.optim.Optimizer) -> int:
+    """Loads all but the model's weights from a checkpoint; returns the number of steps done."""
+    state = checkpoint.load_state(start)
+    loss.load_state_dict(state["loss"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

@@ -1,0 +1,229 @@
+"""Training: a plain loop over steps, each of which goes through GradCache. Start it with `inbatch train CONFIG`.
+
+Everything random is a function of (seed, step, rank): the batches, and the dropout too, since the generators are seeded
+anew at each step. So a checkpoint is the weights and the optimizer's state, nothing else.
+"""
+
+import hashlib
+import math
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
+
+import torch
+from torch import Tensor
+
+from inbatch import checkpoint, collectives, notes
+from inbatch.batches import Part
+from inbatch.config import Config, LossConfig, flatten
+from inbatch.data import TrainBatch
+from inbatch.evaluate import evaluate
+from inbatch.grad_cache import GradCache
+from inbatch.losses import FalseNegatives, LossStats
+from inbatch.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
+from inbatch.run_log import Stopwatch, read_metrics
+from inbatch.run_setup import Run, claim_folder, on_rank_0, set_up
+
+
+def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
+    """Trains the run that `config` describes, or goes on with it where `train.output_dir` holds a part of it.
+
+    Every rank of the default process group calls it with the same configuration (without a group: one process).
+    device: None is the one `collectives.start` bound. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
+    speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/, which sentence-transformers opens.
+
+    Returns the last figures of metrics.jsonl by name. A run that is done already is left as it is.
+    Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
+    another run; FloatingPointError where the loss is no longer finite.
+    """
+    device = device or collectives.device()
+    collectives.agree("train", {}, same=flatten(config))
+    start = on_rank_0(lambda: claim_folder(config))
+    run = set_up(config, device, start)
+    if run is None:
+        say(f"{config.train.output_dir}: this run is done; its model is in {config.train.output_dir}/model")
+        return last_figures(config)
+    try:
+        loop(run)
+        on_rank_0(lambda: finish(run))
+    finally:
+        run.log.close()
+    return last_figures(config)
+
+
+def say(text: str) -> None:
+    if collectives.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+# ---- the loop
+
+
+def loop(run: Run) -> None:
+    config = run.config
+    step_function, clock = StepFunction(run), Stopwatch()
+    steps = run.batches.ahead_from(run.first_step, run.total_steps)
+    with closing(steps):
+        for step, parts in enumerate(steps, run.first_step):
+            if step == run.first_step:
+                announce(run, parts)
+                if step == 0 and config.eval.at_start:
+                    evaluate_now(run, 0)
+                clock.start()
+            figures = step_function(step, parts)
+            clock.count(pairs=len(run.plan.batch(step)))
+            run.log.advance()
+            done = step + 1
+            last = done == run.total_steps
+            if done == 1 or last or is_due(done, config.train.log_every):
+                run.log.step(done, figures(), {**clock.read(), "peak_mib": peak_bytes(run.device) / 2**20})
+            with clock.paused():
+                if last or is_due(done, config.eval.every_steps):
+                    evaluate_now(run, done)
+                if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
+                    on_rank_0(lambda done=done: save_checkpoint(run, done))
+
+
+def is_due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+class StepFunction:
+    """One optimizer step: (step, its parts) -> a function that fetches the step's figures."""
+
+    def __init__(self, run: Run):
+        self._run, config = run, run.config
+        self._part: Part
+        self._stats = LossStats()
+        self._grad_cache = GradCache(
+            self._encode,
+            self._loss,
+            modules=[] if run.network is run.model else [run.network],
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            keep_graph_mib=config.train.keep_graph_mib,
+        )
+
+    def __call__(self, step: int, parts: list[Part]) -> Callable[[], dict[str, float]]:
+        run = self._run
+        torch.manual_seed(seed_of(run.config.train.seed, step, collectives.rank()))
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=run.device)
+        self._stats = LossStats()
+        for index, part in enumerate(parts):
+            self._part = part
+            loss += self._grad_cache(part.batch.queries, part.batch.passages, reduce=index + 1 == len(parts))
+        average_gradients(run.loss)
+        norm = clip_gradients(run.parameters, run.config.optim.max_grad_norm)
+        rate = learning_rate(step, run.total_steps, run.config.optim)
+        set_learning_rate(run.optimizer, rate)
+        others = {"grad_norm": norm, "lr": rate, "temperature": run.loss.temperature, "epoch": run.plan.epoch(step)}
+        run.optimizer.step()
+        return lambda: fetch(loss, self._stats, others)
+
+    def _encode(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        device = self._run.device
+        # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
+        if device.type == "cuda":
+            tokens = {name: value.pin_memory().to(device, non_blocking=True) for name, value in tokens.items()}
+        with torch.autocast(device.type, torch.bfloat16) if self._run.bf16 else nullcontext():
+            return self._run.network(tokens)
+
+    def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
+        batch = self._part.batch
+        loss = self._run.loss(
+            queries_BD,
+            passages_MD,
+            positives=batch.positives,
+            false_negatives=false_negatives(self._run.config.loss, batch, self._run.device),
+            stats=self._stats,
+        )
+        return loss * self._part.share_of_step
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """Seed of the generators at a step: another one for every (seed, step, rank)."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def false_negatives(config: LossConfig, batch: TrainBatch, device: torch.device) -> FalseNegatives | None:
+    if config.mask_duplicates:
+        ids = (batch.passage_ids, batch.query_ids, batch.positive_ids)
+        return FalseNegatives(*(tensor.to(device, non_blocking=True) for tensor in ids), margin=config.margin)
+    return None if config.margin is None else FalseNegatives(margin=config.margin)
+
+
+def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The figures of a step as numbers, over all ranks; waits for the device, so only logged steps call it."""
+    mean = float(collectives.all_reduce(loss.clone())) / collectives.world_size()
+    if not math.isfinite(mean):
+        raise FloatingPointError(
+            f"the loss is {mean}: lower optim.lr, raise loss.temperature or set train.precision to fp32"
+        )
+    counted = stats.result()
+    return {
+        "loss": mean,
+        "loss_minus_log_candidates": mean - math.log(counted["candidates"]),
+        **counted,
+        **{name: float(value) for name, value in others.items()},
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: of tensors on its GPU, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def announce(run: Run, parts: list[Part]) -> None:
+    """Says what each query is scored against, and what looks wrong, before the first step."""
+    first = notes.look_at(parts[0])
+    gpus = torch.cuda.device_count() if run.device.type == "cuda" else 0
+    for line in notes.candidates(run.config, first, examples=run.plan.num_examples):
+        run.log.note(line)
+    for line in notes.warnings(run.config, first, l2_normalize=run.model.l2_normalize, gpus=gpus):
+        run.log.note(f"warning: {line}")
+
+
+# ---- evaluation and saving
+
+
+def evaluate_now(run: Run, done: int) -> None:
+    if run.evaluation is None:
+        return
+    config = run.config.eval
+    # The batches' thread uses the same tokenizer, whose truncation is state.
+    with run.batches.lock:
+        figures = evaluate(
+            run.network,
+            run.evaluation,
+            measures=config.measures,
+            similarity=config.similarity,
+            precision="bf16" if run.bf16 else "fp32",
+        )
+    run.log.evaluation(done, figures)
+
+
+def save_checkpoint(run: Run, done: int) -> None:
+    checkpoint.save(
+        run.folder / "checkpoints",
+        done,
+        save_model=run.model.save_pretrained,
+        state={"optimizer": run.optimizer.state_dict(), "loss": run.loss.state_dict()},
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def finish(run: Run) -> None:
+    checkpoint.write_folder(run.folder / "model", run.model.save_pretrained)
+    checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps})
+
+
+def last_figures(config: Config) -> dict[str, float]:
+    """Every figure of metrics.jsonl as it was last written."""
+    figures: dict[str, float] = {}
+    for line in read_metrics(config.train.output_dir) if collectives.rank() == 0 else []:
+        figures.update(line)
+    return collectives.broadcast_object(figures)
