@@ -14,6 +14,8 @@ Shapes: Q queries, N documents of this rank, C documents in a block, D dimension
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,13 +120,27 @@ def _misuse(queries: Tensor, documents: Tensor, k: int, similarity: str, *chunks
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products in float32: neither a caller's autocast nor its TF32 setting may touch the ranking."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        before = [backend.fp32_precision for backend in _matmul_backends()]
+        _set_precision(["ieee"] * len(before))
+        restore = partial(_set_precision, before)
+    else:
+        restore = partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        restore()
+
+
+def _matmul_backends() -> list[Any]:
+    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _set_precision(values: list[str]) -> None:
+    for backend, value in zip(_matmul_backends(), values, strict=True):
+        backend.fp32_precision = value
 
 
 def _norms(rows_ND: Tensor, chunk: int, device: torch.device) -> Tensor:

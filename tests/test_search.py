@@ -73,12 +73,18 @@ def test_a_callers_autocast_and_matmul_precision_change_nothing():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            scores, indices = search.top_k(queries, documents, 10)
+            found = [search.top_k(queries, documents, 10)]
         assert torch.get_float32_matmul_precision() == "medium"
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # set both ways, torch can no longer say which it is
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            found.append(search.top_k(queries, documents, 10))
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(scores, expected[0])
-    assert torch.equal(indices, expected[1])
+    for scores, indices in found:
+        assert torch.equal(scores, expected[0])
+        assert torch.equal(indices, expected[1])
 
 
 def test_no_more_columns_than_documents_and_no_queries():
