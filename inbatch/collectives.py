@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inbatch._agreement import describe, disagreement
 from inbatch.processes import ProcessGroup, device, device_types, rank, start, stop, world_size
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
 
 T = TypeVar("T")
 _PACKET_SIZES = 16
+_NO_ROWS = "all_gather: expected a tensor with rows (1-d or more), got a 0-d tensor: pass tensor[None]"
 
 # torch 2.13 renamed the tensor collectives and warns on the old names.
 _gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -79,14 +81,14 @@ def agree(
         return {name: [n] for name, n in sizes.items()}
     assert len(sizes) <= _PACKET_SIZES, f"agree takes at most {_PACKET_SIZES} sizes, got {list(sizes)}"
     error = error or _wrong_device(fields, group)
-    described = {name: _describe(t, 2 if name in ragged else 1) for name, t in fields.items()}
+    described = {name: describe(t, 2 if name in ragged else 1) for name, t in fields.items()}
     described |= {name: repr(value) for name, value in (same or {}).items()}
     # The packet has one length whatever a rank is doing, so that ranks in different calls disagree instead of hanging.
     digest = hashlib.blake2b(repr((what, described)).encode(), digest_size=8).digest()
     packet = [int(error is not None), int.from_bytes(digest, "little", signed=True), *sizes.values()]
     packets = _exchange(packet + [0] * (_PACKET_SIZES - len(sizes)), group)
     if any(failed or digest != packets[0][1] for failed, digest, *_ in packets):
-        raise ValueError(_disagreement(gather_objects((what, described, error), group)))
+        raise ValueError(disagreement(gather_objects((what, described, error), group)))
     return {name: [packet[2 + i] for packet in packets] for i, name in enumerate(sizes)}
 
 
@@ -95,14 +97,6 @@ def _exchange(numbers: list[int], group: ProcessGroup | None) -> list[list[int]]
     everyone = mine.new_empty(world_size(group) * len(numbers))
     _gather_into(everyone, mine, group=group)
     return everyone.view(-1, len(numbers)).tolist()
-
-
-def _describe(tensor: Tensor | None, free_dims: int) -> str:
-    if tensor is None:
-        return "None"
-    shape = ["rows", "length"][: min(free_dims, tensor.ndim)] + [str(n) for n in tensor.shape[free_dims:]]
-    grad = " requiring grad" if tensor.requires_grad and torch.is_grad_enabled() else ""
-    return f"({', '.join(shape)}) {str(tensor.dtype).removeprefix('torch.')}{grad}"
 
 
 def _wrong_device(fields: Mapping[str, Tensor | None], group: ProcessGroup | None) -> str | None:
@@ -114,32 +108,6 @@ def _wrong_device(fields: Mapping[str, Tensor | None], group: ProcessGroup | Non
                 "move it there, or initialise the group with a backend for both ('cpu:gloo,cuda:nccl')"
             )
     return None
-
-
-def _disagreement(reports: list[tuple[str, dict[str, str], str | None]]) -> str:
-    errors = {f"rank {r}": error for r, (_, _, error) in enumerate(reports) if error is not None}
-    if errors:
-        return "; ".join(f"{who}: {error}" for who, error in errors.items())
-    calls = [what for what, _, _ in reports]
-    if len(set(calls)) > 1:
-        return f"the ranks are in different calls: {_by_rank(calls)}"
-    parts = []
-    for name in dict.fromkeys(name for _, described, _ in reports for name in described):
-        values = [described.get(name, "nothing of that name") for _, described, _ in reports]
-        if len(set(values)) > 1:
-            parts.append(f"{name}: {_by_rank(values)}")
-    return f"{calls[0]}: the ranks disagree (only numbers of rows may differ): {'; '.join(parts)}"
-
-
-def _by_rank(values: list[str]) -> str:
-    """Puts ranks that say the same together: "ranks 0, 1 have x, rank 2 has y"."""
-    ranks: dict[str, list[str]] = {}
-    for r, value in enumerate(values):
-        ranks.setdefault(value, []).append(str(r))
-    return ", ".join(
-        f"ranks {', '.join(who)} have {value}" if len(who) > 1 else f"rank {who[0]} has {value}"
-        for value, who in ranks.items()
-    )
 
 
 # ---- gathers
@@ -156,7 +124,8 @@ def all_gather(tensor: Tensor, group: ProcessGroup | None = None, *, rows: Seque
 
     The backward is one reduce-scatter, so every rank must run it, or none. float16 and bfloat16 gradients travel and
     are added in float32 and rounded once: twice the bytes, but no rounding per hop. Not differentiable twice.
-    Works inside torch.compile(fullgraph=True), the agreement included.
+    Works inside torch.compile(fullgraph=True), the agreement included (before torch 2.13, rows=None needs
+    torch._dynamo.config.capture_dynamic_output_shape_ops).
 
     Raises ValueError on every rank if ranks disagree on dtype, trailing shape or requires_grad, or a tensor is 0-d.
     """
@@ -167,9 +136,6 @@ def all_gather(tensor: Tensor, group: ProcessGroup | None = None, *, rows: Seque
     name = "" if group is None else group.group_name
     differentiable = tensor.requires_grad and torch.is_grad_enabled()
     return _gather_op(tensor, name, None if rows is None else list(rows), differentiable)[0]
-
-
-_NO_ROWS = "all_gather: expected a tensor with rows (1-d or more), got a 0-d tensor: pass tensor[None]"
 
 
 def _resolve(name: str) -> ProcessGroup | None:

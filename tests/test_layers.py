@@ -9,7 +9,7 @@ from tests.helpers import REPOSITORY
 
 TOP, MIDDLE, LEAF = 3, 1, 0
 LAYERS = {"cli": TOP, "__main__": TOP, "train": 2, "evaluate": 2, "mine": 2}  # all others are MIDDLE
-LAYERS |= {"collectives": LEAF, "processes": LEAF, "masking": LEAF}
+LAYERS |= {"collectives": LEAF, "processes": LEAF, "_agreement": LEAF, "masking": LEAF}
 # What is no collective operation: types, sharding and launching.
 ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "run", "tensor"}
 
