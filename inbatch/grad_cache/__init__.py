@@ -1,0 +1,3 @@
+"""The two-pass training step: `GradCache`."""
+
+from inbatch.grad_cache.step import GradCache as GradCache

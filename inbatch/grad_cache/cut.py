@@ -1,0 +1,164 @@
+"""Micro-batches under a token budget, cut from a whole local batch sorted by length.
+
+Shapes: B rows of one batch, T its padded length, R rows of all batches that share an encoder, L a micro-batch's width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The rows of one batch inside a micro-batch, and the columns that hold all their tokens."""
+
+    batch: int
+    rows_b: Tensor
+    start: int
+    stop: int
+    left: int  # columns of padding to add, where the batch itself is narrower than the micro-batch
+    right: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """`rows` rows of width `width`; no piece at all stands for a placeholder row that counts for nothing."""
+
+    pieces: tuple[Piece, ...]
+    rows: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return max(self.rows, 1) * self.width
+
+
+def check_batches(batches: Sequence[Batch]) -> None:
+    """ValueError unless every batch is a mapping of tensors with equal dim 0 and a [B, T] attention mask."""
+    if not batches:
+        raise ValueError("GradCache: no batch given; call step(queries, passages)")
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+            raise ValueError(f"GradCache: batch {number} must be a mapping of tensors, got {type(batch).__name__}")
+        mask_bt = batch.get(MASK)
+        if mask_bt is None or mask_bt.ndim != 2:
+            shape = "none" if mask_bt is None else str(tuple(mask_bt.shape))
+            raise ValueError(
+                f"GradCache: batch {number} needs a two-dimensional '{MASK}' [rows, tokens], got {shape}; "
+                "row lengths are read from it (all ones where nothing is padded)"
+            )
+        for name, value in batch.items():
+            if value.ndim == 0 or value.shape[0] != mask_bt.shape[0]:
+                raise ValueError(
+                    f"GradCache: batch {number} holds '{name}' of shape {tuple(value.shape)} beside "
+                    f"{mask_bt.shape[0]} rows of '{MASK}'; dim 0 must be equal"
+                )
+
+
+def spans(batch: Batch) -> Tensor:
+    """[2, B] on the CPU: the first column of each row with a token and one past the last (T and 0 in an empty row)."""
+    used_bt = batch[MASK] != 0
+    width = used_bt.shape[1]
+    columns_t = torch.arange(width, device=used_bt.device)
+    first_b = torch.where(used_bt, columns_t, width).amin(1) if width else used_bt.new_zeros(len(used_bt)).long()
+    stop_b = torch.where(used_bt, columns_t + 1, 0).amax(1) if width else torch.zeros_like(first_b)
+    return torch.stack([first_b, stop_b]).cpu()
+
+
+def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[MicroBatch]:
+    """Sort the rows of all batches by length, longest first, and cut where rows x longest would exceed the budget.
+
+    None cuts nothing but keeps the batches apart, as a plain step would. A width is rounded up to `multiple` as far as
+    the batch has columns. At least one micro-batch comes back: with no rows at all it is a placeholder.
+    """
+    spans_2b = [spans(batch) for batch in batches]
+    if sum(span.shape[1] for span in spans_2b) == 0:
+        return [placeholder(1)]
+    if budget is None:
+        whole = [(number, torch.arange(span.shape[1])) for number, span in enumerate(spans_2b) if span.shape[1]]
+        return [_micro_batch(batches, spans_2b, [piece], multiple) for piece in whole]
+    lengths_r = torch.cat([(span[1] - span[0]).clamp(min=1) for span in spans_2b])
+    owner_r = torch.cat([torch.full((span.shape[1],), number) for number, span in enumerate(spans_2b)])
+    row_r = torch.cat([torch.arange(span.shape[1]) for span in spans_2b])
+    lengths_r, order_r = lengths_r.sort(descending=True, stable=True)
+    owner_r, row_r = owner_r[order_r], row_r[order_r]
+    out, start, total = [], 0, len(order_r)
+    while start < total:
+        longest = -(-int(lengths_r[start]) // multiple) * multiple
+        stop = min(total, start + max(1, budget // longest))
+        owners, rows = owner_r[start:stop], row_r[start:stop]
+        pieces = [(number, rows[owners == number]) for number in range(len(batches))]
+        out.append(_micro_batch(batches, spans_2b, [piece for piece in pieces if len(piece[1])], multiple))
+        start = stop
+    return out
+
+
+def placeholder(width: int) -> MicroBatch:
+    """A row that counts for nothing: every rank encodes equally often."""
+    return MicroBatch(pieces=(), rows=0, width=width)
+
+
+def _micro_batch(batches, spans_2b, chosen, multiple: int) -> MicroBatch:
+    boxes = []
+    for number, rows_b in chosen:
+        width = batches[number][MASK].shape[1]
+        start, stop = int(spans_2b[number][0, rows_b].min()), int(spans_2b[number][1, rows_b].max())
+        start, stop = (start, stop) if start < stop else (0, min(1, width))
+        boxes.append((number, rows_b, start, stop, width))
+    longest = max(stop - start for *_, start, stop, _ in boxes)
+    rounded = -(-longest // multiple) * multiple
+    longest = max(longest, min(rounded, max(width for *_, width in boxes)))
+    pieces = []
+    for number, rows_b, start, stop, width in boxes:
+        # Grow the window into the batch's own padding first: to the left where that is where the padding lies.
+        on_left = start > 0 and stop == width
+        if on_left:
+            start = max(0, stop - longest)
+        stop = min(width, start + longest)
+        start = max(0, stop - longest)
+        missing = longest - (stop - start)
+        left, right = (missing, 0) if on_left else (0, missing)
+        pieces.append(Piece(batch=number, rows_b=rows_b, start=start, stop=stop, left=left, right=right))
+    return MicroBatch(pieces=tuple(pieces), rows=sum(len(piece.rows_b) for piece in pieces), width=longest)
+
+
+def take(batches: Sequence[Batch], micro_batch: MicroBatch) -> dict[str, Tensor]:
+    """The micro-batch's tensors: rows selected, tensors as long as the mask trimmed along dim 1, new padding 0."""
+    if not micro_batch.pieces:
+        return {
+            name: torch.full(_trimmed_shape(value, batches[0], micro_batch.width), int(name == MASK)).to(value)
+            for name, value in batches[0].items()
+        }
+    parts = [_take_piece(batches[piece.batch], piece) for piece in micro_batch.pieces]
+    if any(part.keys() != parts[0].keys() for part in parts):
+        names = [sorted(part) for part in parts]
+        raise ValueError(f"GradCache: batches that share an encoder must hold the same tensors, got {names}")
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _trimmed_shape(value: Tensor, batch: Batch, width: int) -> tuple[int, ...]:
+    trims = value.ndim > 1 and value.shape[1] == batch[MASK].shape[1]
+    return (1, width, *value.shape[2:]) if trims else (1, *value.shape[1:])
+
+
+def _take_piece(batch: Batch, piece: Piece) -> dict[str, Tensor]:
+    width = batch[MASK].shape[1]
+    part = {}
+    for name, value in batch.items():
+        rows = piece.rows_b.to(value.device, non_blocking=True)
+        if value.ndim > 1 and value.shape[1] == width:
+            value = value[:, piece.start : piece.stop].index_select(0, rows)
+            if piece.left or piece.right:
+                pad = (0, 0) * (value.ndim - 2) + (piece.left, piece.right)
+                value = torch.nn.functional.pad(value, pad)
+        else:
+            value = value.index_select(0, rows)
+        part[name] = value
+    return part

@@ -1,0 +1,71 @@
+"""What a micro-batch's graph weighs, how many graphs fit, and the random state that replays a pass."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+MIB = 1 << 20
+
+
+def on_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+class RandomState:
+    """The CPU's and the current CUDA device's generators as they are now."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if on_cuda() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+@contextmanager
+def restored_random_state() -> Iterator[None]:
+    """Whatever is drawn inside leaves no trace in the generators."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """The forward's output and the bytes its graph holds: from the allocator on CUDA, from saved tensors on the CPU.
+
+    What a checkpointed block will compute again is in neither count, as it is in neither graph.
+    """
+    if on_cuda():
+        before = torch.cuda.memory_allocated()
+        output = forward()
+        return output, max(0, torch.cuda.memory_allocated() - before)
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()
+    return output, sum(seen.values())
+
+
+def free_bytes(modules: Sequence[nn.Module]) -> int:
+    """Memory that graphs may take: what is free now, less a tenth, less gradients that are still to be made."""
+    if on_cuda():
+        free, _ = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and p.grad is None]
+    # Before the first step neither gradients nor the optimizer's two moments exist.
+    return int(free * 0.9) - 3 * sum(p.numel() * p.element_size() for p in parameters)

@@ -1,0 +1,98 @@
+"""One gradient reduction a step, for any number of forward and backward passes through DDP and FSDP2 modules.
+
+Every pass runs with the module's own synchronisation off. The reduction is then started by one backward of its own,
+which reaches every parameter and adds nothing: so it does not matter which parameters the last micro-batch used, in
+which order graphs were freed, or whether this rank had rows at all.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def is_ddp(module: object) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel)
+
+
+def is_fsdp2(module: object) -> bool:
+    # Named by what it offers: FSDPModule is a mixin that fully_shard adds to the module's own class.
+    return isinstance(module, nn.Module) and hasattr(module, "set_requires_gradient_sync")
+
+
+class _Touch(torch.autograd.Function):
+    """A zero that depends on every tensor given and passes no gradient: their accumulation hooks still run."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> Tensor:
+        ctx.count = len(tensors)
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        return (None,) * ctx.count
+
+
+class _Anchor(nn.Module):
+    """Stands in for the wrapped module during the reducing pass; holds it, since its buffers are broadcast then."""
+
+    def __init__(self, wrapped: nn.Module):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self) -> Tensor:
+        return _Touch.apply(*(p for p in self.wrapped.parameters() if p.requires_grad))  # type: ignore[return-value]
+
+
+@contextmanager
+def local_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, forward and backward passes of the modules add to local gradients and start no reduction."""
+    with ExitStack() as stack:
+        for module in modules:
+            if is_ddp(module):
+                # Past DDP's own forward: it broadcasts buffers, rebuilds buckets and arms its hooks, and ranks may
+                # encode unequally often. The reducing pass does all of that, once.
+                stack.enter_context(_forward_replaced(module, module.module.__call__))  # type: ignore[operator]
+            else:
+                module.set_requires_gradient_sync(False)  # type: ignore[operator]
+                module.set_is_last_backward(False)  # type: ignore[operator]
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    module.forward = forward  # shadows the class's method; the module's hooks still run
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def reduce_gradients(modules: Sequence[nn.Module]) -> None:
+    """Start and finish each module's own reduction of what its parameters have gathered, exactly once."""
+    for module in modules:
+        if is_ddp(module):
+            _reduce_ddp(module)
+        else:
+            _reduce_fsdp2(module)
+
+
+def _reduce_ddp(module: nn.Module) -> None:
+    wrapped = module.module
+    module.module = _Anchor(wrapped)  # type: ignore[arg-type]
+    try:
+        anchor = module()
+    finally:
+        module.module = wrapped
+    anchor.backward()
+
+
+def _reduce_fsdp2(module: nn.Module) -> None:
+    module.set_requires_gradient_sync(True)  # type: ignore[operator]
+    module.set_is_last_backward(True)  # type: ignore[operator]
+    zero = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
+    # The root's own hooks queue the reduction of every group below it; its real forward is not needed for that.
+    with _forward_replaced(module, lambda: zero * 1.0):
+        anchor = module()
+    anchor.backward()
