@@ -9,7 +9,14 @@ from torch import nn
 from inbatch import collectives, search
 from inbatch.data.records import RetrievalData
 from inbatch.encode import embed, share, unwrap
-from inbatch.metrics import DEFAULT_MEASURES, Run, parse_measure, retrieval_metrics, write_trec_run
+from inbatch.metrics import (
+    DEFAULT_MEASURES,
+    Run,
+    check_trec_words,
+    parse_measure,
+    retrieval_metrics,
+    write_trec_run,
+)
 
 __all__ = ["embed", "evaluate", "retrieve"]
 
@@ -34,7 +41,7 @@ def evaluate(
     Raises ValueError, on every rank and before anything is embedded, for an unknown measure, an empty corpus, qrels
     that share no id with the data.
     """
-    collectives.together(lambda: _check(data, measures, top_k), group)
+    collectives.together(lambda: _check(data, measures, top_k, run_file is not None), group)
     run = retrieve(model, data, top_k=top_k, group=group, **options)
 
     def measure() -> dict[str, float] | None:
@@ -107,10 +114,12 @@ def retrieve(
     }
 
 
-def _check(data: RetrievalData, measures: Sequence[str], top_k: int) -> None:
+def _check(data: RetrievalData, measures: Sequence[str], top_k: int, run_file: bool) -> None:
     """What would only be found after hours of embedding."""
     if isinstance(measures, str) or not measures:
         raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected at least 1 document a query")
     for name in measures:
         if (parse_measure(name).params.get("cutoff") or 0) > top_k:
             raise ValueError(f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k")
@@ -122,6 +131,8 @@ def _check(data: RetrievalData, measures: Sequence[str], top_k: int) -> None:
             raise ValueError(f"there are no {what} to evaluate with; expected at least one")
         if count != len(ids):
             raise ValueError(f"there are {count} {what} but {len(ids)} ids; expected one id each")
+        if run_file:
+            check_trec_words(ids)
     judged = {document for documents in data.qrels.values() for document in documents}
     for ids, known, what in ((data.query_ids, data.qrels, "query"), (data.doc_ids, judged, "document")):
         if not any(name in known for name in ids):

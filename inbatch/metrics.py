@@ -8,7 +8,7 @@ break ties by document id, and not all in the same direction, so what they are g
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,21 @@ def write_trec_run(path: str | os.PathLike, run: Run, tag: str = "inbatch") -> N
     they see. Written beside and then renamed. Raises ValueError for an id or tag that is empty or has white space.
     """
     path = Path(path)
+    check_trec_words([tag])
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     with unfinished.open("w", encoding="utf-8") as file:
         for query, documents in run.items():
+            check_trec_words([query, *documents])
             below = np.float32(np.inf)
             for rank, (document, score) in enumerate(_ranked(documents), start=1):
                 below = min(np.float32(score), np.nextafter(below, np.float32(-np.inf)))
-                for word in (query, document, tag):
-                    if not word or word.split() != [word]:
-                        raise ValueError(f"{word!r} cannot stand in a TREC run: expected a word without white space")
                 file.write(f"{query} Q0 {document} {rank} {below!s} {tag}\n")
     unfinished.replace(path)
+
+
+def check_trec_words(words: Iterable[str]) -> None:
+    """ValueError for an id or tag that the columns of a run file cannot hold."""
+    for word in words:
+        if word.split() != [word]:
+            raise ValueError(f"{word!r} cannot stand in a TREC run: expected a word without white space")

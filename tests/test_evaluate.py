@@ -262,7 +262,7 @@ def test_evaluate_is_the_same_on_any_number_of_ranks(pool, tmp_path, options):
     figures = metrics.retrieval_metrics(run, data.qrels, ["nDCG@10", "recall@20", "MRR@10"])
     assert 0.1 < figures["nDCG@10"] < 0.99
     for world_size in (1, 2, 3):
-        path = tmp_path / f"{world_size}.run"
+        path = tmp_path / "new folder" / f"{world_size}.run"
         for found, found_run, training in pool.run(_evaluate, world_size, path, options):
             assert found == pytest.approx(figures, abs=1e-12)
             assert training
@@ -300,6 +300,8 @@ def _evaluate_tiny(rank):
     [
         ({}, {"measures": ["nDGC@10"]}, "did you mean NDCG@10"),
         ({}, {"measures": ["R@1000"]}, "R@1000 looks at more documents than top_k=100"),
+        ({}, {"top_k": 0, "measures": ["AP"]}, "top_k is 0; expected at least 1"),
+        ({"query_ids": ["a b", *"cdefghijkl"]}, {"run_file": "never.run"}, "'a b' cannot stand in a TREC run"),
         ({}, {"similarity": "l2"}, "'l2'; expected one of cosine, dot"),
         ({"documents": [], "doc_ids": []}, {}, "no documents to evaluate with"),
         ({"queries": [], "query_ids": []}, {}, "no queries to evaluate with"),
