@@ -82,6 +82,7 @@ def agree(
     assert len(sizes) <= _PACKET_SIZES, f"agree takes at most {_PACKET_SIZES} sizes, got {list(sizes)}"
     error = error or _wrong_device(fields, group)
     described = {name: describe(t, 2 if name in ragged else 1) for name, t in fields.items()}
+    assert not described.keys() & (same or {}).keys(), "a field and a value of the same name hide each other"
     described |= {name: repr(value) for name, value in (same or {}).items()}
     # The packet has one length whatever a rank is doing, so that ranks in different calls disagree instead of hanging.
     digest = hashlib.blake2b(repr((what, described)).encode(), digest_size=8).digest()
@@ -190,18 +191,17 @@ def _(tensor, rows, group, local_rows):
 
 def _gather_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup | None) -> Tensor:
     """The gather itself, without gradient. Bytes travel, so that every dtype works on every backend."""
-    mine, longest = rows[rank(group)], max(rows)
-    if len(rows) != world_size(group) or tensor.shape[0] != mine:
-        raise ValueError(
-            f"all_gather: rows {list(rows)} do not fit {world_size(group)} ranks and {tensor.shape[0]} rows"
-        )
+    size, mine = world_size(group), tensor.shape[0]
+    if len(rows) != size or rows[rank(group)] != mine:
+        raise ValueError(f"all_gather: rows {list(rows)} do not fit {size} ranks and {mine} rows on rank {rank(group)}")
+    longest = max(rows)
     even = min(rows) == longest
     if even:
         source = tensor.contiguous()
     else:
         source = tensor.new_empty(longest, *tensor.shape[1:])
         source[:mine] = tensor
-    gathered = tensor.new_empty(len(rows) * longest, *tensor.shape[1:])
+    gathered = tensor.new_empty(size * longest, *tensor.shape[1:])
     if gathered.numel():
         _gather_into(_as_bytes(gathered), _as_bytes(source), group=group)
     if even:

@@ -191,6 +191,7 @@ DISAGREEMENTS = {
     "value": ({"t": (5, 8), "same": {"k": 2}}, {"t": (5, 8), "same": {"k": 1}}, "k: ranks 0, 1 have 1, rank 2 has 2"),
     "names": ({"t": (5,), "same": {"k": 2}}, {"t": (5,)}, "k: ranks 0, 1 have nothing of that name, rank 2 has 2"),
     "call": ({"t": (5,), "what": "search"}, {"t": (5,)}, "different calls: ranks 0, 1 have loss, rank 2 has search"),
+    "device": ({"t": (5, 8), "device": "meta"}, {"t": (5, 8)}, "rank 2: t is on meta but the process group only"),
     "mistake": ({"t": (5, 8), "error": "no file x"}, {"t": (5, 8)}, "rank 2: no file x"),
 }  # fmt: skip
 
@@ -201,7 +202,9 @@ def disagreement_body(rank):
         case = dict(odd if rank == 2 else usual)
         shape, grad = case.pop("t"), case.pop("grad", False)
         dtype, what = case.pop("dtype", torch.float32), case.pop("what", "loss")
-        tensor = None if shape is None else _ones(shape, dtype=dtype, requires_grad=grad)
+        tensor = (
+            None if shape is None else _ones(shape, dtype=dtype, requires_grad=grad).to(case.pop("device", device()))
+        )
         messages[name] = raised(agree, what, {"t": tensor}, **case)
     # None of these leaves the group unusable.
     assert agree("end", {"t": _ones(rank)}) == {"t": [0, 1, 2]}
@@ -232,7 +235,7 @@ def test_gather_checks_before_it_gathers(pool):
 
 
 def wrong_rows_body(rank):
-    return [raised(all_gather, _ones(2), rows=[2, 3, 2][:n] if n else [1, 1]) for n in (0, 3)]
+    return [raised(all_gather, _ones(2), rows=rows) for rows in ([1, 1], [2, 2, 2], [])]
 
 
 def test_gather_refuses_rows_that_are_not_so(pool):
@@ -287,6 +290,23 @@ def ring_body(rank, rows, size):
 @pytest.mark.parametrize("rows", [[3, 3], [2, 0, 5], [0, 0, 1, 4]])
 def test_ring_carries_several_uneven_tensors_all_the_way_round(pool, rows):
     pool.run(ring_body, len(rows), rows, 100_000)
+
+
+def overlapping_ring_body(rank):
+    # As in a ring loss: while columns are on their way, gradients are sent too, and waited for in another order.
+    for repeat in range(30):
+        rows = [(5 * repeat) % 7, 3, 20][: collectives.world_size()]
+        columns = [rank_tensor(r, n, 1000) for r, n in enumerate(rows)]
+        gradients = [-rank_tensor(r, n, 10) for r, n in enumerate(rows)]
+        first, second = ring_shift([columns[rank]], rows), ring_shift([gradients[rank], columns[rank] + 1], rows)
+        received = second.wait() + first.wait()
+        expected = [gradients[rank - 1], columns[rank - 1] + 1, columns[rank - 1]]
+        assert all(torch.equal(a, b) for a, b in zip(received, expected, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ring_shifts_may_overlap(pool, world_size):
+    pool.run(overlapping_ring_body, world_size)
 
 
 # ---- control
