@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inbatch._loading import default_limit, load_backbone, load_tokenizer, local_folder, position_table, set_attention
 from inbatch._st_format import Layout, read_layout, write_layout
+from inbatch.packing import enable_packing, packed_states
 from inbatch.pooling import check_pooling, pool
 
 
@@ -27,9 +28,12 @@ class BiEncoderModel(nn.Module):
         prompts: name -> text put in front, e.g. "query", "document". default_prompt_name: what
             sentence-transformers uses when no prompt is named; `tokenize` uses prompts only when named.
         max_seq_length: tokens a text is cut to by default, None is no limit. embedding_dim: D.
+        packed: whether `encode` skips padding; may be switched off and on for a model opened with packed=True.
     """
 
-    def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout):
+    def __init__(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout, *, packed: bool = False
+    ):
         super().__init__()
         self.backbone: PreTrainedModel = backbone
         self.tokenizer = tokenizer
@@ -45,6 +49,11 @@ class BiEncoderModel(nn.Module):
         accepted = inspect.signature(backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
+        self.packed = packed
+        if packed:
+            if not self._takes_positions:
+                raise ValueError(f"packed=True: {backbone.config.model_type} takes no position_ids; use packed=False")
+            enable_packing(backbone)
         # The pooled output is never used: a trainable pooler would leave DDP waiting for its gradient.
         if isinstance(pooler := getattr(backbone, "pooler", None), nn.Module):
             pooler.requires_grad_(False)
@@ -62,6 +71,7 @@ class BiEncoderModel(nn.Module):
         max_seq_length: int | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
+        packed: bool = False,
     ) -> "BiEncoderModel":
         """Open a transformers or sentence-transformers model, from a folder or by its name on the hub.
 
@@ -75,10 +85,15 @@ class BiEncoderModel(nn.Module):
             prompts: replaces the saved prompts of the same names.
             dtype: "float32", torch.bfloat16, ...; None is the dtype of the weights on disk.
             attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers choose.
+            packed: encode without padding (`inbatch.packing`): the same embeddings, to rounding.
 
         Raises:
             ValueError: no such model; a module, pooling or backbone that is not supported.
         """
+        if packed and attn_implementation is not None:
+            raise ValueError(
+                f"packed=True brings its own attention: leave out attn_implementation={attn_implementation!r}"
+            )
         folder = local_folder(str(name_or_path))
         saved = read_layout(folder) or Layout(pooling="mean", l2_normalize=True, bidirectional=True)
         saved = replace(saved, pooling=check_pooling(pooling or saved.pooling))
@@ -92,7 +107,7 @@ class BiEncoderModel(nn.Module):
             prompts={**saved.prompts, **(prompts or {})},
             max_seq_length=max_seq_length or saved.max_seq_length or default_limit(tokenizer, backbone),
         )
-        return cls(backbone, tokenizer, layout)
+        return cls(backbone, tokenizer, layout, packed=packed)
 
     @property
     def embedding_dim(self) -> int:
@@ -112,21 +127,21 @@ class BiEncoderModel(nn.Module):
         # A text without tokens attends to its first padding token (else its softmax has no terms); it pools to 0.
         attend_BT = mask_BT.clone()
         attend_BT[:, 0] |= ~mask_BT.any(1)
-        states_BTD = self.backbone(
-            input_ids=ids_BT, attention_mask=attend_BT.long(), **self._position_kwargs(attend_BT), **self._no_cache
-        ).last_hidden_state
+        # Positions count real tokens, so that padding on the left does not shift them.
+        positions_BT = (attend_BT.cumsum(1) - 1).clamp(min=0) + self.position_offset
+        if self.packed:
+            states_BTD = packed_states(self.backbone, ids_BT, attend_BT, positions_BT, **self._no_cache)
+        else:
+            positions = {"position_ids": positions_BT} if self._takes_positions else {}
+            states_BTD = self.backbone(
+                input_ids=ids_BT, attention_mask=attend_BT.long(), **positions, **self._no_cache
+            ).last_hidden_state
         embeddings_BD = pool(states_BTD, mask_BT, self.pooling)
         if self.l2_normalize:
             embeddings_BD = nn.functional.normalize(embeddings_BD, dim=-1)
         return embeddings_BD[:rows]
 
     forward = encode
-
-    def _position_kwargs(self, mask_BT: Tensor) -> dict[str, Tensor]:
-        """Positions count real tokens, so that padding on the left does not shift them."""
-        if not self._takes_positions:
-            return {}
-        return {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0) + self.position_offset}
 
     def tokenize(
         self, texts: Sequence[str], *, prompt: str | None = None, max_length: int | None = None

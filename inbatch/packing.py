@@ -1,0 +1,166 @@
+"""Packed encoding: the real tokens of a batch as one sequence, so that no work is spent on padding.
+
+Every layer but attention treats tokens alone, so [B, T] texts become [1, N]; attention gets the texts' boundaries and
+runs within each. It is registered with transformers under the name IMPLEMENTATION. On CUDA in float16 or bfloat16 it
+is FlashAttention-2 (Dao 2023) in torch's own build, windows, grouped heads and dropout included; anywhere else it is
+scaled_dot_product_attention on one run of equally long texts after the other.
+
+Shapes: B texts, T token positions, N real tokens, D dimension, H heads, E dimension of a head.
+"""
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "inbatch_packed"
+# Backbones whose packed states equal the padded ones, each held by a test; any other one is tried when it is loaded.
+PACKABLE = ("bert", "llama", "ministral3", "modernbert", "qwen3", "roberta")
+
+
+def packed_states(
+    backbone: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, **options
+) -> Tensor:
+    """The backbone's last states [B, T, D] of the real tokens, 0 at padding; every text needs a real token."""
+    kept_N = mask_BT.flatten().nonzero().squeeze(1)
+    starts = pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
+    # T instead of the longest text: it only sizes the launch, and asking the device would wait for it.
+    longest = mask_BT.shape[1]
+    states_ND = backbone(
+        input_ids=ids_BT.flatten()[kept_N][None],
+        position_ids=positions_BT.flatten()[kept_N][None],
+        cu_seq_lens_q=starts,
+        cu_seq_lens_k=starts,
+        max_length_q=longest,
+        max_length_k=longest,
+        **options,
+    ).last_hidden_state[0]
+    padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, kept_N, states_ND)
+    return padded_MD.unflatten(0, mask_BT.shape)
+
+
+def enable_packing(backbone: PreTrainedModel) -> None:
+    """Set the backbone's attention to ours; ValueError where its packed states would not be the padded ones."""
+    kind = backbone.config.model_type
+    backbone.set_attn_implementation(IMPLEMENTATION)
+    if backbone.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(f"packed=True: {kind} does not let its attention be replaced; use packed=False")
+    if kind not in PACKABLE:
+        _try_packing(backbone)
+
+
+@torch.no_grad()
+def _try_packing(backbone: PreTrainedModel) -> None:
+    kind = backbone.config.model_type
+    ids_BT = torch.tensor([[1, 2, 1, 2], [2, 1, 1, 1]], device=backbone.device)
+    mask_BT = torch.tensor([[True] * 4, [True] * 3 + [False]], device=backbone.device)
+    positions_BT = torch.arange(4, device=backbone.device).expand(2, 4)
+    try:
+        actual_BTD = packed_states(backbone, ids_BT, mask_BT, positions_BT)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"packed=True: {kind} cannot be packed ({error}); use packed=False") from error
+    expected_BTD = backbone(
+        input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_BT
+    ).last_hidden_state
+    error = (actual_BTD - expected_BTD)[mask_BT].abs().max() / expected_BTD[mask_BT].abs().max()
+    if not error <= (1e-4 if expected_BTD.dtype == torch.float32 else 2e-2):
+        raise ValueError(f"packed=True: {kind} mixes the tokens of different texts when packed; use packed=False")
+
+
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
+    """transformers' attention interface: query [1, H, N, E] to [1, N, H, E]; without boundaries, plain SDPA."""
+    starts = options.pop("cu_seq_lens_q", None)
+    if starts is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
+        )
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if options.get(feature) is not None:
+            raise ValueError(f"packed attention has no {feature}")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    causal = module.is_causal if is_causal is None else is_causal
+    window = None if options.get("sliding_window") is None else _window(module.config.sliding_window, causal)
+    if _has_kernel(query):
+        states_NHE = _flash(query, key, value, starts, options["max_length_q"], dropout, scaling, causal, window)
+    else:
+        states_NHE = _text_by_text(query, key, value, starts, dropout, scaling, causal, window)
+    return states_NHE[None], None
+
+
+def _window(size: int, causal: bool) -> tuple[int, int]:
+    """How many tokens back and ahead are seen: what transformers' masks for its SDPA attention say.
+
+    Not what it gives FlashAttention, which is one less each way when bidirectional. From the config and not the
+    argument, since backbones disagree on what they put there (ModernBERT adds one).
+    """
+    return (size - 1, 0) if causal else (size, size)
+
+
+def _has_kernel(query: Tensor) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _flash(query, key, value, starts, longest, dropout, scaling, causal, window) -> Tensor:
+    # torch.nn.attention.varlen is this operation without dropout, and only in later releases.
+    query_NHE, key_NHE, value_NHE = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    back, ahead = window or (-1, -1)
+    return torch.ops.aten._flash_attention_forward(
+        query_NHE,
+        key_NHE,
+        value_NHE,
+        starts,
+        starts,
+        longest,
+        longest,
+        dropout,
+        causal,
+        False,
+        scale=scaling,
+        window_size_left=back,
+        window_size_right=ahead,
+    )[0]
+
+
+def _text_by_text(query, key, value, starts, dropout, scaling, causal, window) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    outputs, start = [], 0
+    for length, run in groupby(starts.diff().tolist()):
+        stop = start + length * len(list(run))
+        blocks = [tensor[0, :, start:stop].unflatten(1, (-1, length)).transpose(0, 1) for tensor in (query, key, value)]
+        mask = None
+        if window is not None and length > 1 + window[0]:
+            back = torch.arange(length, device=query.device)
+            back = back[:, None] - back[None, :]
+            mask = (back <= window[0]) & (back >= -window[1])
+        output = scaled_dot_product_attention(
+            *blocks,
+            attn_mask=mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=causal and mask is None,
+            enable_gqa=grouped,
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return torch.cat(outputs)
+
+
+def _mask(*args, attention_mask: Tensor | None = None, **options) -> Tensor | None:
+    """SDPA's mask for a padded batch; a packed one comes without and needs none (SDPA's would be N x N)."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
