@@ -56,10 +56,10 @@ def info_nce(
     settings = _check.Settings(
         positives=positives,
         temperature=temperature,
-        false_negatives=false_negatives or FalseNegatives(),
+        false_negatives=FalseNegatives() if false_negatives is None else false_negatives,
         negatives=negatives,
         group=group,
-        objective=objective or Objective(),
+        objective=Objective() if objective is None else objective,
         chunk_mib=chunk_mib,
         stats=stats,
     )
