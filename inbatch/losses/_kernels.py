@@ -207,6 +207,14 @@ def settle_kernel(
 
 
 @triton.jit
+def _log_sum(total, rise):
+    """log(1 + total * exp(rise)) for float64 sums relative to a pivot that is `rise` above the positive's score."""
+    x = total * tl.exp(tl.minimum(rise, 60.0))
+    small = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25)))
+    return tl.where(x < 1e-3, small, rise + tl.log(total + tl.exp(-rise)))
+
+
+@triton.jit
 def finish_kernel(
     sum_ptr, pivot_ptr, positive_ptr, factor_ptr, loss_ptr, weight_ptr, coefficient_ptr, R, BLOCK: tl.constexpr
 ):
@@ -219,12 +227,8 @@ def finish_kernel(
     positive = tl.load(positive_ptr + i, mask=i < R, other=0.0).to(tl.float64)
     rise = tl.load(pivot_ptr + i, mask=i < R, other=0.0).to(tl.float64) - positive
     factor = tl.load(factor_ptr).to(tl.float64)
-    # z = Z exp(-pivot); x: everything else in the softmax relative to the positive's own term.
     z = total + tl.exp(-rise)
-    x = total * tl.exp(tl.minimum(rise, 60.0))
-    small = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25)))
-    loss = tl.where(x < 1e-3, small, rise + tl.log(z))
-    tl.store(loss_ptr + i, loss.to(tl.float32), mask=i < R)
+    tl.store(loss_ptr + i, _log_sum(total, rise).to(tl.float32), mask=i < R)
     tl.store(weight_ptr + i, (factor / z).to(tl.float32), mask=i < R)
     tl.store(coefficient_ptr + i, (-factor * (total / z)).to(tl.float32), mask=i < R)
 
@@ -243,3 +247,94 @@ def row_dot_kernel(
         right = tl.load(right_ptr + i.to(tl.int64)[:, None] * right_stride + d[None, :], mask=mask, other=0.0)
         total += left.to(tl.float32) * right.to(tl.float32)
     tl.store(out_ptr + i, tl.sum(total, 1) * tl.load(scale_ptr), mask=i < R)
+
+
+@triton.jit
+def _put(out, values, row0, column0, ADD: tl.constexpr, ENGINE: tl.constexpr):
+    if ADD and ENGINE:  # by the copy engine: each element once a launch, so the order of additions is that of launches
+        out.atomic_add([row0, column0], values)
+    elif ADD:
+        out.store([row0, column0], out.load([row0, column0]) + values)
+    else:
+        out.store([row0, column0], values)
+
+
+@triton.jit
+def product_kernel(
+    exp, rows, out, R, C, D,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, FLATTEN: tl.constexpr,
+    ENGINE: tl.constexpr,
+):  # fmt: skip
+    """out [C, D] float32 = exp [r, C].T @ rows [r, D], or += with ADD, tile by tile as `exp_kernel` goes."""
+    row_tiles = tl.cdiv(C, BM)
+    column_tiles = tl.cdiv(D, BN)
+    group_tiles = GROUP * column_tiles
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+        first = (tile // group_tiles) * GROUP
+        group = min(row_tiles - first, GROUP)
+        row0 = (first + (tile % group_tiles) % group) * BM
+        column0 = ((tile % group_tiles) // group) * BN
+        total = tl.zeros((BM, BN), tl.float32)
+        for k in range(tl.cdiv(R, BK)):
+            total = tl.dot(exp.load([k * BK, row0]).T, rows.load([k * BK, column0]), total)
+        # In quarters: a whole float32 tile would take the shared memory that the operands need.
+        half: tl.constexpr = BN // 2
+        quarter: tl.constexpr = BN // 4
+        left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, half)), (0, 2, 1)))
+        first_quarter, second_quarter = tl.split(tl.permute(tl.reshape(left, (BM, 2, quarter)), (0, 2, 1)))
+        _put(out, first_quarter, row0, column0, ADD, ENGINE)
+        _put(out, second_quarter, row0, column0 + quarter, ADD, ENGINE)
+        third_quarter, fourth_quarter = tl.split(tl.permute(tl.reshape(right, (BM, 2, quarter)), (0, 2, 1)))
+        _put(out, third_quarter, row0, column0 + half, ADD, ENGINE)
+        _put(out, fourth_quarter, row0, column0 + half + quarter, ADD, ENGINE)
+
+
+@triton.jit
+def close_kernel(
+    total_ptr, coefficient_ptr, other_ptr, factor_ptr, out_ptr, N, B, D, STRIDE, other_stride,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out_j = factor * (total_j + coefficient_i * other_i) where j = i * STRIDE for an i < B, else factor * total_j."""
+    j = tl.program_id(0) * BM + tl.arange(0, BM)
+    i = j // STRIDE
+    own = (j % STRIDE == 0) & (i < B)
+    factor = tl.load(factor_ptr)
+    coefficient = tl.load(coefficient_ptr + i, mask=own, other=0.0)
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        mask = (j < N)[:, None] & (d < D)[None, :]
+        at = j.to(tl.int64)[:, None] * D + d[None, :]
+        other_ptrs = other_ptr + i.to(tl.int64)[:, None] * other_stride + d[None, :]
+        other = tl.load(other_ptrs, mask=own[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        total = tl.load(total_ptr + at, mask=mask, other=0.0) + coefficient[:, None] * other
+        tl.store(out_ptr + at, (factor * total).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dense_kernel(dot_ptr, out_ptr, loss_ptr, C, STRIDE, scale, factor, BLOCK: tl.constexpr):
+    """One row of products: its loss and, in out, factor * (softmax - one at the own column i * STRIDE)."""
+    i = tl.program_id(0)
+    dot_ptr += i.to(tl.int64) * C
+    out_ptr += i.to(tl.int64) * C
+    own = i * STRIDE
+    positive = tl.load(dot_ptr + own)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.load(dot_ptr + j, mask=j < C, other=float("-inf")))
+    top = tl.max(best, 0)
+    scale2 = scale * LOG2E
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
+        total += tl.exp2((dot - top) * scale2)
+    rest = tl.sum(total, 0)
+    z = rest + tl.exp2((positive - top) * scale2)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        dot = tl.load(dot_ptr + j, mask=j < C, other=float("-inf"))
+        share = tl.where(j == own, -rest, tl.exp2((dot - top) * scale2)) * (factor / z)
+        tl.store(out_ptr + j, share.to(out_ptr.dtype.element_ty), mask=j < C)
+    rise = ((top - positive) * scale).to(tl.float64)
+    tl.store(loss_ptr + i, _log_sum(rest.to(tl.float64), rise).to(tl.float32))
