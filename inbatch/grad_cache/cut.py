@@ -45,29 +45,29 @@ def check_batches(batches: Sequence[Batch]) -> None:
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
             raise ValueError(f"GradCache: batch {number} must be a mapping of tensors, got {type(batch).__name__}")
-        mask_bt = batch.get(MASK)
-        if mask_bt is None or mask_bt.ndim != 2:
-            shape = "none" if mask_bt is None else str(tuple(mask_bt.shape))
+        mask_BT = batch.get(MASK)
+        if mask_BT is None or mask_BT.ndim != 2:
+            shape = "none" if mask_BT is None else str(tuple(mask_BT.shape))
             raise ValueError(
                 f"GradCache: batch {number} needs a two-dimensional '{MASK}' [rows, tokens], got {shape}; "
                 "row lengths are read from it (all ones where nothing is padded)"
             )
         for name, value in batch.items():
-            if value.ndim == 0 or value.shape[0] != mask_bt.shape[0]:
+            if value.ndim == 0 or value.shape[0] != mask_BT.shape[0]:
                 raise ValueError(
                     f"GradCache: batch {number} holds '{name}' of shape {tuple(value.shape)} beside "
-                    f"{mask_bt.shape[0]} rows of '{MASK}'; dim 0 must be equal"
+                    f"{mask_BT.shape[0]} rows of '{MASK}'; dim 0 must be equal"
                 )
 
 
 def spans(batch: Batch) -> Tensor:
     """[2, B] on the CPU: the first column of each row with a token and one past the last (T and 0 in an empty row)."""
-    used_bt = batch[MASK] != 0
-    width = used_bt.shape[1]
-    columns_t = torch.arange(width, device=used_bt.device)
-    first_b = torch.where(used_bt, columns_t, width).amin(1) if width else used_bt.new_zeros(len(used_bt)).long()
-    stop_b = torch.where(used_bt, columns_t + 1, 0).amax(1) if width else torch.zeros_like(first_b)
-    return torch.stack([first_b, stop_b]).cpu()
+    used_BT = batch[MASK] != 0
+    width = used_BT.shape[1]
+    columns_T = torch.arange(width, device=used_BT.device)
+    first_B = torch.where(used_BT, columns_T, width).amin(1) if width else used_BT.new_zeros(len(used_BT)).long()
+    stop_B = torch.where(used_BT, columns_T + 1, 0).amax(1) if width else torch.zeros_like(first_B)
+    return torch.stack([first_B, stop_B]).cpu()
 
 
 def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[MicroBatch]:
@@ -76,24 +76,24 @@ def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[
     None cuts nothing but keeps the batches apart, as a plain step would. A width is rounded up to `multiple` as far as
     the batch has columns. At least one micro-batch comes back: with no rows at all it is a placeholder.
     """
-    spans_2b = [spans(batch) for batch in batches]
-    if sum(span.shape[1] for span in spans_2b) == 0:
+    spans_2B = [spans(batch) for batch in batches]
+    if sum(span.shape[1] for span in spans_2B) == 0:
         return [placeholder(1)]
     if budget is None:
-        whole = [(number, torch.arange(span.shape[1])) for number, span in enumerate(spans_2b) if span.shape[1]]
-        return [_micro_batch(batches, spans_2b, [piece], multiple) for piece in whole]
-    lengths_r = torch.cat([(span[1] - span[0]).clamp(min=1) for span in spans_2b])
-    owner_r = torch.cat([torch.full((span.shape[1],), number) for number, span in enumerate(spans_2b)])
-    row_r = torch.cat([torch.arange(span.shape[1]) for span in spans_2b])
-    lengths_r, order_r = lengths_r.sort(descending=True, stable=True)
-    owner_r, row_r = owner_r[order_r], row_r[order_r]
-    out, start, total = [], 0, len(order_r)
+        whole = [(number, torch.arange(span.shape[1])) for number, span in enumerate(spans_2B) if span.shape[1]]
+        return [_micro_batch(batches, spans_2B, [piece], multiple) for piece in whole]
+    lengths_R = torch.cat([(span[1] - span[0]).clamp(min=1) for span in spans_2B])
+    owner_R = torch.cat([torch.full((span.shape[1],), number) for number, span in enumerate(spans_2B)])
+    row_R = torch.cat([torch.arange(span.shape[1]) for span in spans_2B])
+    lengths_R, order_R = lengths_R.sort(descending=True, stable=True)
+    owner_R, row_R = owner_R[order_R], row_R[order_R]
+    out, start, total = [], 0, len(order_R)
     while start < total:
-        longest = -(-int(lengths_r[start]) // multiple) * multiple
+        longest = -(-int(lengths_R[start]) // multiple) * multiple
         stop = min(total, start + max(1, budget // longest))
-        owners, rows = owner_r[start:stop], row_r[start:stop]
+        owners, rows = owner_R[start:stop], row_R[start:stop]
         pieces = [(number, rows[owners == number]) for number in range(len(batches))]
-        out.append(_micro_batch(batches, spans_2b, [piece for piece in pieces if len(piece[1])], multiple))
+        out.append(_micro_batch(batches, spans_2B, [piece for piece in pieces if len(piece[1])], multiple))
         start = stop
     return out
 
@@ -103,11 +103,11 @@ def placeholder(width: int) -> MicroBatch:
     return MicroBatch(pieces=(), rows=0, width=width)
 
 
-def _micro_batch(batches, spans_2b, chosen, multiple: int) -> MicroBatch:
+def _micro_batch(batches, spans_2B, chosen, multiple: int) -> MicroBatch:
     boxes = []
     for number, rows_b in chosen:
         width = batches[number][MASK].shape[1]
-        start, stop = int(spans_2b[number][0, rows_b].min()), int(spans_2b[number][1, rows_b].max())
+        start, stop = int(spans_2B[number][0, rows_b].min()), int(spans_2B[number][1, rows_b].max())
         start, stop = (start, stop) if start < stop else (0, min(1, width))
         boxes.append((number, rows_b, start, stop, width))
     longest = max(stop - start for *_, start, stop, _ in boxes)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 
 MIB = 1 << 20
+# Enough to fill any accelerator; beyond it larger micro-batches gain nothing and leave fewer graphs to keep.
+MOST_TOKENS = 65536
+FIRST_TOKENS = 16384
+LEAST_TOKENS = 512
+CPU_TOKENS = 4096  # a CPU gains nothing from more: caches, not launches, bound it
 
 
 def on_cuda() -> bool:
@@ -69,3 +74,12 @@ def free_bytes(modules: Sequence[nn.Module]) -> int:
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and p.grad is None]
     # Before the first step neither gradients nor the optimizer's two moments exist.
     return int(free * 0.9) - 3 * sum(p.numel() * p.element_size() for p in parameters)
+
+
+def tokens_that_fit(forward_and_backward: Callable[[], None], tokens: int, free: int) -> int:
+    """Tokens a micro-batch may have so that its peak takes at most an eighth of `free` bytes, from one of `tokens`."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    forward_and_backward()
+    peak = max(1, torch.cuda.max_memory_allocated() - before)
+    return min(MOST_TOKENS, max(LEAST_TOKENS, int(free / 8 / peak * tokens) // 1024 * 1024))

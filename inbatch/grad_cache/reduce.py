@@ -21,6 +21,27 @@ def is_fsdp2(module: object) -> bool:
     return isinstance(module, nn.Module) and hasattr(module, "set_requires_gradient_sync")
 
 
+def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The DDP and FSDP2 roots given, and those that an encode is or is a method of; ValueError for any other module."""
+    found = [getattr(encode, "__self__", encode) for encode in encodes]
+    chosen: list[nn.Module] = []
+    for module in [*modules, *(one for one in found if is_ddp(one) or is_fsdp2(one))]:
+        if not is_ddp(module) and not is_fsdp2(module):
+            raise ValueError(
+                f"GradCache: modules takes DistributedDataParallel or fully_shard roots, got {type(module).__name__}; "
+                "a module of one process needs no entry"
+            )
+        for option in ("static_graph", "mixed_precision"):
+            if is_ddp(module) and getattr(module, option, None):
+                raise ValueError(
+                    f"GradCache: DistributedDataParallel(..., {option}=...) is not supported: neither that nor "
+                    "find_unused_parameters is needed here, and autocast does what mixed_precision does"
+                )
+        if not any(module is other for other in chosen):
+            chosen.append(module)  # type: ignore[arg-type]
+    return chosen
+
+
 class _Touch(torch.autograd.Function):
     """A zero that depends on every tensor given and passes no gradient: their accumulation hooks still run."""
 
