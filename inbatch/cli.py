@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,21 +29,30 @@ The same command again goes on with a run that was interrupted. On several machi
 `torchrun ... -m inbatch train CONFIG` on each."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; the process ends with 0, 1 after a mistake in files or settings, 2 after wrong usage."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
-    try:
-        launch = known.nproc_per_node > 1 and "RANK" not in os.environ
-        status = _launch(known, arguments) if launch else _run(known)
-    except (ValueError, OSError, ArithmeticError) as error:
-        _report(error)
-        status = 1
+def main() -> None:
+    """The command `inbatch`: runs `sys.argv` and ends the process."""
+    status = run(sys.argv[1:])
     if status:
         # Not sys.exit: a rank that failed would wait for its peers in the destructors of the process group.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command: 0, or 1 after a mistake in files or settings. Wrong usage is SystemExit(2), as argparse does."""
+    arguments = list(arguments)
+    known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
+    try:
+        if known.nproc_per_node > 1 and "RANK" not in os.environ:
+            return _launch(known, arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            known.function(known)
+    except (ValueError, OSError, ArithmeticError) as error:
+        _report(error)
+        return 1
+    return 0
 
 
 def _parse_train(arguments: list[str]) -> argparse.Namespace:
@@ -137,12 +146,6 @@ def _positive(text: str) -> int:
 # ---- processes and errors
 
 
-def _run(known: argparse.Namespace) -> int:
-    warnings.showwarning = _show_warning
-    known.function(known)
-    return 0
-
-
 def _launch(known: argparse.Namespace, arguments: list[str]) -> int:
     """Starts the same command in N processes on this machine through torchrun; returns 1 if one fails."""
     if known.command == "train":
@@ -187,7 +190,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 @contextmanager
-def _processes(device: str) -> Iterator["torch.device"]:
+def _processes(device: str) -> Generator["torch.device"]:
     """The process group of torchrun's environment, if any, and this process's device; ended only after success."""
     import torch
     from transformers.utils import logging as transformers_logging

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from inbatch import collectives
 from inbatch.config import OptimConfig
@@ -54,4 +53,5 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     """Scales all gradients so that their global norm is at most `max_norm` (None: only measures); returns it."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
     # FSDP2 shards gradients: the norm then comes as a sharded tensor.
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    whole = getattr(norm, "full_tensor", None)
+    return norm if whole is None else whole()

@@ -1,0 +1,181 @@
+"""The command line: every mistake is one line that names it, the status is not 0, and no rank is left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from inbatch import cli
+from inbatch.encoder import BiEncoderModel
+from tests.helpers import REPOSITORY
+from tests.tiny_models import WORDS, save_tiny
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    save_tiny("bert", root / "model")
+    save_tiny("bert", root / "wider", hidden_size=48)
+    good = [{"query": WORDS[i], "positive": f"the {WORDS[i + 1]}"} for i in range(6)]
+    write(root / "good.jsonl", *map(json.dumps, good))
+    write(root / "broken.jsonl", json.dumps(good[0]), json.dumps(good[1]), '{"query": "a", "posi')
+    write(root / "no_positive.jsonl", json.dumps(good[0]), '{"query": "where is the cat"}')
+    for name, document in (("beir", "d1"), ("bad_qrels", "d9")):
+        write(root / name / "corpus.jsonl", *(json.dumps({"_id": f"d{i}", "text": WORDS[i]}) for i in range(5)))
+        write(root / name / "queries.jsonl", '{"_id": "q1", "text": "the cat"}')
+        write(root / name / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", f"q1\t{document}\t1")
+    config = {
+        "model": {"name_or_path": str(root / "model")},
+        "data": {"train": str(root / "good.jsonl"), "query_max_len": 8, "passage_max_len": 8},
+        "train": {
+            "output_dir": str(root / "run"),
+            "global_batch_size": 4,
+            "max_steps": 2,
+            "device": "cpu",
+            "progress": False,
+        },
+    }
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+def write(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def only_message(capsys) -> str:
+    """What a user reads on stderr: exactly one line, and no traceback."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("inbatch: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.train={home}/absent.jsonl"], ["absent.jsonl does not exist"]),
+        (["--data.train={home}/broken.jsonl"], ["broken.jsonl, line 3", "not JSON"]),
+        (["--data.train={home}/no_positive.jsonl"], ["no_positive.jsonl, line 2", "positive"]),
+        (["--eval.data={home}/bad_qrels", "--eval.split=test"], ["bad_qrels/qrels/test.tsv, line 2", "'d9'"]),
+        (["--optim.learning_rate=1"], ["unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"]),
+        (["--model.name_or_path={home}/beir"], ["beir is no model"]),
+        (["--train.accumulation_steps=3"], ["global_batch_size 4 is not divisible by train.accumulation_steps 3"]),
+        (["--train.device=cuda"], ["device is cuda but torch sees no GPU"]),
+        (["--loss.temperature=cold"], ["loss.temperature is cold: expected a number"]),
+    ],
+)
+def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = [option.format(home=home) for option in options]
+    status = cli.run(["train", str(home / "config.yaml"), f"--train.output_dir={tmp_path}", *options])
+    message = only_message(capsys)
+    assert status == 1
+    assert all(part in message for part in expected), message
+
+
+def test_train_evaluate_encode(home, capsys):
+    assert cli.run(["train", str(home / "config.yaml")]) == 0
+    printed = capsys.readouterr().err
+    assert "each query sees 4 candidates: its positive and 3 negatives (4 queries x 1 passage)" in printed
+
+    # The same command finds the run done; another configuration in its folder is refused.
+    assert cli.run(["train", str(home / "config.yaml")]) == 0
+    assert "this run is done" in capsys.readouterr().err
+    assert cli.run(["train", str(home / "config.yaml"), "--loss.temperature", "0.07"]) == 1
+    assert "holds a run with another configuration (loss.temperature was 0.02, is 0.07)" in only_message(capsys)
+
+    model, run_file = str(home / "run" / "model"), home / "test.run"
+    options = ["--measures", "nDCG@10", "R@5", "--run-file", str(run_file), "--no-progress", "--device", "cpu"]
+    assert cli.run(["evaluate", model, str(home / "beir"), *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["R@5"] == 1.0
+    assert 0 < figures["nDCG@10"] <= 1
+    assert len(run_file.read_text().splitlines()) == 5
+
+    output = home / "corpus.npy"
+    assert cli.run(["encode", model, str(home / "beir"), str(output), "--no-progress", "--device", "cpu"]) == 0
+    assert "5 x 32 float32" in capsys.readouterr().out
+    opened = BiEncoderModel.from_pretrained(model)
+    expected = opened(opened.tokenize(WORDS[:5])).detach().numpy()
+    np.testing.assert_allclose(np.load(output), expected, atol=1e-6)
+    assert Path(f"{output}.ids.txt").read_text().split() == [f"d{i}" for i in range(5)]
+
+    assert cli.run(["encode", model, str(home / "beir"), str(output), "--prompt", "poem", "--device", "cpu"]) == 1
+    assert "--prompt poem: expected one of" in only_message(capsys)
+
+
+def test_help_names_every_key(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["encode", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            cli.run(arguments)
+        assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--optim.lr" in printed
+    assert "peak learning rate" in printed
+    assert "--nproc-per-node" in printed
+
+
+def run_command(*command: str, cwd: Path = REPOSITORY) -> tuple[subprocess.CompletedProcess, float]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return done, time.monotonic() - started
+
+
+def test_two_processes_say_a_shared_mistake_once(home, tmp_path):
+    command = [sys.executable, "-m", "inbatch", "train", str(home / "config.yaml"), "--nproc-per-node", "2"]
+    done, _ = run_command(*command, f"--train.output_dir={tmp_path}", f"--data.train={home}/broken.jsonl")
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert "broken.jsonl, line 3" in lines[0]
+
+
+def test_ranks_with_different_models(home, tmp_path):
+    """Under torchrun itself: each rank has another model under the same name."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys; from inbatch.cli import main\n"
+        "os.chdir(os.path.join(sys.argv.pop(1), os.environ['RANK'])); main()\n"
+    )
+    for rank, model in enumerate(("model", "wider")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "local").symlink_to(home / model)
+    options = ["--model.name_or_path=local", f"--train.output_dir={tmp_path}/run"]
+    done, _ = run_command(*TORCHRUN, str(script), str(tmp_path), "train", str(home / "config.yaml"), *options)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("inbatch: error: ")]
+    assert len(ours) == 1, done.stderr
+    assert "the model: the ranks disagree" in ours[0]
+    assert "rank 0 has 32, rank 1 has 48" in ours[0]
+    # torchrun's report comes last; its root cause repeats the message, and nobody printed a traceback of ours.
+    assert done.stderr.rstrip().splitlines()[-2].strip().startswith("traceback : the model: the ranks disagree")
+    assert "inbatch/train.py" not in done.stderr
+
+
+def test_a_mistake_on_one_rank_ends_all(home, tmp_path):
+    """Rank 1 fails by itself while rank 0 waits for it in a collective."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os; from inbatch import cli, collectives\n"
+        "collectives.start('gloo')\n"
+        "def fail(known):\n"
+        "    if collectives.rank() == 1: raise ValueError('only here')\n"
+        "    collectives.barrier()\n"
+        "cli._train = fail\n"
+        "cli.main()\n"
+    )
+    done, seconds = run_command(*TORCHRUN, str(script), "train", str(home / "config.yaml"))
+    assert done.returncode != 0
+    assert done.stderr.count("inbatch: error: only here") == 1
+    assert seconds < 120, "the start of three Python processes, not the time-out of a collective (300 s)"

@@ -1,0 +1,308 @@
+"""Training: the same parameters as one process with the whole batch, runs that go on where they were killed.
+
+Shapes: B queries, M passages, N passages of the global batch, D dimension.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from inbatch import checkpoint
+from inbatch.batches import Batches
+from inbatch.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    save,
+)
+from inbatch.data import BatchPlan, Collator, open_examples
+from inbatch.encoder import BiEncoderModel
+from inbatch.optim import build_optimizer, clip_gradients, learning_rate
+from inbatch.run_log import read_metrics
+from inbatch.train import train
+from tests.helpers import REPOSITORY
+from tests.tiny_models import WORDS, save_tiny
+
+QUERIES = 26
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Tiny backbones, with and without dropout; records with ragged negatives and duplicates; a BEIR folder."""
+    root = tmp_path_factory.mktemp("training")
+    save_tiny("bert", root / "model")
+    save_tiny("bert", root / "dropout", hidden_dropout_prob=0.1)
+    chance = random.Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(2, length)))
+
+    with (root / "records.jsonl").open("w") as file:
+        repeated = text(9)
+        for i in range(QUERIES):
+            positives = [repeated if i % 5 == 0 else text(9) for _ in range(1 + i % 2)]
+            record = {"query": text(5), "pos": positives, "neg": [text(9) for _ in range(i % 3)]}
+            file.write(json.dumps(record) + "\n")
+    beir = root / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    with (beir / "corpus.jsonl").open("w") as file:
+        file.writelines(json.dumps({"_id": f"d{i}", "title": "", "text": text(9)}) + "\n" for i in range(30))
+    with (beir / "queries.jsonl").open("w") as file:
+        file.writelines(json.dumps({"_id": f"q{i}", "text": text(5)}) + "\n" for i in range(9))
+    rows = "".join(f"q{i}\td{3 * i}\t1\n" for i in range(9))
+    (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    return root
+
+
+def make_config(folder: Path, output_dir: Path, **groups) -> Config:
+    config = Config(
+        model=ModelConfig(name_or_path=str(folder / "model")),
+        data=DataConfig(train=str(folder / "records.jsonl"), query_max_len=8, passage_max_len=12),
+        loss=LossConfig(temperature=0.1),
+        # An epsilon above the rounding of gradients that are zero in exact arithmetic: Adam would blow it up to a step.
+        optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_ratio=0.4, max_grad_norm=0.5),
+        train=TrainConfig(
+            output_dir=str(output_dir), global_batch_size=8, max_steps=5, device="cpu", log_every=1, progress=False
+        ),
+    )
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in groups.items()})
+
+
+def train_body(rank: int, config: Config) -> dict[str, float]:
+    return train(config, device=torch.device("cpu"))
+
+
+def trained(config: Config) -> dict[str, torch.Tensor]:
+    return BiEncoderModel.from_pretrained(Path(config.train.output_dir) / "model").state_dict()
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def by_hand(config: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Five plain steps of one process: dense scores, torch's own cross entropy, nothing of the trainer's."""
+    model = BiEncoderModel.from_pretrained(config.model.name_or_path)
+    collate = Collator(
+        lambda texts, length: model.tokenize(texts, max_length=length), query_max_len=8, passage_max_len=12
+    )
+    examples = open_examples(config.data.train)
+    plan = BatchPlan(len(examples), 8, config.train.seed)
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, eps=config.optim.eps)
+    losses = []
+    for step, rate in enumerate([0.5e-3, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3]):
+        batch = collate([examples[int(i)] for i in plan.batch(step)], plan.epoch(step))
+        queries_BD, passages_ND = model(batch.queries), model(batch.passages)
+        scores_BN = queries_BD @ passages_ND.T / config.loss.temperature
+        for i, column in enumerate(batch.positives.tolist()):
+            for j, passage in enumerate(batch.passage_ids.tolist()):
+                if passage in batch.positive_ids[i].tolist() and j != column:
+                    scores_BN[i, j] = -torch.inf
+        loss = torch.nn.functional.cross_entropy(scores_BN, batch.positives)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or torch.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    return model.state_dict(), losses
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return by_hand(make_config(folder, Path("unused")))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_tokens", [None, 40])
+def test_parameters_equal_a_plain_single_process_run(pool, folder, tmp_path, reference, world_size, micro_batch_tokens):
+    # 26 records in batches of 8 leave a tail of 2: at W = 3 one rank has no query at all in that step.
+    config = make_config(folder, tmp_path, train={"micro_batch_tokens": micro_batch_tokens, "keep_graph_mib": 0})
+    start = BiEncoderModel.from_pretrained(config.model.name_or_path).state_dict()
+    pool.run(train_body, world_size, config)
+    parameters, losses = reference
+    assert_close(trained(config), parameters, atol=1e-5)
+    lines = read_metrics(tmp_path)
+    assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-5)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    # The comparison means something only if training moves the parameters much further than the tolerance.
+    moved = [(start[name] - parameters[name]).abs().max() for name in start if not name.startswith("backbone.pooler")]
+    assert min(moved) > 1e-4 or sum(m > 1e-3 for m in moved) > len(moved) / 2
+
+
+def test_accumulation_and_temperature_are_equal_on_any_number_of_ranks(pool, folder, tmp_path):
+    runs = []
+    for world_size in (1, 3):
+        config = make_config(
+            folder, tmp_path / str(world_size), train={"accumulation_steps": 2}, loss={"learnable_temperature": True}
+        )
+        pool.run(train_body, world_size, config)
+        runs.append((trained(config), read_metrics(config.train.output_dir)))
+    (one, one_lines), (three, three_lines) = runs
+    assert_close(one, three, atol=1e-5)
+    for mine, theirs in zip(one_lines, three_lines, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    temperatures = [line["temperature"] for line in one_lines]
+    assert len(set(temperatures)) == 5, "a learnable temperature changes at every step"
+    # Half the queries, about half the passages: accumulation adds no negatives.
+    assert one_lines[0]["candidates"] < 0.7 * 16
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, world_size):
+    """Dropout on. metrics.jsonl, evaluations included, is equal byte for byte, and so are the parameters."""
+
+    def config(name: str) -> Config:
+        return make_config(
+            folder,
+            tmp_path / name,
+            model={"name_or_path": str(folder / "dropout")},
+            train={"max_steps": 40},
+            eval=vars(EvalConfig(data=str(folder / "beir"), every_steps=7)),
+            checkpoint=vars(CheckpointConfig(every_steps=4, keep_last=2)),
+        )
+
+    pool.run(train_body, world_size, config("whole"))
+    save(config("killed"), tmp_path / "killed.yaml")
+    kill_at = random.randint(5, 30)
+    start_and_kill(tmp_path / "killed.yaml", tmp_path / "killed", world_size, kill_at)
+    assert not (tmp_path / "killed" / "done.json").exists()
+    assert checkpoint.latest(tmp_path / "killed" / "checkpoints") is not None
+    pool.run(train_body, world_size, config("killed"))
+
+    whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
+    assert killed.read_text() == whole.read_text(), f"killed at step {kill_at}"
+    assert [line["step"] for line in read_metrics(whole.parent) if "loss" in line] == list(range(1, 41))
+    assert_close(trained(config("whole")), trained(config("killed")), atol=0)
+
+
+def start_and_kill(config: Path, output_dir: Path, world_size: int, kill_at: int) -> None:
+    """Starts the command and sends SIGKILL to all its processes once `kill_at` lines are in metrics.jsonl."""
+    command = [sys.executable, "-m", "inbatch", "train", str(config), "--nproc-per-node", str(world_size)]
+    with (output_dir.parent / "killed.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(read_lines(output_dir / "metrics.jsonl")) >= kill_at:
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, (output_dir.parent / "killed.log").read_text()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # torchrun starts its workers in sessions of their own: they end when they miss it.
+    for pid in worker_pids(str(config)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def worker_pids(argument: str) -> list[int]:
+    """Processes whose command line names this test's own configuration file."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if argument.encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_finished_run_can_be_extended_but_not_replaced(folder, tmp_path, capsys):
+    config = make_config(folder, tmp_path, checkpoint={"every_steps": 3})
+    first = train(config)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert train(config) == first
+    assert "this run is done" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+    with pytest.raises(
+        ValueError, match=r"another configuration \(train.seed was 42, is 3; optim.lr was 0.001, is 0.5\)"
+    ):
+        train(replace(config, optim=replace(config.optim, lr=0.5), train=replace(config.train, seed=3)))
+
+    train(replace(config, train=replace(config.train, max_steps=7)))
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_done_without_a_checkpoint_says_so(folder, tmp_path):
+    config = make_config(folder, tmp_path, train={"max_steps": 2})
+    train(config)
+    with pytest.raises(ValueError, match="done after 2 steps and kept no checkpoint"):
+        train(replace(config, train=replace(config.train, max_steps=3)))
+
+
+def test_an_exploding_loss_stops_the_run(folder, tmp_path):
+    config = make_config(folder, tmp_path, optim={"lr": 1e30, "max_grad_norm": None, "warmup_ratio": 0.0})
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        train(config)
+
+
+def test_learning_rate_and_decay_groups(folder):
+    config = OptimConfig(lr=1.0, warmup_ratio=0.2)
+    rates = [learning_rate(step, 10, config) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert learning_rate(6, 10, replace(config, schedule="cosine")) == pytest.approx(0.5)
+    assert learning_rate(9, 10, replace(config, schedule="constant")) == 1.0
+    model = BiEncoderModel.from_pretrained(folder / "model")
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = build_optimizer([model], replace(config, weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in others["params"])
+    assert all(names[id(p)].endswith("weight") and "LayerNorm" not in names[id(p)] for p in decayed["params"])
+
+
+def test_clipping_measures_before_it_scales():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([parameter], None) == 5.0
+    assert parameter.grad.tolist() == [3.0, 4.0]
+    assert clip_gradients([parameter], 1.0) == 5.0
+    assert parameter.grad.norm() == pytest.approx(1.0)
+
+
+def test_batches_are_the_plan_s_in_order_for_any_ranks(folder):
+    examples = open_examples(str(folder / "records.jsonl"))
+    plan = BatchPlan(len(examples), 8, seed=1)
+    model = BiEncoderModel.from_pretrained(folder / "model")
+    collator = Collator(lambda texts, n: model.tokenize(texts, max_length=n), query_max_len=8, passage_max_len=8)
+    options = {"world_size": 3, "accumulation_steps": 3}
+    ranks = [Batches(examples, plan, collator, rank=rank, **options).ahead_from(2, 6) for rank in range(3)]
+    for step, by_rank in enumerate(zip(*ranks, strict=True), 2):
+        expected = collator([examples[int(i)] for i in plan.batch(step)], plan.epoch(step)).query_ids.tolist()
+        parts = list(zip(*by_rank, strict=True))
+        assert [id_ for part in parts for share in part for id_ in share.batch.query_ids.tolist()] == expected
+        assert sum(part[0].share_of_step for part in parts) == pytest.approx(1)
+
+
+def test_an_error_while_reading_ahead_is_raised(folder):
+    class Broken(list):
+        def __getitem__(self, index):
+            raise ValueError("records.jsonl, line 3 is not JSON")
+
+    batches = Batches(Broken([0] * 9), BatchPlan(9, 4), collator=None, rank=0, world_size=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="line 3 is not JSON"):
+        next(batches.ahead_from(0, 3))
