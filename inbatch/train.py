@@ -135,7 +135,7 @@ class StepFunction:
             queries_BD,
             passages_MD,
             positives=batch.positives,
-            false_negatives=false_negatives(self._run.config.loss, batch, self._run.device),
+            false_negatives=false_negatives(self._run.config.loss, batch),
             stats=self._stats,
         )
         return loss * self._part.share_of_step
@@ -147,10 +147,9 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def false_negatives(config: LossConfig, batch: TrainBatch, device: torch.device) -> FalseNegatives | None:
+def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives | None:
     if config.mask_duplicates:
-        ids = (batch.passage_ids, batch.query_ids, batch.positive_ids)
-        return FalseNegatives(*(tensor.to(device, non_blocking=True) for tensor in ids), margin=config.margin)
+        return FalseNegatives(batch.passage_ids, batch.query_ids, batch.positive_ids, config.margin)
     return None if config.margin is None else FalseNegatives(margin=config.margin)
 
 
