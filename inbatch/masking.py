@@ -1,13 +1,14 @@
 """Which columns are false negatives, from ids. Pure: no communication, no host synchronisation but in `sharing`.
 
-Shapes: B queries (rows), M local passages, R rows, C columns of any kind, K document keys and L query keys of one row or column.
+Shapes: B queries (rows), M local passages, R rows, C columns of any kind, K and L keys of one row or column.
 
 A pair (row, column) is masked when a document key of the row equals a document key of the column, or a query key of the
 row equals a query key of the column. -1 is "unknown" and never matches. What the keys are:
 
-    row i                  documents: its positive's id, and its known positives      queries: its query id
-    passage as a column    documents: its id                                          queries: ids of the rows whose positive it is
-    query as a column      documents: its positive's id, and its known positives      queries: its query id
+                           document keys                           query keys
+    row i                  its positive's id, its known positives  its query id
+    passage as a column    its id                                  query ids of the rows whose positive it is
+    query as a column      its positive's id, its known positives  its query id
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ COLUMN_NOTHING = -2
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """Says which columns are no negatives of a row; the row's own positive always stays. Ids are int64; -1 never matches.
+    """Which columns are no negatives of a row; its own positive always stays. Ids are int64; -1 never matches.
 
     passage_ids   [M]     a column with the id of the row's positive is no negative
     query_ids     [B]     a passage that is the positive of another row with the same query id is no negative
-    positive_ids  [B, K]  every known positive of the query, padded with -1 (needs passage_ids; K may differ between ranks)
-    margin        a column with q.p above (q.positive + margin) is no negative; in the units of q.p, before the temperature
+    positive_ids  [B, K]  every known positive of the query, padded with -1 (needs passage_ids; K may vary by rank)
+    margin        a column with q.p above (q.positive + margin) is no negative; in units of q.p, not of scaled scores
 
-    Every rank passes the same ones. Masked columns leave the sum exactly. A row's own hard negatives follow the same rules.
-    Where queries act as columns, one is no negative of a row if it has the row's query id or shares a known positive with it.
+    Every rank passes the same ones. Masked columns leave the sum exactly. A row's own hard negatives follow the same
+    rules. A query as a column is no negative of rows with its query id or with a known positive in common.
     """
 
     passage_ids: Tensor | None = None
@@ -103,8 +104,8 @@ def passage_keys(ids: FalseNegatives, positives: Tensor, num_passages: int, widt
 def compact(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Replaces 64-bit keys by 32-bit ones with exactly the same matches. rows [R, K], columns [C, L] int64 -> int32.
 
-    A key becomes its first position among the sorted column keys, so equal keys agree and different ones differ; a row key
-    that no column has becomes "nothing".
+    A key becomes its first position among the sorted column keys, so equal keys agree and different ones differ; a row
+    key that no column has becomes "nothing".
     """
     if columns.numel() == 0:
         return torch.full_like(rows, ROW_NOTHING, dtype=torch.int32), columns.int()

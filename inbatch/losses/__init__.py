@@ -1,4 +1,4 @@
-"""The loss: info_nce and InfoNCELoss check what they are given, agree with the other ranks, choose an implementation, call it.
+"""The loss: check what is given, agree with the other ranks, choose an implementation, call it.
 
 Shapes: B local queries, M local passages, D dimension.
 """
@@ -37,9 +37,9 @@ def info_nce(
     chunk_mib: float | None = None,
     stats: LossStats | None = None,
 ) -> Tensor:
-    """Mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i)  with  s_ij = q_i . p_j / temperature.
+    """Mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i),  s_ij = q_i . p_j / temperature.
 
-    C(i): the passages of all ranks less the false negatives of i. See README for `objective`, other sums of such terms.
+    C(i): the passages of all ranks less the false negatives of i. `Objective`: other sums of such terms.
 
     queries [B, D], passages [M, D]: one floating dtype; B and M may differ between ranks and may be 0
     positives [B] int64: column of each query's positive among the local passages; default: equal groups, positive first
@@ -50,7 +50,7 @@ def info_nce(
     chunk_mib: bound on the exponentials held at once by "tiled" and "fused"; stats: counts what the softmax saw
 
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
-    over the W ranks it is the loss, and parameter gradients averaged over ranks (DDP, FSDP2) are the one-process gradients.
+    over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process.
     Raises ValueError, on every rank, for wrong or disagreeing inputs. (van den Oord et al. 2018; Karpukhin et al. 2020)
     """
     settings = _check.Settings(
@@ -91,8 +91,8 @@ def _choose(impl: str, queries: Tensor) -> tuple[ModuleType | None, str | None]:
 class InfoNCELoss(nn.Module):
     """info_nce with its options held; `forward` takes what changes from batch to batch.
 
-    learnable: the temperature is a parameter, kept positive as exp(log_temperature). Its gradient follows the same contract as
-    the embeddings': average it over ranks, as DDP does for a module that holds this one.
+    learnable: the temperature is a parameter, kept positive as exp(log_temperature). Its gradient follows the same
+    contract as the embeddings': average it over ranks, as DDP does for a module that holds this one.
     """
 
     def __init__(

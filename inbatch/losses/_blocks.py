@@ -2,8 +2,8 @@
 
 Shapes: R rows, C columns, D dimension, K keys of a row, L keys of a column, r rows of one chunk.
 
-`tiled` (plain PyTorch) and `fused` (Triton) offer the same three functions over a Block; `_driver` (all columns at hand)
-and `ring` (columns arriving in blocks) call them and know nothing else about how scores are computed.
+`tiled` (plain PyTorch) and `fused` (Triton) offer the same three functions over a Block; `_driver` (all columns at
+hand) and `ring` (columns arriving in blocks) call them and know nothing else about how scores are computed.
 
     exp_scores(block, start, stop, pivot_r, *, keep=True, counts=None) -> (exp_rC, sum_r, pivot_r)
 
@@ -20,7 +20,8 @@ and `ring` (columns arriving in blocks) call them and know nothing else about ho
 
         sums, pivots: one [r] tensor for each block of the softmax; positive_r the positive's score; factor 0-d.
         Z_i = exp(positive_i) + sum over blocks of exp(pivot_i) * sum_i;    loss_i = log Z_i - positive_i
-        weights: one [r] tensor a block: factor * exp(pivot_i) / Z_i;   coefficient_i = -factor * (1 - exp(positive_i) / Z_i)
+        weights: one [r] tensor a block: factor * exp(pivot_i) / Z_i
+        coefficient_i = -factor * (1 - exp(positive_i) / Z_i)
         A tiny loss or coefficient keeps its digits (log1p of the sums; never 1 - p).
 
     add_gradients(block, exp_rC, start, stop, weight_r, d_rows, d_columns, *, fresh_rows, fresh_columns) -> None
@@ -37,22 +38,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp(60) * 2**24 columns still fits float32 and bfloat16 with room for the products; 60 nats below it is far above denormals.
+# exp(60) * 2**24 columns still fits float32 and bfloat16 with room for the products, and exp(-60) is no denormal.
 MAX_EXPONENT = 60.0
-
-# "No key": differs between rows and columns, so that plain equality is the whole matching rule.
-ROW_NOTHING = -1
-COLUMN_NOTHING = -2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """Rows [R, D] against columns [C, D] (same dtype and device, contiguous last dimension; R or C may be 0).
 
-    own     int32 [R]: the column left out of E and never counted (the positive, or the row itself); -1 where the row has none
+    own     int32 [R]: the column left out of E and never counted (the positive, or the row itself); -1: none here
     scale   0-d float32 (float64 for float64 inputs): 1 / temperature
-    keys    pairs (row keys int32 [R, K], column keys int32 [C, L]), at most two; a pair (i, j) is masked when any key of row i
-            equals any key of column j. Rows use -1 and columns -2 for "nothing", so equality alone decides.
+    keys    pairs (row keys int32 [R, K], column keys int32 [C, L]), at most two; a pair (i, j) is masked when any key
+            of row i equals any key of column j. Rows use -1 and columns -2 for "nothing": equality alone decides.
     limit   float32 [R] or None: a column with s_ij > limit_i is masked
     """
 

@@ -1,4 +1,4 @@
-"""What info_nce accepts. Mistakes are found locally, told to all ranks in the one agreement exchange, and raised on every rank.
+"""What info_nce accepts. Mistakes are found locally, told in the one agreement exchange, and raised on every rank.
 
 Shapes: B local queries, M local passages, D dimension, K known positives of a query.
 """
@@ -62,8 +62,8 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
     if positives is None:
         if num_queries and (num_passages == 0 or num_passages % num_queries):
             return (
-                f"{num_passages} passages cannot be split into equal groups for {num_queries} queries: pass positives=, the column "
-                "of each query's positive, or as many passages for each query"
+                f"{num_passages} passages cannot be split into equal groups for {num_queries} queries: pass "
+                "positives=, the column of each query's positive, or as many passages for each query"
             )
         return None
     if not isinstance(positives, Tensor) or positives.dtype != torch.int64 or positives.shape != (num_queries,):
@@ -75,7 +75,7 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
     if positives.is_cuda and collectives.world_size(group) == 1:
         # Reading the values would make the CPU wait for the GPU, and alone there is nobody who would hang.
         inside = ((positives >= 0) & (positives < num_passages)).all()
-        torch._assert_async(inside, f"positives must be columns of the {num_passages} local passages")
+        torch.ops.aten._assert_async.msg(inside, f"positives must be columns of the {num_passages} local passages")
         return None
     lowest, highest = (int(value) for value in positives.aminmax())
     if lowest < 0 or highest >= num_passages:
@@ -94,7 +94,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        return f"temperature must be positive and finite (0.01 to 0.1 are usual for normalised embeddings), got {temperature!r}"
+        return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
     return None
 
 
@@ -146,7 +146,7 @@ def _describe(value: Any) -> str:
 def agree(
     queries: Tensor, passages: Tensor, settings: Settings, kernels: ModuleType | None, error: str | None
 ) -> Problem:
-    """The one exchange before the loss. Raises ValueError on every rank if `error` is set on any, or the ranks differ."""
+    """The one exchange before the loss. Raises ValueError on every rank if `error` is set on any, or ranks differ."""
     ids, positives, query_width, document_width = settings.false_negatives, None, 1, 0
     fields: dict[str, Tensor | None] = {}
     if error is None:

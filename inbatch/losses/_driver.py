@@ -2,12 +2,14 @@
 
 Shapes: B local queries (rows), M local passages, D dimension, r rows of one chunk, C columns.
 
-The gradient is made during the forward pass: exp(score - positive's score) is written once for a chunk of rows, its sums give
-the loss, and two plain products of the same chunk give the gradients (see `_blocks`). Nothing of size B x N is kept, and the
-backward pass neither computes nor communicates.
+The gradient is made during the forward pass: exp(score - positive's score) is written once for a chunk of rows; its
+sums make the loss, and two products of the same chunk the gradients (see `_blocks`). Nothing of size B x N is kept,
+and the backward pass neither computes nor communicates.
 """
 
 from __future__ import annotations
+
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -63,21 +65,22 @@ def _solve(
     solve = ring.solve if problem.negatives == "ring" and len(problem.query_counts) > 1 else _solve_gathered
     d_query_columns, d_passages = solve(queries, passages, problem, wanted, all_rows)
 
-    loss, d_queries, d_positives, inner = None, d_query_columns, None, None
+    d_queries, d_positives, d_temperature = d_query_columns, None, None
     for rows in all_rows:
-        loss = rows.loss if loss is None else loss + rows.loss
         to_queries, to_positives, to_scores = rows.close()
-        if wanted.queries:
+        if wanted.queries and to_queries is not None:
             d_queries = add_prefix_gradient(d_queries, to_queries, queries)
-        if wanted.passages:
+        if wanted.passages and to_positives is not None:
             d_positives = add_prefix_gradient(d_positives, to_positives, positives)
-        if wanted.temperature:
-            inner = to_scores if inner is None else inner + to_scores
-    if wanted.passages:
+        if to_scores is not None:
+            d_temperature = -to_scores * scale if d_temperature is None else d_temperature - to_scores * scale
+    if d_positives is not None:
         if d_passages is None:  # passages are positives but no columns
             d_passages = torch.zeros_like(passages, dtype=dtype)
         problem.add_to_positives(d_passages, d_positives)
-    d_temperature = None if inner is None else (-inner * scale).to(temperature.device)
+    if isinstance(temperature, Tensor) and d_temperature is not None:
+        d_temperature = d_temperature.to(temperature.device)
+    loss = reduce(torch.add, [rows.loss for rows in all_rows])
     return loss, (_narrow(d_queries, queries), _narrow(d_passages, passages), d_temperature)
 
 
@@ -100,12 +103,12 @@ def _solve_gathered(
         gradients = _solve_prefix(rows, columns.prefix(rows.queries.shape[1]), keys, problem, wanted, counts)
         for kind in list(gradients):
             totals[kind] = add_prefix_gradient(totals[kind], gradients.pop(kind), columns.of(kind))
-    return tuple(
-        total
-        if total is None or problem.negatives == "local"
-        else collectives.reduce_scatter_rows(total, counts, problem.group)
-        for total, counts in ((totals["query"], problem.query_counts), (totals["passage"], problem.passage_counts))
-    )
+    if problem.negatives == "local" or len(problem.query_counts) == 1:
+        return totals["query"], totals["passage"]
+    for kind, total in totals.items():
+        if total is not None:
+            totals[kind] = collectives.reduce_scatter_rows(total, problem.column_counts(kind), problem.group)
+    return totals["query"], totals["passage"]
 
 
 def _solve_prefix(
@@ -113,7 +116,6 @@ def _solve_prefix(
 ) -> dict[str, Tensor]:
     """Adds every softmax of one prefix to `rows`; returns the gradients of the columns by kind."""
     kernels = problem.kernels
-    assert kernels is not None
     gradients = empty_column_gradients(problem, wanted, columns)
     for steps, weight in schedule(problem.objective):
         blocks = [rows.block(step, columns, keys[step.direction]) for step in steps]
@@ -146,7 +148,7 @@ def _solve_prefix(
                     )
                 del exp_rC
         rows.add(_join(losses, rows.score_B), _join(coefficients, rows.score_B), weight)
-        if counts is not None:
+        if problem.stats is not None and counts is not None:
             problem.stats.add(counts, sum(widths) - len(widths), problem.group)
             counts = None
     return gradients

@@ -22,11 +22,11 @@ class Objective:
         query_to_passage    s(q_i, p) for every other passage      passage_to_query    s(d_i, q) for every other query
         query_to_query      s(q_i, q) for every other query        passage_to_passage  s(d_i, p) for every other passage
     partition: "joint", one softmax over all of them, or "per_direction", one for each and the mean of their losses
-    matryoshka_dims: the loss is the weighted sum over prefixes of the embeddings, each renormalised (the full dimension is
-        taken as it is); weights default to 1 (Kusupati et al. 2022)
+    matryoshka_dims: the loss is the weighted sum over prefixes of the embeddings, each renormalised (the full dimension
+        is taken as it is); weights default to 1 (Kusupati et al. 2022)
 
-    Settings: CLIP (Radford et al. 2021), GTE (Li et al. 2023) and QWEN3_EMBEDDING (Zhang et al. 2025, which also masks by
-    FalseNegatives(margin=0.1)). Raises ValueError for unknown or repeated names and for wrong dimensions.
+    Settings: CLIP (Radford et al. 2021), GTE (Li et al. 2023) and QWEN3_EMBEDDING (Zhang et al. 2025, which also masks
+    by FalseNegatives(margin=0.1)). Raises ValueError for unknown or repeated names and for wrong dimensions.
     """
 
     directions: tuple[str, ...] = ("query_to_passage",)

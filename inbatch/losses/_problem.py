@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Problem:
     margin: float | None
     objective: Objective
     negatives: str
-    kernels: ModuleType | None  # None: the reference
+    kernels: Any  # the module with the kernel functions; None: the reference
     chunk_mib: float | None
     stats: LossStats | None
     group: ProcessGroup | None
@@ -47,6 +47,9 @@ class Problem:
     def row_weight(self) -> float:
         """Averaged over ranks, a row then counts 1 / (rows of all ranks)."""
         return len(self.query_counts) / sum(self.query_counts)
+
+    def column_counts(self, kind: str) -> list[int]:
+        return self.passage_counts if kind == "passage" else self.query_counts
 
     def positives_of(self, passages: Tensor) -> Tensor:
         """Each row's positive [B, D]."""
@@ -209,7 +212,6 @@ def schedule(objective: Objective) -> list[tuple[list[Step], float]]:
 def chunks(num_rows: int, num_columns: int, dtype: torch.dtype, problem: Problem) -> Iterator[tuple[int, int]]:
     """Equal ranges of rows whose exponentials fit the chunk size."""
     kernels = problem.kernels
-    assert kernels is not None
     budget_mib = kernels.DEFAULT_CHUNK_MIB if problem.chunk_mib is None else problem.chunk_mib
     fitting = max(int(budget_mib * 2**20 / max(num_columns * kernels.exp_itemsize(dtype), 1)), 1)
     pieces = -(-num_rows // fitting) if num_rows else 0

@@ -43,7 +43,7 @@ class Rows:
         self.weight = weight * problem.row_weight
         self.score_B = _positive_scores(queries, positives, scale, problem)
         self.limit_B = None if problem.margin is None else self.score_B + problem.margin * scale
-        self.loss: Tensor | None = None
+        self._loss: Tensor | None = None
         self._coefficient_B: Tensor | None = None
         used = {step.row for steps, _ in schedule(problem.objective) for step in steps}
         # Every block overwrites or adds to all rows, so only what no block touches has to start at zero.
@@ -72,8 +72,13 @@ class Rows:
     def add(self, loss_B: Tensor, coefficient_B: Tensor, weight: float) -> None:
         """Adds a softmax: its loss for every row, and the gradient of every positive's score (times the factor)."""
         loss = loss_B.sum() * (self.weight * weight)
-        self.loss = loss if self.loss is None else self.loss + loss
+        self._loss = loss if self._loss is None else self._loss + loss
         self._coefficient_B = coefficient_B if self._coefficient_B is None else self._coefficient_B + coefficient_B
+
+    @property
+    def loss(self) -> Tensor:
+        assert self._loss is not None
+        return self._loss
 
     def close(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Adds the positive term. Returns the gradients to the queries and to the positives as rows, [B, D] each, and
@@ -86,7 +91,7 @@ class Rows:
         if queries is not None:
             queries.addcmul_(coefficient_B1, self.positives)
         inner = None
-        if self.wanted.temperature:
+        if self.wanted.temperature and queries is not None:
             # Each score belongs to one row, so the rows' gradients hold all of it, the positive's once.
             inner = (self.queries.to(self.scale.dtype) * queries).sum()
             if positives is not None:

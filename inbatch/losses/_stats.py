@@ -30,7 +30,7 @@ class LossStats:
         self._group: ProcessGroup | None = None
 
     def add(self, counts_B: Tensor, others: int, group: ProcessGroup | None) -> None:
-        """counts [B, 2]: masked columns, columns that beat the positive; others: columns of a row besides its positive."""
+        """counts [B, 2]: masked columns, columns that beat the positive; others: columns besides the positive."""
         masked, beaten = counts_B[:, 0].sum(), (counts_B[:, 1] > 0).sum()
         rows = counts_B.shape[0]
         new = torch.stack([torch.full_like(masked, rows), torch.full_like(masked, rows * others), masked, beaten])

@@ -6,7 +6,7 @@ Shapes: B local queries (rows), M local passages, C columns of any kind, D dimen
     l_i     = log( exp s(q_i, d_i) + sum over directions and columns j in C(i) of exp s(row_i, column_j) ) - s(q_i, d_i)
     loss    = (world size) * sum_i l_i / (rows of all ranks)
 
-C(i) leaves out the row's own column and its false negatives. Autograd does the rest, through a gather whose gradient sums.
+C(i) leaves out the row's own column and its false negatives. Autograd does the rest, the gather's gradient being a sum.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""negatives="ring": no rank ever holds all columns. Blocks of columns travel from rank to rank while the previous block computes.
+"""negatives="ring": no rank ever holds all columns. Blocks travel from rank to rank while the previous block computes.
 
-Shapes: W world size, B local queries (rows), M local passages, D dimension, r rows of one chunk, C columns of one block.
+Shapes: W world size, B local queries (rows), M local passages, D dimension, r rows of a chunk, C columns of a block.
 
-Two sweeps of W hops. The first needs only the sums of every softmax. The second makes the gradients; those of a block's columns
-travel one hop behind the block, every rank adding its rows' share, and arrive at the block's owner complete. Scores are made
-twice (8 products instead of 6), and memory holds three blocks and two blocks of gradients whatever W is.
+Two sweeps of W hops. The first needs only the sums of every softmax. The second makes the gradients; those of a block's
+columns travel one hop behind the block, every rank adding its rows' share, and arrive at the block's owner complete.
+Scores are made twice (8 B N D operations instead of 6), and memory holds a few blocks whatever W is.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ def solve(
         keys = match_all(problem, columns)
         for each in softmaxes:
             each.add_sums(columns, keys, counts if each is softmaxes[0] else None)
-    if counts is not None:
-        directions = schedule(problem.objective)[0][0]
-        totals = {"query": sum(problem.query_counts), "passage": sum(problem.passage_counts)}
-        problem.stats.add(counts, sum(totals[step.column] - 1 for step in directions), problem.group)
+    if problem.stats is not None and counts is not None:
+        others = sum(sum(problem.column_counts(step.column)) - 1 for step in schedule(problem.objective)[0][0])
+        problem.stats.add(counts, others, problem.group)
     for each in softmaxes:
         each.finish()
     if not wanted.any:
@@ -95,7 +94,7 @@ def _blocks(queries: Tensor, passages: Tensor, problem: Problem) -> Iterator[tup
 
 def _held(problem: Problem, kind: str, hop: int) -> list[int]:
     """How many columns each rank holds at this hop."""
-    counts = problem.passage_counts if kind == "passage" else problem.query_counts
+    counts = problem.column_counts(kind)
     return [counts[rank - hop] for rank in range(len(counts))]
 
 
@@ -117,7 +116,10 @@ def _as_columns(held: dict[str, list[Tensor]], hop: int, problem: Problem) -> Co
 
 
 class _PrefixSoftmaxes:
-    """The softmaxes of one prefix: sum_j exp(s_ij) as total_B * exp(score_B + top_B), top_B being 0 but for rows that would overflow."""
+    """The softmaxes of one prefix, each as sum_j exp(s_ij) = total_B * exp(score_B + top_B).
+
+    top_B is 0 but for rows that would overflow.
+    """
 
     def __init__(self, rows: Rows, problem: Problem):
         self._rows, self._problem, self._schedule = rows, problem, schedule(problem.objective)
