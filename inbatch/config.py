@@ -1,11 +1,10 @@
 """The configuration of a training run: one frozen dataclass per group, one YAML file, every field also an option.
 
-`load` reads a file and command-line overrides; `save` writes the resolved configuration beside the run.
+`config_file.load` reads a file and command-line overrides; `dump` is the resolved configuration, kept with the run.
 The docstring under each field is its help text on the command line.
 """
 
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -234,13 +233,13 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def save(config: Config, path: str | Path) -> None:
-    """Writes every field, defaults included, as YAML that `load` reads back to an equal configuration."""
+def dump(config: Config) -> str:
+    """Every field, defaults included, as YAML that `config_file.load` reads back to an equal configuration."""
     tree: dict[str, dict[str, Any]] = {}
     for key, value in flatten(config).items():
         group, name = key.split(".")
         tree.setdefault(group, {})[name] = value
-    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import checkpoint, collectives
 from inbatch.batches import Batches
-from inbatch.config import Config, differences, save
+from inbatch.config import Config, differences, dump
 from inbatch.config_file import load
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.encoder import BiEncoderModel
@@ -69,7 +69,7 @@ def claim_folder(config: Config) -> str | None:
                 f"{folder} holds a run with another configuration ({listed}): choose another train.output_dir"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    save(config, known)
+    checkpoint.write_text(known, dump(config))
     found = checkpoint.latest(folder / "checkpoints")
     return str(found[1]) if found else None
 

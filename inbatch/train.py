@@ -77,7 +77,8 @@ def loop(run: Run) -> None:
             done = step + 1
             last = done == run.total_steps
             if done == 1 or last or is_due(done, config.train.log_every):
-                run.log.step(done, figures(), {**clock.read(), "peak_mib": peak_bytes(run.device) / 2**20})
+                speed = {"peak_mib": peak_bytes(run.device) / 2**20}
+                run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
             with clock.paused():
                 if last or is_due(done, config.eval.every_steps):
                     evaluate_now(run, done)
@@ -117,7 +118,7 @@ class StepFunction:
         norm = clip_gradients(run.parameters, run.config.optim.max_grad_norm)
         rate = learning_rate(step, run.total_steps, run.config.optim)
         set_learning_rate(run.optimizer, rate)
-        others = {"grad_norm": norm, "lr": rate, "temperature": run.loss.temperature, "epoch": run.plan.epoch(step)}
+        others = {"grad_norm": norm, "lr": rate, "temperature": run.loss.temperature}
         run.optimizer.step()
         return lambda: fetch(loss, self._stats, others)
 
@@ -201,6 +202,7 @@ def evaluate_now(run: Run, done: int) -> None:
             measures=config.measures,
             similarity=config.similarity,
             precision="bf16" if run.bf16 else "fp32",
+            progress=run.config.train.progress and sys.stderr.isatty(),
         )
     run.log.evaluation(done, figures)
 

