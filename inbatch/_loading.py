@@ -6,10 +6,8 @@ Shapes: B texts, T token positions, D dimension.
 import re
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from tokenizers import normalizers
 from torch import nn
@@ -37,7 +35,7 @@ def local_folder(name: str) -> Path:
         path = snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_OTHER_RUNTIMES)
         if not any(Path(path).glob("**/*.safetensors")):
             path = snapshot_download(name, allow_patterns=[*_FILES, "*.bin"], ignore_patterns=_OTHER_RUNTIMES)
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name!r} is no folder here, and the hub has no such model for us: {reason}") from error
     return Path(path)

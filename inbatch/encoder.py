@@ -191,11 +191,10 @@ class BiEncoderModel(nn.Module):
             if not weights:
                 raise ValueError(f"state_dict has no key that starts with {prefix!r}; pass this model's own state_dict")
         self.backbone.save_pretrained(folder, state_dict=weights)
-        if self.max_seq_length:
-            self.tokenizer.model_max_length = self.max_seq_length
         if self.pooling == "weighted_mean":
             # sentence-transformers weighs by the column, padding included: only right padding gives our weights.
-            self.tokenizer.padding_side = "right"
+            # In init_kwargs, or a tokenizer that has padded on the left is saved and opened doing so.
+            self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "right"
         self.tokenizer.save_pretrained(folder)
         layout = Layout(
             pooling=self.pooling,

@@ -2,13 +2,12 @@
 
 Every layer but attention treats tokens alone, so [B, T] texts become [1, N]; attention gets the texts' boundaries and
 runs within each. It is registered with transformers under the name IMPLEMENTATION. On CUDA in float16 or bfloat16 it
-is FlashAttention-2 (Dao 2023) in torch's own build, windows, grouped heads and dropout included; anywhere else it is
-scaled_dot_product_attention on one run of equally long texts after the other.
+is FlashAttention-2 (Dao 2023) in torch's own build, windows, grouped heads and dropout included; anywhere else the
+queries, keys and values are padded for scaled_dot_product_attention, and only there.
 
-Shapes: B texts, T token positions, N real tokens, D dimension, H heads, E dimension of a head.
+Shapes: B texts, T token positions, N real tokens, M = B T slots, D dimension,
+H heads, E dimension of a head.
 """
-
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -86,10 +85,8 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     causal = module.is_causal if is_causal is None else is_causal
     window = None if options.get("sliding_window") is None else _window(module.config.sliding_window, causal)
-    if _has_kernel(query):
-        states_NHE = _flash(query, key, value, starts, options["max_length_q"], dropout, scaling, causal, window)
-    else:
-        states_NHE = _text_by_text(query, key, value, starts, dropout, scaling, causal, window)
+    run = _flash if _has_kernel(query) else _repadded
+    states_NHE = run(query, key, value, starts, options["max_length_q"], dropout, scaling, causal, window)
     return states_NHE[None], None
 
 
@@ -133,28 +130,30 @@ def _flash(query, key, value, starts, longest, dropout, scaling, causal, window)
     )[0]
 
 
-def _text_by_text(query, key, value, starts, dropout, scaling, causal, window) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    outputs, start = [], 0
-    for length, run in groupby(starts.diff().tolist()):
-        stop = start + length * len(list(run))
-        blocks = [tensor[0, :, start:stop].unflatten(1, (-1, length)).transpose(0, 1) for tensor in (query, key, value)]
-        mask = None
-        if window is not None and length > 1 + window[0]:
-            back = torch.arange(length, device=query.device)
-            back = back[:, None] - back[None, :]
-            mask = (back <= window[0]) & (back >= -window[1])
-        output = scaled_dot_product_attention(
-            *blocks,
-            attn_mask=mask,
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=causal and mask is None,
-            enable_gqa=grouped,
-        )
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-        start = stop
-    return torch.cat(outputs)
+def _repadded(query, key, value, starts, longest, dropout, scaling, causal, window) -> Tensor:
+    """SDPA on texts padded for it alone; nothing here waits for the device."""
+    tokens, T = query.shape[2], longest
+    lengths_B = starts.diff()
+    rows_N = torch.repeat_interleave(lengths_B, output_size=tokens)
+    slots_N = rows_N * T + torch.arange(tokens, device=query.device) - starts[rows_N]
+    blocks = []
+    for tensor in (query, key, value):
+        flat_NHE = tensor[0].transpose(0, 1)
+        padded_MHE = flat_NHE.new_zeros(len(lengths_B) * T, *flat_NHE.shape[1:]).index_copy(0, slots_N, flat_NHE)
+        blocks.append(padded_MHE.unflatten(0, (-1, T)).transpose(1, 2))
+    columns_T = torch.arange(T, device=query.device)
+    real_BT = columns_T < lengths_B[:, None]
+    mask = real_BT[:, None, None, :]
+    if causal or window is not None:
+        back, ahead = window or (T, 0)
+        distance_TT = columns_T[:, None] - columns_T
+        mask = mask & (distance_TT <= back) & (distance_TT >= -ahead)
+        # A padded position far from every real token would have nothing to attend to.
+        mask = mask | ~real_BT[:, None, :, None]
+    output_BHTE = scaled_dot_product_attention(
+        *blocks, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output_BHTE.transpose(1, 2).flatten(0, 1)[slots_N]
 
 
 def _mask(*args, attention_mask: Tensor | None = None, **options) -> Tensor | None:

@@ -36,7 +36,9 @@ def test_sentence_transformers_opens_what_we_save(folders, tmp_path, kind, pooli
     prompts = {"query": "query : ", "passage": "document : ", "document": "document "}
     normalize = pooling != "cls"
     model = BiEncoderModel.from_pretrained(folders[kind], pooling=pooling, l2_normalize=normalize, prompts=prompts)
-    model.tokenizer.padding_side = "left" if pooling in ("weighted_mean", "last") and kind == "llama" else "right"
+    if kind == "llama":
+        model.tokenizer.padding_side = "left"
+        model.tokenize(TEXTS)  # a tokenizer remembers what it did last
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -95,6 +97,23 @@ def test_minilm_as_published(folders):
     )
     assert model.tokenize(texts)["input_ids"].shape == (3, 256)
     assert model.tokenize(texts, max_length=300)["input_ids"].shape == (3, 300)
+
+
+def test_lower_casing_that_the_tokenizer_itself_does_not_do(folders, tmp_path):
+    BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    path = tmp_path / "sentence_bert_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_lower_case": True}))
+    model = BiEncoderModel.from_pretrained(tmp_path)
+    texts = ["THE Cat sat"]
+    assert (ours(model, texts) - ours(BiEncoderModel.from_pretrained(folders["bert"]), texts)).abs().max() > 1e-3
+    for again in ("once", "twice"):
+        torch.testing.assert_close(
+            ours(model, texts), st_encode(SentenceTransformer(str(tmp_path)), texts), rtol=0, atol=1e-5
+        )
+        model.save_pretrained(tmp_path := tmp_path / again)
+        model = BiEncoderModel.from_pretrained(tmp_path)
+    normalizer = json.loads((tmp_path / "tokenizer.json").read_text())["normalizer"]
+    assert normalizer == {"type": "Lowercase"}
 
 
 def test_a_saved_folder_keeps_what_nobody_asked_to_change(folders, tmp_path):

@@ -115,6 +115,6 @@ def save_all(home: Path) -> dict[str, Path]:
 
 def gradients(model: BiEncoderModel, batch: dict) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
-    weights_D = torch.linspace(-1, 1, model.embedding_dim)
+    weights_D = torch.linspace(-1, 1, model.embedding_dim, device=batch["input_ids"].device)
     (model(batch) @ weights_D).square().sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
