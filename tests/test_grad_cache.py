@@ -347,7 +347,7 @@ def check_parity(rank: int, kind: str, sizes: list[int]):
         case = (kind, sizes, f"lora={lora}", f"checkpointing={checkpointing}", towers)
         wrapped, plain, options = build(kind, towers, lora=lora, checkpointing=checkpointing)
         found = [
-            step_gradients(wrapped, seed=rank, batches=local, keep_graph_mib=keep, **options)
+            step_gradients(wrapped, seed=rank, batches=local, keep_graph_mib=keep, reshard=keep == 0, **options)
             for keep in (0, NO_LIMIT_MIB)
         ]
         assert torch.equal(found[0][0], found[1][0]), case
@@ -357,7 +357,9 @@ def check_parity(rank: int, kind: str, sizes: list[int]):
                 module.p = 0.0
         cross_entropy(plain[0](whole[0]), plain[-1](whole[1])).backward()
         expected = take_gradients(plain)
-        assert_equal(step_gradients(wrapped, batches=local, keep_graph_mib=0, **options)[1], expected, case)
+        for reshard in (False, True)[: 2 if kind == "fsdp2" else 1]:
+            _, actual = step_gradients(wrapped, batches=local, keep_graph_mib=0, reshard=reshard, **options)
+            assert_equal(actual, expected, case)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

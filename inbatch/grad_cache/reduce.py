@@ -67,7 +67,7 @@ class _Anchor(nn.Module):
 
 
 @contextmanager
-def local_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+def local_gradients(modules: Sequence[nn.Module], *, reshard: bool) -> Iterator[None]:
     """Inside, forward and backward passes of the modules add to local gradients and start no reduction."""
     with ExitStack() as stack:
         for module in modules:
@@ -78,6 +78,9 @@ def local_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
             else:
                 module.set_requires_gradient_sync(False)  # type: ignore[operator]
                 module.set_is_last_backward(False)  # type: ignore[operator]
+                module.set_reshard_after_backward(reshard)  # type: ignore[operator]
+                if not reshard:
+                    module.set_reshard_after_forward(False)  # type: ignore[operator]
         yield
 
 
@@ -112,6 +115,7 @@ def _reduce_ddp(module: nn.Module) -> None:
 def _reduce_fsdp2(module: nn.Module) -> None:
     module.set_requires_gradient_sync(True)  # type: ignore[operator]
     module.set_is_last_backward(True)  # type: ignore[operator]
+    module.set_reshard_after_backward(True)  # type: ignore[operator]
     zero = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
     # The root's own hooks queue the reduction of every group below it; its real forward is not needed for that.
     with _forward_replaced(module, lambda: zero * 1.0):
