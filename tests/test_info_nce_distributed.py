@@ -13,7 +13,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, FalseNegatives, InfoNCELoss, LossStats, Objective, info_nce
+from inbatch.losses import (
+    CLIP,
+    GTE,
+    QWEN3_EMBEDDING,
+    FalseNegatives,
+    InfoNCELoss,
+    LossStats,
+    Objective,
+    _overlap,
+    info_nce,
+)
 from tests.helpers import device
 
 OBJECTIVES = [
@@ -238,6 +248,7 @@ def check_share(case: Case, rank: int, group, share, expected, tolerance: float,
 def check_cases(rank: int, world_size: int, seeds: range) -> int:
     """The body: every implementation and way of negatives, for many random global batches."""
     torch.use_deterministic_algorithms(True)  # fills fresh buffers with NaN
+    smallest = _overlap.SMALLEST_PIECE_BYTES
     variants = [("reference", torch.float64, 1e-7), ("tiled", torch.float64, 1e-7), ("tiled", torch.bfloat16, 2e-2)]
     if device().type == "cuda":
         variants += [("fused", torch.float32, 1e-3), ("fused", torch.bfloat16, 2e-2), ("fused", torch.float16, 2e-2)]
@@ -245,6 +256,7 @@ def check_cases(rank: int, world_size: int, seeds: range) -> int:
     try:
         for seed in seeds:
             case = make_case(seed, world_size)
+            _overlap.SMALLEST_PIECE_BYTES = smallest if seed % 2 else 16  # gathered whole, or in pieces
             for local in (False, True):
                 # The formula in Python is slow: one rank works it out.
                 by_dtype = [
@@ -263,6 +275,7 @@ def check_cases(rank: int, world_size: int, seeds: range) -> int:
                         checked += 1
     finally:
         torch.use_deterministic_algorithms(False)
+        _overlap.SMALLEST_PIECE_BYTES = smallest
     return checked
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from inbatch import collectives
 from inbatch.losses import _check, tiled
 from inbatch.losses._driver import InfoNCE
 from inbatch.losses._objective import CLIP, GTE, QWEN3_EMBEDDING, Objective
@@ -53,6 +54,12 @@ def info_nce(
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process.
     Raises ValueError, on every rank, for wrong or disagreeing inputs. (van den Oord et al. 2018; Karpukhin et al. 2020)
     """
+    extras = (positives, false_negatives, objective, chunk_mib, stats)
+    if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
+        small = importlib.import_module("inbatch.losses._small")
+        alone = negatives in ("gather", "ring", "local") and collectives.world_size(group) == 1
+        if alone and small.usable(queries, passages, temperature):
+            return small.SmallInfoNCE.apply(queries, passages, temperature)
     settings = _check.Settings(
         positives=positives,
         temperature=temperature,

@@ -14,21 +14,20 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from inbatch import collectives
 from inbatch.losses import ring
-from inbatch.losses._blocks import accumulator_dtype
+from inbatch.losses._blocks import Block, accumulator_dtype
+from inbatch.losses._overlap import Piece, Scatter, gather_pieces
 from inbatch.losses._problem import (
-    Columns,
-    MatchedKeys,
     Problem,
+    Step,
     add_prefix_gradient,
     chunks,
     constant,
-    gather_columns,
-    match_all,
     schedule,
 )
 from inbatch.losses._rows import Rows, Wanted, empty_column_gradients, make_rows
+
+Work = list[list[tuple[Step, Block]]]  # by piece, the blocks of one softmax
 
 
 class InfoNCE(torch.autograd.Function):
@@ -39,22 +38,33 @@ class InfoNCE(torch.autograd.Function):
         wanted = Wanted(
             queries=ctx.needs_input_grad[0], passages=ctx.needs_input_grad[1], temperature=ctx.needs_input_grad[2]
         )
-        with torch.autocast(queries.device.type, enabled=False):
-            loss, gradients = _solve(queries, passages, temperature, problem, wanted)
-        ctx.save_for_backward(*gradients)
+        # Kernels run on the current device, not on that of their arguments.
+        device = torch.cuda.device(queries.device if queries.is_cuda else -1)
+        with torch.autocast(queries.device.type, enabled=False), device:
+            loss, gradients, coefficient_B = _solve(queries, passages, temperature, problem, wanted)
+        ctx.problem = problem
         ctx.dtypes = queries.dtype, passages.dtype, getattr(temperature, "dtype", None)
+        if coefficient_B is None:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(*gradients, queries, passages, coefficient_B)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
+        if len(ctx.saved_tensors) > 3:
+            d_queries, d_passages, _, queries, passages, coefficient_B = ctx.saved_tensors
+            close, stride = ctx.problem.kernels.close, ctx.problem.stride
+            return *close(queries, passages, stride, coefficient_B, d_queries, d_passages, grad), None, None
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if saved is None else (saved * grad).to(dtype) for saved, dtype in gradients), None
 
 
 def _solve(
     queries: Tensor, passages: Tensor, temperature: Tensor | float, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], Tensor | None]:
+    """The loss; the gradients; and None, or what the kernels need to add the positive term in the backward pass."""
     dtype = accumulator_dtype(queries.dtype)
     if isinstance(temperature, Tensor):
         scale = temperature.detach().to(queries.device, dtype).reciprocal()
@@ -64,6 +74,10 @@ def _solve(
     all_rows = make_rows(queries, positives, problem, wanted, scale)
     solve = ring.solve if problem.negatives == "ring" and len(problem.query_counts) > 1 else _solve_gathered
     d_query_columns, d_passages = solve(queries, passages, problem, wanted, all_rows)
+
+    if d_query_columns is None and d_passages is not None and _can_wait(queries, problem, wanted, all_rows):
+        only = all_rows[0]
+        return only.loss, (only.gradients["query"], d_passages, None), only.coefficient_B
 
     d_queries, d_positives, d_temperature = d_query_columns, None, None
     for rows in all_rows:
@@ -81,7 +95,20 @@ def _solve(
     if isinstance(temperature, Tensor) and d_temperature is not None:
         d_temperature = d_temperature.to(temperature.device)
     loss = reduce(torch.add, [rows.loss for rows in all_rows])
-    return loss, (_narrow(d_queries, queries), _narrow(d_passages, passages), d_temperature)
+    return loss, (_narrow(d_queries, queries), _narrow(d_passages, passages), d_temperature), None
+
+
+def _can_wait(queries: Tensor, problem: Problem, wanted: Wanted, all_rows: list[Rows]) -> bool:
+    """Whether the positive term, the loss's gradient and the narrowing can be one pass over the gradients, backward."""
+    return (
+        hasattr(problem.kernels, "close")
+        and problem.stride is not None
+        and wanted.queries
+        and wanted.passages
+        and not wanted.temperature
+        and [rows.queries.shape for rows in all_rows] == [queries.shape]
+        and list(all_rows[0].gradients) == ["query"]
+    )
 
 
 def _narrow(gradient: Tensor | None, like: Tensor) -> Tensor | None:
@@ -93,65 +120,100 @@ def _solve_gathered(
     queries: Tensor, passages: Tensor, problem: Problem, wanted: Wanted, all_rows: list[Rows]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Adds to all_rows; returns this rank's share of the gradients of the columns: of queries, of passages."""
-    columns = gather_columns(queries, passages, problem)
-    keys = match_all(problem, columns)
-    totals: dict[str, Tensor | None] = {"query": None, "passage": None}
+    gathered = _Gathered(gather_pieces(queries, passages, problem), problem, wanted)
     for rows in all_rows:
-        counts = None
-        if problem.stats is not None and rows is all_rows[0]:
-            counts = torch.zeros(rows.score_B.shape[0], 2, dtype=torch.int32, device=queries.device)
-        gradients = _solve_prefix(rows, columns.prefix(rows.queries.shape[1]), keys, problem, wanted, counts)
-        for kind in list(gradients):
-            totals[kind] = add_prefix_gradient(totals[kind], gradients.pop(kind), columns.of(kind))
-    if problem.negatives == "local" or len(problem.query_counts) == 1:
-        return totals["query"], totals["passage"]
-    for kind, total in totals.items():
-        if total is not None:
-            totals[kind] = collectives.reduce_scatter_rows(total, problem.column_counts(kind), problem.group)
-    return totals["query"], totals["passage"]
+        gathered.solve(rows, first=rows is all_rows[0], last=rows is all_rows[-1])
+    return gathered.scatter.result("query"), gathered.scatter.result("passage")
 
 
-def _solve_prefix(
-    rows: Rows, columns: Columns, keys: MatchedKeys, problem: Problem, wanted: Wanted, counts: Tensor | None
-) -> dict[str, Tensor]:
-    """Adds every softmax of one prefix to `rows`; returns the gradients of the columns by kind."""
-    kernels = problem.kernels
-    gradients = empty_column_gradients(problem, wanted, columns)
-    for steps, weight in schedule(problem.objective):
-        blocks = [rows.block(step, columns, keys[step.direction]) for step in steps]
-        widths = [block.columns.shape[0] for block in blocks]
-        factor, losses, coefficients = rows.factor(weight), [], []
-        for start, stop in chunks(rows.score_B.shape[0], sum(widths), columns.passages.dtype, problem):
-            score_r = rows.score_B[start:stop]
-            found = [
-                kernels.exp_scores(block, start, stop, score_r, keep=wanted.any, counts=counts) for block in blocks
-            ]
-            sums, pivots = [each[1] for each in found], [each[2] for each in found]
-            loss_r, weights, coefficient_r = kernels.finish(sums, pivots, score_r, factor)
-            losses.append(loss_r)
-            coefficients.append(coefficient_r)
-            exponentials = [each[0] for each in found]
-            del found
-            for block, step, weight_r in zip(blocks, steps, weights, strict=True):
-                exp_rC = exponentials.pop(0)
-                if exp_rC is not None:
-                    kernels.add_gradients(
-                        block,
-                        exp_rC,
-                        start,
-                        stop,
-                        weight_r,
-                        rows.gradients.get(step.row),
-                        gradients.get(step.column),
-                        fresh_rows=step.first_row,
-                        fresh_columns=step.first_column and start == 0,
-                    )
-                del exp_rC
-        rows.add(_join(losses, rows.score_B), _join(coefficients, rows.score_B), weight)
-        if problem.stats is not None and counts is not None:
-            problem.stats.add(counts, sum(widths) - len(widths), problem.group)
+class _Gathered:
+    """Rows against all columns, which come in pieces."""
+
+    def __init__(self, pieces: list[Piece], problem: Problem, wanted: Wanted):
+        self.pieces, self.problem, self.wanted = pieces, problem, wanted
+        self.scatter = Scatter(problem, len(pieces))
+        self.totals: dict[tuple[str, int], Tensor] = {}
+
+    def solve(self, rows: Rows, *, first: bool, last: bool) -> None:
+        """Adds the softmaxes of one prefix to `rows`, and the gradients of the columns to `scatter` after the last."""
+        columns = [piece.columns.prefix(rows.queries.shape[1]) for piece in self.pieces]
+        gradients = [empty_column_gradients(self.problem, self.wanted, each) for each in columns]
+        softmaxes = schedule(self.problem.objective)
+        for steps, weight in softmaxes:
             counts = None
-    return gradients
+            if first and self.problem.stats is not None and steps is softmaxes[0][0]:
+                counts = torch.zeros(rows.score_B.shape[0], 2, dtype=torch.int32, device=rows.score_B.device)
+            work = [
+                [(step, rows.block(step, each, piece.keys[step.direction])) for step in steps if each.has(step.column)]
+                for piece, each in zip(self.pieces, columns, strict=True)
+            ]
+            width = sum(block.columns.shape[0] for blocks in work for _, block in blocks)
+            ranges = chunks(rows.score_B.shape[0], width, rows.queries.dtype, self.problem)
+            factor, losses, coefficients = rows.factor(weight), [], []
+            for start, stop in ranges:
+                found, loss_r, weights, coefficient_r = self._exponentials(rows, work, start, stop, factor, counts)
+                losses.append(loss_r)
+                coefficients.append(coefficient_r)
+                if self.wanted.any:
+                    done = steps is softmaxes[-1][0] and stop == ranges[-1][1]
+                    self._add_gradients(rows, work, found, weights, gradients, start, stop, last=last and done)
+                del found
+            rows.add(_join(losses, rows.score_B), _join(coefficients, rows.score_B), weight)
+            if self.problem.stats is not None and counts is not None:
+                self.problem.stats.add(counts, width - len(steps), self.problem.group)
+        for number in range(len(self.pieces)):
+            self._complete(number, gradients[number], last=last)  # what no row was left to complete
+
+    def _exponentials(self, rows: Rows, work: Work, start: int, stop: int, factor: Tensor, counts: Tensor | None):
+        """(exponentials by block, loss, weights by block, coefficient) of a chunk of rows."""
+        score_r, results = rows.score_B[start:stop], []
+        for piece, blocks in zip(self.pieces, work, strict=True):
+            piece.ready()
+            for _, block in blocks:
+                results.append(
+                    self.problem.kernels.exp_scores(block, start, stop, score_r, keep=self.wanted.any, counts=counts)
+                )
+        found, sums, pivots = zip(*results, strict=True)
+        return found, *self.problem.kernels.finish(sums, pivots, score_r, factor)
+
+    def _add_gradients(
+        self,
+        rows: Rows,
+        work: Work,
+        found,
+        weights,
+        gradients: list[dict[str, Tensor]],
+        start: int,
+        stop: int,
+        *,
+        last: bool,
+    ) -> None:
+        """First those of the columns, each piece leaving for its owners as soon as it is complete; then the rows'."""
+        add, chunk = self.problem.kernels.add_gradients, iter(zip(found, weights, strict=True))
+        rows_later = []
+        for number, blocks in enumerate(work):
+            for step, block in blocks:
+                exp_rC, weight_r = next(chunk)
+                d_columns, fresh = gradients[number].get(step.column), step.first_column and start == 0
+                if d_columns is not None:
+                    add(block, exp_rC, start, stop, weight_r, None, d_columns, fresh_rows=False, fresh_columns=fresh)
+                d_rows, fresh = rows.gradients.get(step.row), step.first_row and number == 0
+                if d_rows is not None:
+                    rows_later.append((block, exp_rC, weight_r, d_rows, fresh))
+            if last:
+                self._complete(number, gradients[number], last=True)
+        for block, exp_rC, weight_r, d_rows, fresh in rows_later:
+            add(block, exp_rC, start, stop, weight_r, d_rows, None, fresh_rows=fresh, fresh_columns=False)
+
+    def _complete(self, number: int, gradients: dict[str, Tensor], *, last: bool) -> None:
+        """Empties the gradients of one prefix's columns into the total; after the last prefix it goes to the owners."""
+        for kind in list(gradients):
+            total = self.totals.pop((kind, number), None)
+            total = add_prefix_gradient(total, gradients.pop(kind), self.pieces[number].columns.of(kind))
+            if last:
+                self.scatter.add(kind, number, total)
+            else:
+                self.totals[kind, number] = total
 
 
 def _join(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: B local queries (rows), M local passages, D dimension (of a prefix), C c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -87,6 +86,9 @@ class Columns:
     query_keys: Keys = field(default_factory=Keys)
     own_query: Tensor | None = None
 
+    def has(self, kind: str) -> bool:
+        return kind == "passage" or self.queries is not None
+
     def of(self, kind: str) -> Tensor:
         columns = self.passages if kind == "passage" else self.queries
         assert columns is not None
@@ -113,8 +115,8 @@ def own_column(problem: Problem, kind: str, before: int) -> Tensor:
     return torch.arange(before, before + rows, dtype=torch.int32, device=problem.positives.device)
 
 
-def gather_columns(queries: Tensor, passages: Tensor, problem: Problem) -> Columns:
-    """All ranks' columns; with negatives="local" this rank's. Differentiable."""
+def gather_columns(queries: Tensor | None, passages: Tensor, problem: Problem) -> Columns:
+    """All ranks' columns; with negatives="local" this rank's. queries None: passages only. Differentiable."""
     local, position = problem.negatives == "local", collectives.rank(problem.group)
 
     def gather(tensor: Tensor, counts: list[int]) -> Tensor:
@@ -130,7 +132,7 @@ def gather_columns(queries: Tensor, passages: Tensor, problem: Problem) -> Colum
         passage_keys=gather_keys(problem.passage_keys, problem.passage_counts),
         own_passage=own_column(problem, "passage", before),
     )
-    if not problem.objective.query_columns:
+    if queries is None or not problem.objective.query_columns:
         return columns
     return replace(
         columns,
@@ -149,9 +151,10 @@ def keys_of_rows(keys: Keys, direction: str) -> Keys:
 
 def match_all(problem: Problem, columns: Columns) -> MatchedKeys:
     """Compacted (row, column) keys by direction."""
+    available = [each for each in problem.objective.directions if columns.has(DIRECTIONS[each][1])]
     return {
         direction: match(keys_of_rows(problem.row_keys, direction), columns.keys(DIRECTIONS[direction][1]))
-        for direction in problem.objective.directions
+        for direction in available
     }
 
 
@@ -193,6 +196,7 @@ class Step:
     first_column: bool
 
 
+@lru_cache(maxsize=64)
 def schedule(objective: Objective) -> list[tuple[list[Step], float]]:
     """The steps and the weight of every softmax, in the order of work."""
     seen, softmaxes = set(), []
@@ -209,11 +213,12 @@ def schedule(objective: Objective) -> list[tuple[list[Step], float]]:
     return softmaxes
 
 
-def chunks(num_rows: int, num_columns: int, dtype: torch.dtype, problem: Problem) -> Iterator[tuple[int, int]]:
+def chunks(num_rows: int, num_columns: int, dtype: torch.dtype, problem: Problem) -> list[tuple[int, int]]:
     """Equal ranges of rows whose exponentials fit the chunk size."""
     kernels = problem.kernels
     budget_mib = kernels.DEFAULT_CHUNK_MIB if problem.chunk_mib is None else problem.chunk_mib
-    fitting = max(int(budget_mib * 2**20 / max(num_columns * kernels.exp_itemsize(dtype), 1)), 1)
+    least = kernels.DEFAULT_CHUNK_ROWS if problem.chunk_mib is None else 1
+    fitting = max(int(budget_mib * 2**20 / max(num_columns * kernels.exp_itemsize(dtype), 1)), least)
     pieces = -(-num_rows // fitting) if num_rows else 0
     size = -(-num_rows // max(pieces, 1))
     if size < num_rows and fitting >= kernels.ROW_MULTIPLE:
@@ -221,5 +226,4 @@ def chunks(num_rows: int, num_columns: int, dtype: torch.dtype, problem: Problem
             -(-size // kernels.ROW_MULTIPLE) * kernels.ROW_MULTIPLE,
             fitting // kernels.ROW_MULTIPLE * kernels.ROW_MULTIPLE,
         )
-    for start in range(0, num_rows, max(size, 1)):
-        yield start, min(start + size, num_rows)
+    return [(start, min(start + size, num_rows)) for start in range(0, num_rows, max(size, 1))]

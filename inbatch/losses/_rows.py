@@ -44,7 +44,7 @@ class Rows:
         self.score_B = _positive_scores(queries, positives, scale, problem)
         self.limit_B = None if problem.margin is None else self.score_B + problem.margin * scale
         self._loss: Tensor | None = None
-        self._coefficient_B: Tensor | None = None
+        self.coefficient_B: Tensor | None = None
         used = {step.row for steps, _ in schedule(problem.objective) for step in steps}
         # Every block overwrites or adds to all rows, so only what no block touches has to start at zero.
         self.gradients = {
@@ -73,7 +73,7 @@ class Rows:
         """Adds a softmax: its loss for every row, and the gradient of every positive's score (times the factor)."""
         loss = loss_B.sum() * (self.weight * weight)
         self._loss = loss if self._loss is None else self._loss + loss
-        self._coefficient_B = coefficient_B if self._coefficient_B is None else self._coefficient_B + coefficient_B
+        self.coefficient_B = coefficient_B if self.coefficient_B is None else self.coefficient_B + coefficient_B
 
     @property
     def loss(self) -> Tensor:
@@ -85,8 +85,8 @@ class Rows:
 
         the sum over all scores of (gradient of the score) times score. None: not wanted.
         """
-        assert self._coefficient_B is not None
-        coefficient_B1 = self._coefficient_B[:, None]
+        assert self.coefficient_B is not None
+        coefficient_B1 = self.coefficient_B[:, None]
         queries, positives = self.gradients.get("query"), self.gradients.get("positive")
         if queries is not None:
             queries.addcmul_(coefficient_B1, self.positives)
@@ -122,6 +122,6 @@ def make_rows(queries: Tensor, positives: Tensor, problem: Problem, wanted: Want
 def empty_column_gradients(problem: Problem, wanted: Wanted, columns: Columns) -> dict[str, Tensor]:
     """Where the gradients of columns go, by kind. Zero if no row will ever write them."""
     make = torch.empty_like if problem.positives.shape[0] else torch.zeros_like
-    kinds = {step.column for steps, _ in schedule(problem.objective) for step in steps}
+    kinds = {step.column for steps, _ in schedule(problem.objective) for step in steps if columns.has(step.column)}
     dtype = accumulator_dtype(columns.passages.dtype)
     return {kind: make(columns.of(kind), dtype=dtype) for kind in sorted(kinds) if wanted.column(kind)}

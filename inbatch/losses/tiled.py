@@ -17,6 +17,7 @@ from torch import Tensor
 from inbatch.losses._blocks import MAX_EXPONENT, Block, accumulator_dtype
 
 DEFAULT_CHUNK_MIB = 32.0  # products want at least 256 rows; beyond 16 MiB speed is flat
+DEFAULT_CHUNK_ROWS = 1
 ROW_MULTIPLE = 16
 _WIDENED_COLUMNS = 4096
 
@@ -88,9 +89,12 @@ def _masked(block: Block, select: slice | Tensor, scores_rC: Tensor) -> Tensor |
 
 def _widened(columns: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The columns in the dtype of the products: all at once if they have it, else in tiles."""
-    step = columns.shape[0] if columns.dtype == dtype else _WIDENED_COLUMNS
-    for start in range(0, columns.shape[0], max(step, 1)):
-        tile = slice(start, min(start + step, columns.shape[0]))
+    num_columns = columns.shape[0]
+    if columns.dtype == dtype or num_columns == 0:
+        yield slice(0, num_columns), columns.to(dtype)
+        return
+    for start in range(0, num_columns, _WIDENED_COLUMNS):
+        tile = slice(start, min(start + _WIDENED_COLUMNS, num_columns))
         yield tile, columns[tile].to(dtype)
 
 
