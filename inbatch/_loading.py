@@ -134,8 +134,8 @@ def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
     return None, 0
 
 
-def default_limit(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> int | None:
-    """The tokens that a text is cut to where nobody says: the least of what tokenizer and backbone state."""
-    stated = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None)]
-    stated.append(position_table(backbone)[0])
-    return min((limit for limit in stated if limit and 0 < limit < _NO_LIMIT), default=None)
+def length_limit(saved: int | None, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> int | None:
+    """The tokens that a text is cut to: what was saved, else the least that tokenizer and config state; it must fit."""
+    stated = [saved] if saved else [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 0)]
+    limits = [*stated, position_table(backbone)[0]]
+    return min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)

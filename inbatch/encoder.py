@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inbatch._loading import default_limit, load_backbone, load_tokenizer, local_folder, position_table, set_attention
+from inbatch._loading import length_limit, load_backbone, load_tokenizer, local_folder, position_table, set_attention
 from inbatch._st_format import Layout, read_layout, write_layout
 from inbatch.packing import enable_packing, packed_states
 from inbatch.pooling import check_pooling, pool
@@ -42,9 +42,10 @@ class BiEncoderModel(nn.Module):
         self.prompts = dict(layout.prompts)
         self.default_prompt_name = layout.default_prompt_name
         self.similarity = layout.similarity
-        self.max_seq_length = layout.max_seq_length
         self.do_lower_case = layout.do_lower_case
         self.position_limit, self.position_offset = position_table(backbone)
+        self.max_seq_length = layout.max_seq_length
+        self._check_length(self.max_seq_length)
         # Asked once, here: a later wrapper (peft) takes anything.
         accepted = inspect.signature(backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -105,7 +106,7 @@ class BiEncoderModel(nn.Module):
             saved,
             l2_normalize=saved.l2_normalize if l2_normalize is None else l2_normalize,
             prompts={**saved.prompts, **(prompts or {})},
-            max_seq_length=max_seq_length or saved.max_seq_length or default_limit(tokenizer, backbone),
+            max_seq_length=max_seq_length or length_limit(saved.max_seq_length, tokenizer, backbone),
         )
         return cls(backbone, tokenizer, layout, packed=packed)
 
@@ -155,8 +156,7 @@ class BiEncoderModel(nn.Module):
         if prompt is not None and prompt not in self.prompts:
             raise ValueError(f"unknown prompt {prompt!r}; this model has {sorted(self.prompts)}")
         limit = max_length or self.max_seq_length
-        if limit and self.position_limit and limit > self.position_limit:
-            raise ValueError(f"max_length {limit} exceeds the {self.position_limit} positions of the backbone")
+        self._check_length(limit)
         if not texts:
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
         prefix = self.prompts[prompt] if prompt else ""
@@ -169,6 +169,10 @@ class BiEncoderModel(nn.Module):
             return_token_type_ids=False,
         )
         return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
+
+    def _check_length(self, length: int | None) -> None:
+        if length and self.position_limit and length > self.position_limit:
+            raise ValueError(f"a length of {length} tokens exceeds the {self.position_limit} positions of the backbone")
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass (non-reentrant, which DDP and FSDP2 need)."""

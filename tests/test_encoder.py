@@ -252,8 +252,10 @@ def test_tokenize(folders):
     assert model.tokenize([])["input_ids"].shape == (0, 0)
     with pytest.raises(ValueError, match=r"unknown prompt 'passage'.*\['query'\]"):
         model.tokenize(["cat"], prompt="passage")
-    with pytest.raises(ValueError, match="max_length 65 exceeds the 64 positions"):
+    with pytest.raises(ValueError, match="65 tokens exceeds the 64 positions"):
         model.tokenize(["cat"], max_length=65)
+    with pytest.raises(ValueError, match="65 tokens exceeds the 64 positions"):
+        BiEncoderModel.from_pretrained(folders["bert"], max_seq_length=65)
 
 
 # ---- errors

@@ -116,6 +116,15 @@ def test_lower_casing_that_the_tokenizer_itself_does_not_do(folders, tmp_path):
     assert normalizer == {"type": "Lowercase"}
 
 
+def test_a_saved_length_beyond_the_positions_is_cut_to_them(folders, tmp_path):
+    BiEncoderModel.from_pretrained(folders["roberta"]).save_pretrained(tmp_path)
+    path = tmp_path / "sentence_bert_config.json"
+    path.write_text(json.dumps({"max_seq_length": 66}))  # the table's rows, two of which RoBERTa cannot use
+    model = BiEncoderModel.from_pretrained(tmp_path)
+    assert model.max_seq_length == 64
+    assert ours(model, ["cat " * 99]).isfinite().all()
+
+
 def test_a_saved_folder_keeps_what_nobody_asked_to_change(folders, tmp_path):
     first = BiEncoderModel.from_pretrained(folders["qwen3"], pooling="last", l2_normalize=False, max_seq_length=7)
     first.save_pretrained(tmp_path / "first")
