@@ -3,8 +3,12 @@
 Shapes: r rows of one chunk, C columns, D dimension; a tile is BM rows by BN columns, BK of D at a time.
 Scores live only in registers: `exp_kernel` multiplies a tile, exponentiates it against the row's pivot, writes it
 in the dtype of the gradient products and leaves one partial sum a row and column tile. `settle_kernel` adds the
-partial sums in a fixed order and does the rows over whose pivot was too low. The rest are small row kernels.
+partial sums in a fixed order and does the rows over whose pivot was too low. Kernels over single rows: `_row_kernels`.
 """
+
+# Kernel code is Python for Triton's compiler; its types are not Python's.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -64,15 +68,24 @@ def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.co
 
 
 @triton.jit
+def _in_base_2(pivot, scale):
+    """The pivot in the units of dot * (scale * LOG2E), that product's rounding included.
+
+    The same relative error on both sides of the subtraction leaves one relative to the difference, not to the score.
+    """
+    ratio = (scale * LOG2E).to(tl.float64) / scale.to(tl.float64)
+    return (pivot.to(tl.float64) * ratio).to(tl.float32)
+
+
+@triton.jit
 def _exp_piece(
-    dot, scale, pivot, own, limit, keys, i, j, R, C, bare, counts, LIMIT: tl.constexpr, COUNT: tl.constexpr
+    dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, counts, LIMIT: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
     """E = exp(scale * dot - pivot), 0 on own, masked and missing columns.
 
-    bare: none of these columns is missing or a row's own.
+    pivot2: the pivot from `_in_base_2`. bare: none of these columns is missing or a row's own.
     """
-    # Subtract first, then change base: rounding stays relative to the difference, not to the score.
-    exp = tl.exp2((dot * scale - pivot[:, None]) * LOG2E)
+    exp = tl.exp2(dot * (scale * LOG2E) - pivot2[:, None])
     masks: tl.constexpr = len(keys) > 0 or LIMIT
     if masks:  # -1 marks a masked pair, so that counting needs no second tile of flags
         exp = _fill_masked(exp, dot, -1.0 if COUNT else 0.0, scale, limit, keys, i, j, R, C, LIMIT)
@@ -123,9 +136,9 @@ def exp_kernel(
 
         # Before the products, so that nothing waits for these loads after them.
         i = row0 + tl.arange(0, BM)
-        pivot = tl.load(pivot_ptr + i, mask=i < R, other=0.0)
+        pivot2 = _in_base_2(tl.load(pivot_ptr + i, mask=i < R, other=0.0), scale)
         own = tl.load(own_ptr + i, mask=i < R, other=-1)
-        limit = pivot
+        limit = pivot2
         if LIMIT:
             limit = tl.load(limit_ptr + i, mask=i < R, other=float("inf"))
         inside = (own >= column0) & (own < column0 + BN)
@@ -134,7 +147,7 @@ def exp_kernel(
         dot = _dot_tile(rows, columns, row0, column0, R, C, D, row_stride, column_stride, TMA, BM, BN, BK, PRECISION)
         if HALVES == 1:
             j = column0 + tl.arange(0, BN)
-            values = _exp_piece(dot, scale, pivot, own, limit, keys, i, j, R, C, bare, counts, LIMIT, COUNT)
+            values = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, counts, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, BN)
             total = tl.sum(values, 1)
@@ -142,11 +155,11 @@ def exp_kernel(
             half: tl.constexpr = BN // 2
             left, right = tl.split(tl.permute(tl.reshape(dot, (BM, 2, half)), (0, 2, 1)))
             j = column0 + tl.arange(0, half)
-            values = _exp_piece(left, scale, pivot, own, limit, keys, i, j, R, C, bare, counts, LIMIT, COUNT)
+            values = _exp_piece(left, scale, pivot2, own, limit, keys, i, j, R, C, bare, counts, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, half)
             total = tl.sum(values, 1)
-            values = _exp_piece(right, scale, pivot, own, limit, keys, i, j + half, R, C, bare, counts, LIMIT, COUNT)
+            values = _exp_piece(right, scale, pivot2, own, limit, keys, i, j + half, R, C, bare, counts, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0 + half, R, C, exp_stride, TMA, BM, half)
             total += tl.sum(values, 1)
@@ -190,13 +203,14 @@ def settle_kernel(
             score = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], float("-inf"), score)
             best = tl.maximum(best, tl.max(score, 1))
         pivot = tl.where(again, best, pivot)
+        pivot2 = _in_base_2(pivot, scale)
         fresh = tl.zeros((BM,), tl.float32)
         for column0 in range(0, C, BN):
             j = column0 + tl.arange(0, BN)
             dot = _dot_tile(
                 rows, columns, row0, column0, R, C, D, row_stride, column_stride, False, BM, BN, BK, PRECISION
             )
-            values = _exp_piece(dot, scale, pivot, own, limit, keys, i, j, R, C, False, sum_ptr, LIMIT, False)
+            values = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, False, sum_ptr, LIMIT, False)
             fresh += tl.sum(values, 1)
             if KEEP:
                 ptrs = exp + i.to(tl.int64)[:, None] * exp_stride + j[None, :]
@@ -204,137 +218,3 @@ def settle_kernel(
         total = tl.where(again, fresh, total)
     tl.store(sum_ptr + i, total, mask=i < R)
     tl.store(pivot_out_ptr + i, pivot, mask=i < R)
-
-
-@triton.jit
-def _log_sum(total, rise):
-    """log(1 + total * exp(rise)) for float64 sums relative to a pivot that is `rise` above the positive's score."""
-    x = total * tl.exp(tl.minimum(rise, 60.0))
-    small = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25)))
-    return tl.where(x < 1e-3, small, rise + tl.log(total + tl.exp(-rise)))
-
-
-@triton.jit
-def finish_kernel(
-    sum_ptr, pivot_ptr, positive_ptr, factor_ptr, loss_ptr, weight_ptr, coefficient_ptr, R, BLOCK: tl.constexpr
-):
-    """loss = log(Z) - positive, weight = factor exp(pivot) / Z, coefficient = -factor (1 - exp(positive) / Z).
-
-    In float64, which costs nothing here: a row's loss may be 1e-9 or 200 and keeps its digits either way.
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(sum_ptr + i, mask=i < R, other=0.0).to(tl.float64)
-    positive = tl.load(positive_ptr + i, mask=i < R, other=0.0).to(tl.float64)
-    rise = tl.load(pivot_ptr + i, mask=i < R, other=0.0).to(tl.float64) - positive
-    factor = tl.load(factor_ptr).to(tl.float64)
-    z = total + tl.exp(-rise)
-    tl.store(loss_ptr + i, _log_sum(total, rise).to(tl.float32), mask=i < R)
-    tl.store(weight_ptr + i, (factor / z).to(tl.float32), mask=i < R)
-    tl.store(coefficient_ptr + i, (-factor * (total / z)).to(tl.float32), mask=i < R)
-
-
-@triton.jit
-def row_dot_kernel(
-    left_ptr, right_ptr, scale_ptr, out_ptr, R, D, left_stride, right_stride, BM: tl.constexpr, BD: tl.constexpr
-):
-    """out_i = scale * left_i . right_i in float32, without float32 copies of the inputs."""
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    total = tl.zeros((BM, BD), tl.float32)
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        mask = (i < R)[:, None] & (d < D)[None, :]
-        left = tl.load(left_ptr + i.to(tl.int64)[:, None] * left_stride + d[None, :], mask=mask, other=0.0)
-        right = tl.load(right_ptr + i.to(tl.int64)[:, None] * right_stride + d[None, :], mask=mask, other=0.0)
-        total += left.to(tl.float32) * right.to(tl.float32)
-    tl.store(out_ptr + i, tl.sum(total, 1) * tl.load(scale_ptr), mask=i < R)
-
-
-@triton.jit
-def _put(out, values, row0, column0, ADD: tl.constexpr, ENGINE: tl.constexpr):
-    if ADD and ENGINE:  # by the copy engine: each element once a launch, so the order of additions is that of launches
-        out.atomic_add([row0, column0], values)
-    elif ADD:
-        out.store([row0, column0], out.load([row0, column0]) + values)
-    else:
-        out.store([row0, column0], values)
-
-
-@triton.jit
-def product_kernel(
-    exp, rows, out, R, C, D,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, FLATTEN: tl.constexpr,
-    ENGINE: tl.constexpr,
-):  # fmt: skip
-    """out [C, D] float32 = exp [r, C].T @ rows [r, D], or += with ADD, tile by tile as `exp_kernel` goes."""
-    row_tiles = tl.cdiv(C, BM)
-    column_tiles = tl.cdiv(D, BN)
-    group_tiles = GROUP * column_tiles
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-        first = (tile // group_tiles) * GROUP
-        group = min(row_tiles - first, GROUP)
-        row0 = (first + (tile % group_tiles) % group) * BM
-        column0 = ((tile % group_tiles) // group) * BN
-        total = tl.zeros((BM, BN), tl.float32)
-        for k in range(tl.cdiv(R, BK)):
-            total = tl.dot(exp.load([k * BK, row0]).T, rows.load([k * BK, column0]), total)
-        # In quarters: a whole float32 tile would take the shared memory that the operands need.
-        half: tl.constexpr = BN // 2
-        quarter: tl.constexpr = BN // 4
-        left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, half)), (0, 2, 1)))
-        first_quarter, second_quarter = tl.split(tl.permute(tl.reshape(left, (BM, 2, quarter)), (0, 2, 1)))
-        _put(out, first_quarter, row0, column0, ADD, ENGINE)
-        _put(out, second_quarter, row0, column0 + quarter, ADD, ENGINE)
-        third_quarter, fourth_quarter = tl.split(tl.permute(tl.reshape(right, (BM, 2, quarter)), (0, 2, 1)))
-        _put(out, third_quarter, row0, column0 + half, ADD, ENGINE)
-        _put(out, fourth_quarter, row0, column0 + half + quarter, ADD, ENGINE)
-
-
-@triton.jit
-def close_kernel(
-    total_ptr, coefficient_ptr, other_ptr, factor_ptr, out_ptr, N, B, D, STRIDE, other_stride,
-    BM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """out_j = factor * (total_j + coefficient_i * other_i) where j = i * STRIDE for an i < B, else factor * total_j."""
-    j = tl.program_id(0) * BM + tl.arange(0, BM)
-    i = j // STRIDE
-    own = (j % STRIDE == 0) & (i < B)
-    factor = tl.load(factor_ptr)
-    coefficient = tl.load(coefficient_ptr + i, mask=own, other=0.0)
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        mask = (j < N)[:, None] & (d < D)[None, :]
-        at = j.to(tl.int64)[:, None] * D + d[None, :]
-        other_ptrs = other_ptr + i.to(tl.int64)[:, None] * other_stride + d[None, :]
-        other = tl.load(other_ptrs, mask=own[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        total = tl.load(total_ptr + at, mask=mask, other=0.0) + coefficient[:, None] * other
-        tl.store(out_ptr + at, (factor * total).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dense_kernel(dot_ptr, out_ptr, loss_ptr, C, STRIDE, scale, factor, BLOCK: tl.constexpr):
-    """One row of products: its loss and, in out, factor * (softmax - one at the own column i * STRIDE)."""
-    i = tl.program_id(0)
-    dot_ptr += i.to(tl.int64) * C
-    out_ptr += i.to(tl.int64) * C
-    own = i * STRIDE
-    positive = tl.load(dot_ptr + own)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for first in range(0, C, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        best = tl.maximum(best, tl.load(dot_ptr + j, mask=j < C, other=float("-inf")))
-    top = tl.max(best, 0)
-    scale2 = scale * LOG2E
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, C, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
-        total += tl.exp2((dot - top) * scale2)
-    rest = tl.sum(total, 0)
-    z = rest + tl.exp2((positive - top) * scale2)
-    for first in range(0, C, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        dot = tl.load(dot_ptr + j, mask=j < C, other=float("-inf"))
-        share = tl.where(j == own, -rest, tl.exp2((dot - top) * scale2)) * (factor / z)
-        tl.store(out_ptr + j, share.to(out_ptr.dtype.element_ty), mask=j < C)
-    rise = ((top - positive) * scale).to(tl.float64)
-    tl.store(loss_ptr + i, _log_sum(rest.to(tl.float64), rise).to(tl.float32))

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,19 @@ from torch import Tensor
 from inbatch.losses import tiled
 from inbatch.losses._blocks import Block
 
+kernels: Any = None
+row_kernels: Any = None
+TensorDescriptor: Any = None
 try:
-    import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from inbatch.losses import _kernels as kernels
-except ImportError:
-    triton = None
+    from inbatch.losses import _row_kernels as row_kernels
+except ImportError:  # triton, or the device-independent descriptors of triton 3.4 (torch 2.8)
+    pass
 
 DEFAULT_CHUNK_MIB = 1024.0
+DEFAULT_CHUNK_ROWS = 2048  # at least: every chunk reads and writes the float32 gradient of all columns once
 ROW_MULTIPLE = 128
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
 
@@ -52,17 +57,17 @@ class Tile:
         return {name: getattr(self, name) for name in names}
 
 
-HALF_TILE = Tile(BM=128, BN=256, BK=64, HALVES=2, GROUP=8, FLATTEN=True, num_warps=8, num_stages=3)
+HALF_TILE = Tile(BM=128, BN=256, BK=64, HALVES=2, GROUP=8, FLATTEN=True, num_warps=8, num_stages=4)
 FLOAT_TILE = Tile(BM=128, BN=128, BK=32, HALVES=1, GROUP=8, FLATTEN=False, num_warps=8, num_stages=3)
-# Without the bulk copy engine: older devices, rows that are not multiples of 16 bytes.
+# Plain loads: other devices, and rows that are not multiples of 16 bytes.
 POINTER_TILE = Tile(BM=64, BN=128, BK=32, HALVES=1, GROUP=8, FLATTEN=False, num_warps=4, num_stages=3)
 INTERPRETED_TILE = Tile(BM=32, BN=32, BK=16, HALVES=2, GROUP=2, FLATTEN=False, num_warps=4, num_stages=1)
 _SETTLE_TILE = {"BM": 32, "BN": 64, "BK": 32, "BT": 64}
 
 
 def why_not(queries: Tensor) -> str | None:
-    if triton is None:
-        return "triton is not installed"
+    if kernels is None:
+        return "triton 3.4 or later is not installed"
     if queries.dtype == torch.float64:
         return "it computes in float32, the inputs are float64"
     if not queries.is_cuda and not INTERPRETED:
@@ -78,11 +83,15 @@ def _exp_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
+def _pieces(size: int, piece: int) -> int:
+    return -(-size // piece)
+
+
 @lru_cache(maxsize=16)
 def _device_facts(index: int) -> tuple[int, bool]:
-    """(multiprocessors, has the bulk copy engine)"""
+    """(multiprocessors, whether the large tiles run: a bulk copy engine and Hopper's 227 KiB of shared memory)"""
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major >= 9
+    return properties.multi_processor_count, properties.major >= 9 and properties.shared_memory_per_block_optin >= 232448
 
 
 def _multiprocessors(tensor: Tensor) -> int:
@@ -90,7 +99,7 @@ def _multiprocessors(tensor: Tensor) -> int:
 
 
 def _bulk_copies(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can read and write all of these."""
+    """Whether tensor descriptors can read all of these."""
     if tensors[0].is_cuda and not _device_facts(tensors[0].device.index)[1]:
         return False
     return all(
@@ -129,7 +138,7 @@ def exp_scores(
         return (exp[:, :C] if keep else None), torch.zeros(R, dtype=torch.float32, device=device), pivot_r
     bulk = _bulk_copies(rows, block.columns)
     tile = _pick_tile(rows.dtype, bulk)
-    tiles = triton.cdiv(R, tile.BM), triton.cdiv(C, tile.BN)
+    tiles = _pieces(R, tile.BM), _pieces(C, tile.BN)
     partial = torch.empty((tiles[1], R), dtype=torch.float32, device=device)
     sums = torch.empty((2, R), dtype=torch.float32, device=device)  # and pivots
     masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
@@ -148,7 +157,7 @@ def exp_scores(
         R, C, D, rows.stride(0), block.columns.stride(0), stride,
         COUNT=counts is not None, TMA=bulk, **masks, **tile.options(),
     )  # fmt: skip
-    kernels.settle_kernel[(triton.cdiv(R, _SETTLE_TILE["BM"]),)](
+    kernels.settle_kernel[(_pieces(R, _SETTLE_TILE["BM"]),)](
         rows, block.columns, exp, own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
         sums[0], sums[1], keys, R, C, D, tiles[1], rows.stride(0), block.columns.stride(0), stride,
         **masks, **_SETTLE_TILE,
@@ -163,7 +172,7 @@ def finish(
         return tiled.finish(sums, pivots, positive_r, factor)
     loss, weight, coefficient = torch.empty((3, positive_r.shape[0]), dtype=torch.float32, device=positive_r.device)
     if positive_r.shape[0]:
-        kernels.finish_kernel[(triton.cdiv(positive_r.shape[0], 256),)](
+        row_kernels.finish_kernel[(_pieces(positive_r.shape[0], 256),)](
             sums[0], pivots[0], positive_r, factor, loss, weight, coefficient, positive_r.shape[0], BLOCK=256
         )
     return loss, [weight], coefficient
@@ -174,7 +183,7 @@ def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
     R, D = rows.shape
     scores = torch.empty(R, dtype=torch.float32, device=rows.device)
     if R:
-        kernels.row_dot_kernel[(triton.cdiv(R, 8),)](
+        row_kernels.row_dot_kernel[(_pieces(R, 8),)](
             rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0), BM=8, BD=256
         )
     return scores
@@ -192,18 +201,21 @@ def add_gradients(
     fresh_rows: bool,
     fresh_columns: bool,
 ) -> None:
-    dtype = exp_rC.dtype
+    rows, dtype = block.rows[start:stop], exp_rC.dtype
+    (R, D), device = rows.shape, rows.device
+    if R == 0 or D == 0:
+        return
+    target = product = rows if d_rows is None else d_rows[start:stop]
     if d_rows is not None:
-        if fresh_rows:
-            _product(exp_rC, block.columns.to(dtype), d_rows[start:stop], add=False)
-            d_rows[start:stop].mul_(weight_r[:, None])
-        else:
-            product = torch.empty_like(d_rows[start:stop])
-            _product(exp_rC, block.columns.to(dtype), product, add=False)
-            d_rows[start:stop].addcmul_(product, weight_r[:, None])
+        if not fresh_rows:
+            product = torch.empty((R, D), dtype=torch.float32, device=device)
+        _product(exp_rC, block.columns.to(dtype), product, add=False)
+    weighted = weight_r if d_columns is None else torch.empty((R, D), dtype=dtype, device=device)
+    row_kernels.weigh_kernel[(_pieces(R, 8), _pieces(D, 512))](
+        product, target, rows, weighted, weight_r, R, D, target.stride(0), rows.stride(0),
+        ADD=not fresh_rows, ROWS=d_rows is not None, COLUMNS=d_columns is not None, BM=8, BD=512,
+    )  # fmt: skip
     if d_columns is not None:
-        rows = block.rows[start:stop]
-        weighted = torch.mul(rows, weight_r[:, None], out=torch.empty(rows.shape, dtype=dtype, device=rows.device))
         _product(exp_rC.T, weighted, d_columns, add=not fresh_columns)
 
 
@@ -215,3 +227,30 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def close(
+    queries: Tensor,
+    passages: Tensor,
+    stride: int,
+    coefficient_B: Tensor,
+    d_queries: Tensor,
+    d_passages: Tensor,
+    factor: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """factor * (the float32 gradients + the positive term), in the inputs' dtype: the last step, in one pass.
+
+    Query i's positive is passage i * stride; coefficient_B is what its score's gradient is, in the units of the totals.
+    """
+    (B, D), M = queries.shape, passages.shape[0]
+    out = (
+        torch.empty((B, D), dtype=queries.dtype, device=queries.device),
+        torch.empty_like(d_passages, dtype=queries.dtype),
+    )
+    grid = _pieces(B, 8) + _pieces(M, 8)
+    if grid and D:
+        row_kernels.close_kernel[(grid,)](
+            queries, passages, coefficient_B, factor, d_queries, d_passages, *out,
+            B, M, D, stride, queries.stride(0), passages.stride(0), BM=8, BD=512,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,155 @@
+"""Triton kernels over single rows, around the tiles of `_kernels`: few, because a small batch waits for launches.
+
+Shapes: R rows, C columns, D dimension, B queries, M passages.
+"""
+
+# Kernel code is Python for Triton's compiler; its types are not Python's.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _log_sum(total, rise):
+    """log(1 + total * exp(rise)) for float64 sums relative to a pivot that is `rise` above the positive's score."""
+    x = total * tl.exp(tl.minimum(rise, 60.0))
+    small = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25)))
+    return tl.where(x < 1e-3, small, rise + tl.log(total + tl.exp(-rise)))
+
+
+@triton.jit
+def finish_kernel(
+    sum_ptr, pivot_ptr, positive_ptr, factor_ptr, loss_ptr, weight_ptr, coefficient_ptr, R, BLOCK: tl.constexpr
+):
+    """loss = log(Z) - positive, weight = factor exp(pivot) / Z, coefficient = -factor (1 - exp(positive) / Z).
+
+    In float64, which costs nothing here: a row's loss may be 1e-9 or 200 and keeps its digits either way.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(sum_ptr + i, mask=i < R, other=0.0).to(tl.float64)
+    positive = tl.load(positive_ptr + i, mask=i < R, other=0.0).to(tl.float64)
+    rise = tl.load(pivot_ptr + i, mask=i < R, other=0.0).to(tl.float64) - positive
+    factor = tl.load(factor_ptr).to(tl.float64)
+    z = total + tl.exp(-rise)
+    tl.store(loss_ptr + i, _log_sum(total, rise).to(tl.float32), mask=i < R)
+    tl.store(weight_ptr + i, (factor / z).to(tl.float32), mask=i < R)
+    tl.store(coefficient_ptr + i, (-factor * (total / z)).to(tl.float32), mask=i < R)
+
+
+@triton.jit
+def row_dot_kernel(
+    left_ptr, right_ptr, scale_ptr, out_ptr, R, D, left_stride, right_stride, BM: tl.constexpr, BD: tl.constexpr
+):
+    """out_i = scale * left_i . right_i in float32, without float32 copies of the inputs."""
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    total = tl.zeros((BM, BD), tl.float32)
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        mask = (i < R)[:, None] & (d < D)[None, :]
+        left = tl.load(left_ptr + i.to(tl.int64)[:, None] * left_stride + d[None, :], mask=mask, other=0.0)
+        right = tl.load(right_ptr + i.to(tl.int64)[:, None] * right_stride + d[None, :], mask=mask, other=0.0)
+        total += left.to(tl.float32) * right.to(tl.float32)
+    tl.store(out_ptr + i, tl.sum(total, 1) * tl.load(scale_ptr), mask=i < R)
+
+
+@triton.jit
+def weigh_kernel(
+    product_ptr, d_rows_ptr, rows_ptr, weighted_ptr, weight_ptr, R, D, d_rows_stride, row_stride,
+    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """ROWS: d_rows_i (+)= weight_i * product_i, which may be one tensor. COLUMNS: weighted_i = weight_i * rows_i."""
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    mask = (i < R)[:, None] & (d < D)[None, :]
+    row = i.to(tl.int64)[:, None]
+    weight = tl.load(weight_ptr + i, mask=i < R, other=0.0)[:, None]
+    if ROWS:
+        value = weight * tl.load(product_ptr + row * D + d[None, :], mask=mask)
+        ptrs = d_rows_ptr + row * d_rows_stride + d[None, :]
+        if ADD:
+            value += tl.load(ptrs, mask=mask)
+        tl.store(ptrs, value, mask=mask)
+    if COLUMNS:
+        value = weight * tl.load(rows_ptr + row * row_stride + d[None, :], mask=mask).to(tl.float32)
+        tl.store(weighted_ptr + row * D + d[None, :], value.to(weighted_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _close(
+    tile, total_ptr, coefficient_ptr, other_ptr, factor, out_ptr, N, B, D, STRIDE, other_stride,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    j = tile * BM + tl.arange(0, BM)
+    i = j // STRIDE
+    own = (j % STRIDE == 0) & (i < B)
+    coefficient = tl.load(coefficient_ptr + i, mask=own, other=0.0)
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        mask = (j < N)[:, None] & (d < D)[None, :]
+        at = j.to(tl.int64)[:, None] * D + d[None, :]
+        other_ptrs = other_ptr + i.to(tl.int64)[:, None] * other_stride + d[None, :]
+        other = tl.load(other_ptrs, mask=own[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        total = tl.load(total_ptr + at, mask=mask, other=0.0) + coefficient[:, None] * other
+        tl.store(out_ptr + at, (factor * total).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def close_kernel(
+    queries_ptr, passages_ptr, coefficient_ptr, factor_ptr, q_total_ptr, p_total_ptr, q_out_ptr, p_out_ptr,
+    B, M, D, STRIDE, query_stride, passage_stride, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """q_out_i = factor * (q_total_i + coefficient_i * passages_(i * STRIDE)), and the like for the passages.
+
+    One launch for both, the queries' tiles first: a small batch waits for launches.
+    """
+    factor = tl.load(factor_ptr)
+    tile = tl.program_id(0)
+    query_tiles = tl.cdiv(B, BM)
+    if tile < query_tiles:
+        positive_stride = passage_stride.to(tl.int64) * STRIDE
+        _close(
+            tile, q_total_ptr, coefficient_ptr, passages_ptr, factor, q_out_ptr, B, B, D, 1, positive_stride, BM, BD
+        )  # fmt: skip
+    else:
+        _close(
+            tile - query_tiles, p_total_ptr, coefficient_ptr, queries_ptr, factor, p_out_ptr,
+            M, B, D, STRIDE, query_stride, BM, BD,
+        )  # fmt: skip
+
+
+@triton.jit
+def dense_kernel(dot_ptr, out_ptr, loss_ptr, coefficient_ptr, C, STRIDE, scale, factor, BLOCK: tl.constexpr):
+    """One row of products, its own column being i * STRIDE: its loss; in out, factor * softmax, 0 on the own column;
+
+    and the own column's factor * (softmax - 1) apart, in float32: rounded, it would not cancel what it should.
+    """
+    i = tl.program_id(0)
+    dot_ptr += i.to(tl.int64) * C
+    out_ptr += i.to(tl.int64) * C
+    own = i * STRIDE
+    positive = tl.load(dot_ptr + own)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.load(dot_ptr + j, mask=j < C, other=float("-inf")))
+    top = tl.max(best, 0)
+    scale2 = scale * LOG2E
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
+        total += tl.exp2((dot - top) * scale2)
+    rest = tl.sum(total, 0)
+    share = factor / (rest + tl.exp2((positive - top) * scale2))
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
+        tl.store(out_ptr + j, (share * tl.exp2((dot - top) * scale2)).to(out_ptr.dtype.element_ty), mask=j < C)
+    tl.store(coefficient_ptr + i, -rest * share)
+    rise = ((top - positive) * scale).to(tl.float64)
+    tl.store(loss_ptr + i, _log_sum(rest.to(tl.float64), rise).to(tl.float32))
