@@ -6,6 +6,7 @@ A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRAC
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -31,7 +32,11 @@ The same command again goes on with a run that was interrupted. On several machi
 
 def main() -> None:
     """The command `inbatch`: runs `sys.argv` and ends the process."""
-    status = run(sys.argv[1:])
+    try:
+        status = run(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        status = 1
     if status:
         # Not sys.exit: a rank that failed would wait for its peers in the destructors of the process group.
         sys.stdout.flush()
@@ -40,7 +45,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command: 0, or 1 after a mistake in files or settings. Wrong usage is SystemExit(2), as argparse does."""
+    """Runs one command: 0, or 1 after a mistake in files or settings; wrong usage is SystemExit(2), as in argparse."""
     arguments = list(arguments)
     known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
     try:
@@ -159,11 +164,23 @@ def _launch(known: argparse.Namespace, arguments: list[str]) -> int:
     logging.disable(logging.CRITICAL)
     try:
         run.main(["--standalone", "--nproc-per-node", str(known.nproc_per_node), "-m", "inbatch", *arguments])
-    except Exception as error:
-        if type(error).__name__ != "ChildFailedError":
+    except Exception as error:  # torchrun's own two classes live in modules that are not public
+        if type(error).__name__ not in ("ChildFailedError", "SignalException"):
             raise
+        if isinstance(failures := getattr(error, "failures", None), dict):
+            _report_killed({rank: failure.exitcode for rank, failure in failures.items()})
         return 1
     return 0
+
+
+def _report_killed(exit_codes: dict[int, int]) -> None:
+    """Names the rank that a signal ended, which could not say so. SIGTERM is what torchrun sends to the others."""
+    for rank, code in exit_codes.items():
+        if code < 0 and -code != signal.SIGTERM:
+            name = signal.Signals(-code).name
+            print(
+                f"inbatch: error: rank {rank} was ended by {name} (SIGKILL: memory may have run out)", file=sys.stderr
+            )
 
 
 def _report(error: Exception) -> None:

@@ -197,21 +197,23 @@ def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, wor
 
 
 def start_and_kill(config: Path, output_dir: Path, world_size: int, kill_at: int) -> None:
-    """Starts the command and sends SIGKILL to all its processes once `kill_at` lines are in metrics.jsonl."""
+    """Starts the command and sends SIGKILL to it (or one of its ranks) once `kill_at` lines are in metrics.jsonl."""
     command = [sys.executable, "-m", "inbatch", "train", str(config), "--nproc-per-node", str(world_size)]
-    with (output_dir.parent / "killed.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
+    log_path = output_dir.parent / "killed.log"
+    with log_path.open("w") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if len(read_lines(output_dir / "metrics.jsonl")) >= kill_at:
                 break
             time.sleep(0.005)
-        assert process.poll() is None, (output_dir.parent / "killed.log").read_text()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    # torchrun starts its workers in sessions of their own: they end when they miss it.
-    for pid in worker_pids(str(config)):
-        os.kill(pid, signal.SIGKILL)
+        assert process.poll() is None, log_path.read_text()
+        ranks = [pid for pid in worker_pids(str(config)) if pid != process.pid] or [process.pid]
+        os.kill(random.choice(ranks), signal.SIGKILL)
+        process.wait(60)
+    assert process.returncode != 0
+    assert world_size == 1 or "was ended by SIGKILL" in log_path.read_text()
+    assert worker_pids(str(config)) == [], "no rank outlives the others"
 
 
 def worker_pids(argument: str) -> list[int]:
