@@ -62,7 +62,7 @@ class _Anchor(nn.Module):
         super().__init__()
         self.wrapped = wrapped
 
-    def forward(self) -> Tensor:
+    def forward(self, _: Tensor) -> Tensor:
         return _Touch.apply(*(p for p in self.wrapped.parameters() if p.requires_grad))  # type: ignore[return-value]
 
 
@@ -106,7 +106,8 @@ def _reduce_ddp(module: nn.Module) -> None:
     wrapped = module.module
     module.module = _Anchor(wrapped)  # type: ignore[arg-type]
     try:
-        anchor = module()
+        # DDP with device_ids moves its inputs there, and wants one to move.
+        anchor = module(torch.empty(0))
     finally:
         module.module = wrapped
     anchor.backward()
