@@ -23,6 +23,7 @@ from inbatch.losses._problem import (
     add_prefix_gradient,
     chunks,
     constant,
+    rows_of,
     schedule,
 )
 from inbatch.losses._rows import Rows, Wanted, empty_column_gradients, make_rows
@@ -38,6 +39,7 @@ class InfoNCE(torch.autograd.Function):
         wanted = Wanted(
             queries=ctx.needs_input_grad[0], passages=ctx.needs_input_grad[1], temperature=ctx.needs_input_grad[2]
         )
+        queries, passages = rows_of(queries), rows_of(passages)
         # Kernels run on the current device, not on that of their arguments.
         device = torch.cuda.device(queries.device if queries.is_cuda else -1)
         with torch.autocast(queries.device.type, enabled=False), device:

@@ -72,6 +72,13 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def rows_of(embeddings: Tensor) -> Tensor:
+    """The same [rows, D], each row contiguous and apart from the others, as the kernels read them."""
+    if embeddings.is_contiguous() or (embeddings.stride(1) == 1 and embeddings.stride(0) >= embeddings.shape[1]):
+        return embeddings
+    return embeddings.contiguous()
+
+
 # ---- columns
 
 
