@@ -3,6 +3,7 @@
 `check_cases` is the body for any device: with INBATCH_TEST_BACKEND=nccl it runs on GPUs and covers impl="fused" too.
 """
 
+import os
 import random
 import re
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from inbatch.losses import (
     Objective,
     _overlap,
     info_nce,
+    tiled,
 )
 from tests.helpers import device
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
 
 OBJECTIVES = [
     Objective(),
@@ -311,6 +315,31 @@ def mesh_body(rank: int, seed: int) -> None:
 def test_a_subgroup_counts_nothing_twice(pool):
     for seed in (0, 1, 2):
         pool.run(mesh_body, 4, seed)
+
+
+# ---- memory
+
+
+def ring_body(rank: int) -> int:
+    """The most columns that this rank ever scored at once."""
+    widths, original = [], tiled.exp_scores
+
+    def recording(block, *args, **kwargs):
+        widths.append(block.columns.shape[0])
+        return original(block, *args, **kwargs)
+
+    tiled.exp_scores = recording
+    try:
+        queries, passages = torch.randn(2, 4, requires_grad=True), torch.randn(2 + 2 * rank, 4, requires_grad=True)
+        info_nce(queries.to(device()), passages.to(device()), negatives="ring", impl="tiled").backward()
+    finally:
+        tiled.exp_scores = original
+    return max(widths)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ring_never_scores_more_than_one_ranks_columns(pool, world_size):
+    assert pool.run(ring_body, world_size) == [2 + 2 * (world_size - 1)] * world_size
 
 
 # ---- mistakes

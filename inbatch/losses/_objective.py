@@ -1,4 +1,8 @@
-"""Which scores enter which softmax."""
+"""Which scores enter which softmax.
+
+Label smoothing is left out: ALIGN (Jia et al. 2021) used it, the retrievers since do not, and it needs the plain sum of
+all candidates' scores, which sums of exponentials do not give.
+"""
 
 from __future__ import annotations
 
