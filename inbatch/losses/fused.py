@@ -91,7 +91,8 @@ def _pieces(size: int, piece: int) -> int:
 def _device_facts(index: int) -> tuple[int, bool]:
     """(multiprocessors, whether the large tiles run: a bulk copy engine and Hopper's 227 KiB of shared memory)"""
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major >= 9 and properties.shared_memory_per_block_optin >= 232448
+    large = properties.major >= 9 and properties.shared_memory_per_block_optin >= 232448
+    return properties.multi_processor_count, large
 
 
 def _multiprocessors(tensor: Tensor) -> int:
