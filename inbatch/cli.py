@@ -54,8 +54,11 @@ def run(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             known.function(known)
+    except ModuleNotFoundError as error:
+        _report(f"{error.name} is not installed: pip install 'inbatch[train]'")
+        return 1
     except (ValueError, OSError, ArithmeticError) as error:
-        _report(error)
+        _report(str(error))
         return 1
     return 0
 
@@ -183,9 +186,9 @@ def _report_killed(exit_codes: dict[int, int]) -> None:
             )
 
 
-def _report(error: Exception) -> None:
+def _report(message: str) -> None:
     """One line on stderr, from one of this machine's ranks, and in the report that torchrun prints last."""
-    message = " ".join(str(error).split())
+    message = " ".join(message.split())
     if os.environ.get("INBATCH_TRACEBACK"):
         traceback.print_exc()
     torchrun_file = os.environ.get("TORCHELASTIC_ERROR_FILE")

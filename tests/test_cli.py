@@ -125,6 +125,13 @@ def test_help_names_every_key(capsys):
     assert "--nproc-per-node" in printed
 
 
+def test_without_the_extra_the_remedy_is_named(home, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "inbatch.config_file")
+    assert cli.run(["train", str(home / "config.yaml")]) == 1
+    assert "jsonargparse is not installed: pip install 'inbatch[train]'" in only_message(capsys)
+
+
 def run_command(*command: str, cwd: Path = REPOSITORY) -> tuple[subprocess.CompletedProcess, float]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     started = time.monotonic()
