@@ -67,8 +67,9 @@ def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
 def free_bytes(modules: Sequence[nn.Module]) -> int:
     """Memory that graphs may take: what is free now, less a tenth, less gradients that are still to be made."""
     if on_cuda():
-        free, _ = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        allowed = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_allocated()
+        free = min(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), allowed)
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and p.grad is None]

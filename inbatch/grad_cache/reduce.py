@@ -119,6 +119,6 @@ def _reduce_fsdp2(module: nn.Module) -> None:
     module.set_reshard_after_backward(True)  # type: ignore[operator]
     zero = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
     # The root's own hooks queue the reduction of every group below it; its real forward is not needed for that.
-    with _forward_replaced(module, lambda: zero * 1.0):
-        anchor = module()
+    with _forward_replaced(module, lambda zero: zero * 1.0):
+        anchor = module(zero)
     anchor.backward()
