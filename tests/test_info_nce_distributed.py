@@ -1,6 +1,7 @@
 """info_nce in real process groups against the float64 formula over the whole global batch, written here from scratch.
 
-`check_cases` is the body for any device: with INBATCH_TEST_BACKEND=nccl it runs on GPUs and covers impl="fused" too.
+`check_cases` is the body for any device: INBATCH_TEST_BACKEND=nccl runs it on GPUs and covers impl="fused" too; with
+TRITON_INTERPRET=1 it covers impl="fused" on the CPU.
 """
 
 import os
@@ -256,6 +257,8 @@ def check_cases(rank: int, world_size: int, seeds: range) -> int:
     variants = [("reference", torch.float64, 1e-7), ("tiled", torch.float64, 1e-7), ("tiled", torch.bfloat16, 2e-2)]
     if device().type == "cuda":
         variants += [("fused", torch.float32, 1e-3), ("fused", torch.bfloat16, 2e-2), ("fused", torch.float16, 2e-2)]
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        variants += [("fused", torch.float32, 1e-3)]
     checked = 0
     try:
         for seed in seeds:
