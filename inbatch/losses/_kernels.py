@@ -79,11 +79,12 @@ def _in_base_2(pivot, scale):
 
 @triton.jit
 def _exp_piece(
-    dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, counts, LIMIT: tl.constexpr, COUNT: tl.constexpr
+    dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
     """E = exp(scale * dot - pivot), 0 on own, masked and missing columns.
 
-    pivot2: the pivot from `_in_base_2`. bare: none of these columns is missing or a row's own.
+    pivot2: the pivot from `_in_base_2`. bare: none of these columns is missing or a row's own. With COUNT also returns
+    by row the number of unmasked columns above the pivot, plus 2**16 times the number of masked ones.
     """
     exp = tl.exp2(dot * (scale * LOG2E) - pivot2[:, None])
     masks: tl.constexpr = len(keys) > 0 or LIMIT
@@ -91,12 +92,14 @@ def _exp_piece(
         exp = _fill_masked(exp, dot, -1.0 if COUNT else 0.0, scale, limit, keys, i, j, R, C, LIMIT)
     if not bare:
         exp = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], 0.0, exp)
-    if COUNT:  # whole numbers: the order of these additions changes nothing
-        tl.atomic_add(counts + i * 2 + 1, tl.sum((exp > 1.0).to(tl.int32), 1), mask=i < R)
+    above = pivot2  # not used
+    if COUNT:
+        packed = (exp > 1.0).to(tl.int32)
         if masks:
-            tl.atomic_add(counts + i * 2, tl.sum((exp < 0.0).to(tl.int32), 1), mask=i < R)
+            packed += (exp < 0.0).to(tl.int32) << 16
             exp = tl.where(exp < 0.0, 0.0, exp)
-    return exp
+        above = tl.sum(packed, 1)
+    return exp, above
 
 
 @triton.jit
@@ -147,7 +150,7 @@ def exp_kernel(
         dot = _dot_tile(rows, columns, row0, column0, R, C, D, row_stride, column_stride, TMA, BM, BN, BK, PRECISION)
         if HALVES == 1:
             j = column0 + tl.arange(0, BN)
-            values = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, counts, LIMIT, COUNT)
+            values, seen = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, BN)
             total = tl.sum(values, 1)
@@ -155,15 +158,19 @@ def exp_kernel(
             half: tl.constexpr = BN // 2
             left, right = tl.split(tl.permute(tl.reshape(dot, (BM, 2, half)), (0, 2, 1)))
             j = column0 + tl.arange(0, half)
-            values = _exp_piece(left, scale, pivot2, own, limit, keys, i, j, R, C, bare, counts, LIMIT, COUNT)
+            values, seen = _exp_piece(left, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, half)
             total = tl.sum(values, 1)
-            values = _exp_piece(right, scale, pivot2, own, limit, keys, i, j + half, R, C, bare, counts, LIMIT, COUNT)
+            values, more = _exp_piece(right, scale, pivot2, own, limit, keys, i, j + half, R, C, bare, LIMIT, COUNT)
+            seen += more
             if KEEP:
                 _store_tile(exp, values, row0, column0 + half, R, C, exp_stride, TMA, BM, half)
             total += tl.sum(values, 1)
         tl.store(partial_ptr + column_tile.to(tl.int64) * R + i, total, mask=i < R)
+        if COUNT:  # whole numbers: the order of these additions changes nothing
+            tl.atomic_add(counts + i * 2, seen >> 16, mask=i < R)
+            tl.atomic_add(counts + i * 2 + 1, seen & 0xFFFF, mask=i < R)
 
 
 @triton.jit
@@ -210,7 +217,7 @@ def settle_kernel(
             dot = _dot_tile(
                 rows, columns, row0, column0, R, C, D, row_stride, column_stride, False, BM, BN, BK, PRECISION
             )
-            values = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, False, sum_ptr, LIMIT, False)
+            values, _ = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, False, LIMIT, False)
             fresh += tl.sum(values, 1)
             if KEEP:
                 ptrs = exp + i.to(tl.int64)[:, None] * exp_stride + j[None, :]

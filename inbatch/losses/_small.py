@@ -36,7 +36,7 @@ def usable(queries: Tensor, passages: Tensor, temperature: float | Tensor) -> bo
         and 0 < temperature < math.inf
         and queries.device.index == torch.cuda.current_device()
         and not torch.is_autocast_enabled("cuda")
-        and fused.why_not(queries) is None
+        and fused.kernels is not None
     )
 
 
@@ -47,13 +47,13 @@ class SmallInfoNCE(torch.autograd.Function):
     def forward(ctx, queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
         (B, _), N = queries.shape, passages.shape[0]
         dots_BN = torch.mm(queries, passages.T, out_dtype=torch.float32)
-        loss_B, coefficient_B = dots_BN.new_empty((2, B)).unbind()
-        shares_BN = torch.empty_like(dots_BN, dtype=queries.dtype)
-        block = min(1 << (N - 1).bit_length(), 4096)
-        fused.row_kernels.dense_kernel[(B,)](
-            dots_BN, shares_BN, loss_B, coefficient_B, N, N // B, 1 / temperature, 1 / (temperature * B),
-            BLOCK=block, num_warps=8,
-        )  # fmt: skip
+        shares_BN = torch.empty((B, N), dtype=queries.dtype, device=queries.device)
+        loss_B = torch.empty(B, dtype=torch.float32, device=queries.device)
+        coefficient_B = torch.empty(B, dtype=torch.float32, device=queries.device)
+        scale = 1 / temperature
+        arguments = dots_BN, shares_BN, loss_B, coefficient_B, N, N // B, scale, scale / B
+        block = {"BLOCK": min(1 << (N - 1).bit_length(), 4096)}
+        fused.launch(fused.row_kernels.dense_kernel, B, arguments, block, num_warps=8)
         if any(ctx.needs_input_grad):
             d_queries = torch.mm(shares_BN, passages, out_dtype=torch.float32)
             d_passages = torch.mm(shares_BN.T, queries, out_dtype=torch.float32)

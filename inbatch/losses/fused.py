@@ -95,6 +95,36 @@ def _device_facts(index: int) -> tuple[int, bool]:
     return properties.multi_processor_count, large
 
 
+_launchable: dict[tuple, Any] = {}
+
+
+def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], **options: int) -> None:
+    """kernel[(grid,)](*arguments, **constants, **options), remembering what Triton compiles for arguments like these.
+
+    Finding that again takes Triton longer than launching it, and small batches wait for nothing else. `constants` are
+    the kernel's last parameters, in order. Like: the same dtypes and alignments, and integers that Triton takes alike.
+    """
+    key = (
+        id(kernel),
+        torch.cuda.current_device() if not INTERPRETED else -1,
+        *map(_kind, arguments),
+        *constants.values(),
+    )
+    compiled = _launchable.get(key)
+    if compiled is None:
+        _launchable[key] = kernel[(grid,)](*arguments, **constants, **options)
+    else:
+        compiled[(grid, 1, 1)](*arguments, *constants.values())
+
+
+def _kind(argument: Tensor | int | float) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument < 2**31
+    return float
+
+
 def _multiprocessors(tensor: Tensor) -> int:
     return _device_facts(tensor.device.index)[0] if tensor.is_cuda else 2
 
@@ -173,9 +203,8 @@ def finish(
         return tiled.finish(sums, pivots, positive_r, factor)
     loss, weight, coefficient = torch.empty((3, positive_r.shape[0]), dtype=torch.float32, device=positive_r.device)
     if positive_r.shape[0]:
-        row_kernels.finish_kernel[(_pieces(positive_r.shape[0], 256),)](
-            sums[0], pivots[0], positive_r, factor, loss, weight, coefficient, positive_r.shape[0], BLOCK=256
-        )
+        arguments = (sums[0], pivots[0], positive_r, factor, loss, weight, coefficient, positive_r.shape[0])
+        launch(row_kernels.finish_kernel, _pieces(positive_r.shape[0], 256), arguments, {"BLOCK": 256})
     return loss, [weight], coefficient
 
 
@@ -184,9 +213,8 @@ def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
     R, D = rows.shape
     scores = torch.empty(R, dtype=torch.float32, device=rows.device)
     if R:
-        row_kernels.row_dot_kernel[(_pieces(R, 8),)](
-            rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0), BM=8, BD=256
-        )
+        arguments = (rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0))
+        launch(row_kernels.row_dot_kernel, _pieces(R, 8), arguments, {"BM": 8, "BD": 256})
     return scores
 
 
@@ -212,10 +240,15 @@ def add_gradients(
             product = torch.empty((R, D), dtype=torch.float32, device=device)
         _product(exp_rC, block.columns.to(dtype), product, add=False)
     weighted = weight_r if d_columns is None else torch.empty((R, D), dtype=dtype, device=device)
-    row_kernels.weigh_kernel[(_pieces(R, 8), _pieces(D, 512))](
-        product, target, rows, weighted, weight_r, R, D, target.stride(0), rows.stride(0),
-        ADD=not fresh_rows, ROWS=d_rows is not None, COLUMNS=d_columns is not None, BM=8, BD=512,
-    )  # fmt: skip
+    arguments = (product, target, rows, weighted, weight_r, R, D, product.stride(0), target.stride(0), rows.stride(0))
+    constants = {
+        "ADD": not fresh_rows,
+        "ROWS": d_rows is not None,
+        "COLUMNS": d_columns is not None,
+        "BM": 8,
+        "BD": 512,
+    }
+    launch(row_kernels.weigh_kernel, _pieces(R, 8), arguments, constants)
     if d_columns is not None:
         _product(exp_rC.T, weighted, d_columns, add=not fresh_columns)
 
@@ -250,8 +283,9 @@ def close(
     )
     grid = _pieces(B, 8) + _pieces(M, 8)
     if grid and D:
-        row_kernels.close_kernel[(grid,)](
+        arguments = (
             queries, passages, coefficient_B, factor, d_queries, d_passages, *out,
-            B, M, D, stride, queries.stride(0), passages.stride(0), BM=8, BD=512,
+            B, M, D, stride, queries.stride(0), passages.stride(0),
         )  # fmt: skip
+        launch(row_kernels.close_kernel, grid, arguments, {"BM": 8, "BD": 512})
     return out
