@@ -97,7 +97,7 @@ def test_tiny_losses_keep_their_digits(dtype):
     queries = torch.eye(4, dtype=dtype, device=device()).requires_grad_()
     passages = torch.eye(4, dtype=dtype, device=device()).requires_grad_()
     temperature = torch.tensor(1 / 22, dtype=dtype, device=device(), requires_grad=True)
-    scale = 1 / float(temperature)
+    scale = 1 / temperature.item()
     for objective in (None, Objective(directions=("query_to_passage", "passage_to_query"))):
         loss = info_nce(queries, passages, temperature=temperature, impl="tiled", objective=objective)
         negatives = 3 if objective is None else 6

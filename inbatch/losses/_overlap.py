@@ -67,18 +67,14 @@ def gather_pieces(queries: Tensor, passages: Tensor, problem: Problem) -> list[P
     position, found = collectives.rank(problem.group), []
     for number in range(pieces):
         cuts = [(m * number // pieces, m * (number + 1) // pieces) for m in problem.passage_counts]
-        start, stop = cuts[position]
-        part = replace(
-            problem,
-            passage_counts=[b - a for a, b in cuts],
-            passage_keys=_part(problem.passage_keys, start, stop),
-            positives=problem.positives - start,
-        )
 
-        def gather(part: Problem = part, mine: Tensor = passages[start:stop], first: bool = number == 0):
-            columns = gather_columns(queries if first else None, mine, part)
-            here = (part.positives >= 0) & (part.positives < mine.shape[0])
-            columns = replace(columns, own_passage=columns.own_passage.masked_fill(~here, -1))
+        def gather(cuts: list[tuple[int, int]] = cuts, also: Tensor | None = None if number else queries):
+            start, stop = cuts[position]
+            keys, counts = _part(problem.passage_keys, start, stop), [b - a for a, b in cuts]
+            part = replace(problem, passage_counts=counts, passage_keys=keys, positives=problem.positives - start)
+            columns = gather_columns(also, passages[start:stop], part)
+            elsewhere = (part.positives < 0) | (part.positives >= stop - start)
+            columns = replace(columns, own_passage=columns.own_passage.masked_fill(elsewhere, -1))
             return columns, match_all(problem, columns)
 
         (columns, keys), ready = beside(passages.device, gather)
