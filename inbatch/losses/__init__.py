@@ -155,5 +155,6 @@ class InfoNCELoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        learnable = "" if self.log_temperature is None else ", learnable"
-        return f"temperature={float(self.temperature):g}{learnable}, negatives={self.negatives!r}, impl={self.impl!r}"
+        fixed, learnt = self._fixed_temperature, self.log_temperature
+        temperature = f"{fixed:g}" if learnt is None else f"{math.exp(learnt.item()):g}, learnable"
+        return f"temperature={temperature}, negatives={self.negatives!r}, impl={self.impl!r}"
