@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inbatch._agreement import describe, disagreement
-from inbatch.processes import ProcessGroup, device, device_types, rank, start, stop, world_size
+from inbatch.processes import ProcessGroup, device, device_types, group_of_one, rank, start, stop, world_size
 
 __all__ = [
     "RingShift",
@@ -25,6 +25,7 @@ __all__ = [
     "broadcast_object",
     "device",
     "gather_objects",
+    "group_of_one",
     "rank",
     "reduce_scatter_rows",
     "ring_shift",

@@ -140,7 +140,8 @@ class BiEncoderModel(nn.Module):
         embeddings_BD = pool(states_BTD, mask_BT, self.pooling)
         if self.l2_normalize:
             embeddings_BD = nn.functional.normalize(embeddings_BD, dim=-1)
-        return embeddings_BD[:rows]
+        # Not a view, which FSDP2's hooks on the output would warn of.
+        return embeddings_BD if rows else embeddings_BD[:0].clone()
 
     forward = encode
 

@@ -1,6 +1,8 @@
 """The process group itself: who is in it, and how it starts and stops. Re-exported by `inbatch.collectives`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,20 @@ def start(backend: str | None = None, timeout_s: float = 300) -> torch.device:
             device_id=_bound_device if use_cuda else None,
         )
     return _bound_device
+
+
+@contextmanager
+def group_of_one(device: torch.device) -> Iterator[None]:
+    """A process group around this process alone, where there is none: FSDP2 does not go without."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _torchrun_environment() -> bool:
