@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from inbatch.grad_cache import GradCache as GradCache
     from inbatch.losses import FalseNegatives as FalseNegatives
     from inbatch.losses import InfoNCELoss as InfoNCELoss
+    from inbatch.losses import LossStats as LossStats
+    from inbatch.losses import Objective as Objective
     from inbatch.losses import info_nce as info_nce
 
 # Public name -> module. Resolved on first use, so that `import inbatch` costs nothing and needs only torch.
@@ -17,6 +19,8 @@ _PUBLIC = {
     "FalseNegatives": "inbatch.losses",
     "GradCache": "inbatch.grad_cache",
     "InfoNCELoss": "inbatch.losses",
+    "LossStats": "inbatch.losses",
+    "Objective": "inbatch.losses",
     "all_gather": "inbatch.collectives",
     "info_nce": "inbatch.losses",
 }
