@@ -1,0 +1,217 @@
+"""The rows of train_step.py made ready: data, models, and one forward and backward pass of each library."""
+
+import gzip
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
+from inbatch.grad_cache.cut import cut  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+TEMPERATURE = 0.02
+SIZES = {
+    "qwen3-0.6b": ("Qwen3Config", {"vocab_size": 151936, "intermediate_size": 3072, "num_hidden_layers": 28}),
+    "llama-3.2-1b": ("LlamaConfig", {"vocab_size": 128256, "intermediate_size": 8192, "num_hidden_layers": 16}),
+}
+HEADS = {
+    "qwen3-0.6b": {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "llama-3.2-1b": {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    library: str
+    mini: int | None = None
+    tokens: int | None = None
+    keep: int | None = None
+    packed: bool = False
+    compile: bool = False
+    liger: bool = False
+    ckpt: bool = False
+    weights: str = "float32"
+
+    @classmethod
+    def parse(cls, text: str) -> "Row":
+        library, *words = text.split()
+        fields: dict = {}
+        for word in words:
+            name, _, value = word.partition("=")
+            fields[name] = True if not value else int(value) if value.isdigit() else value
+        return cls(library=library, **fields)
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """A row made ready: texts -> tokens (in the host's memory), tokens -> one forward and backward pass."""
+
+    tokenize: Callable[[list], list]
+    forward_backward: Callable[[list], Tensor]
+    module: nn.Module
+    backbone: nn.Module
+    ahead: bool  # tokenises in worker processes
+    encoded_tokens: Callable[[list], int]  # with the padding that is encoded
+    grad_cache: GradCache | None = None
+
+
+# ---- data and models
+
+
+def read_pairs(folder: Path) -> list[tuple[str, str]]:
+    """(query, passage) for every judged pair of a BEIR folder's training split, files plain or gzipped."""
+
+    def lines(path: Path) -> Iterator[str]:
+        with open(path, encoding="utf-8") if path.exists() else gzip.open(f"{path}.gz", "rt", encoding="utf-8") as file:
+            yield from file
+
+    corpus = {
+        d["_id"]: f"{d.get('title', '')} {d['text']}".strip() for d in map(json.loads, lines(folder / "corpus.jsonl"))
+    }
+    queries = {d["_id"]: d["text"] for d in map(json.loads, lines(folder / "queries.jsonl"))}
+    rows = (line.split("\t") for line in list(lines(folder / "qrels" / "train.tsv"))[1:])
+    return [(queries[row[0]], corpus[row[1]]) for row in rows if int(row[2]) > 0]
+
+
+def model_folder(args) -> Path:
+    """The folder given, or a new one with a bidirectional model of random weights and the tokenizer given."""
+    if args.model not in SIZES:
+        return Path(args.model)
+    import transformers
+
+    folder = Path(tempfile.gettempdir()) / f"inbatch-{args.model}-{collectives.rank()}"
+    if not (folder / "config.json").exists():
+        kind, sizes = SIZES[args.model]
+        config = getattr(transformers, kind)(**sizes, **HEADS[args.model], is_causal=False, tie_word_embeddings=True)
+        torch.manual_seed(0)
+        with torch.device(collectives.device()):
+            model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(folder)
+    return folder
+
+
+def build_inbatch(row: Row, folder: Path, args) -> Trial:
+    device = collectives.device()
+    model = BiEncoderModel.from_pretrained(folder, packed=row.packed, dtype="float32", bidirectional=True)
+    model = model.to(device).train()
+    if row.ckpt:
+        model.gradient_checkpointing_enable()
+    if row.liger:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model.backbone)
+    layers = next(module for module in model.backbone.modules() if isinstance(module, nn.ModuleList))
+    if row.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    network: nn.Module = model
+    if row.weights == "bf16":
+        network = shard(model, layers)
+    elif collectives.world_size() > 1:
+        network = DistributedDataParallel(model, device_ids=[device.index], gradient_as_bucket_view=True)
+
+    def encode(batch: dict[str, Tensor]) -> Tensor:
+        moved = {
+            name: (value.pin_memory() if ON_GPU else value).to(device, non_blocking=True)
+            for name, value in batch.items()
+        }
+        with torch.autocast(device.type, torch.bfloat16, enabled=row.weights != "bf16"):
+            return network(moved).float()
+
+    step = GradCache(
+        encode,
+        lambda queries_BD, passages_BD: info_nce(queries_BD, passages_BD, temperature=TEMPERATURE),
+        modules=[] if network is model and row.weights != "bf16" else [network],
+        micro_batch_tokens=row.tokens or "auto",
+        keep_graph_mib="auto" if row.keep is None else row.keep,
+        max_over_ranks=(lambda value: int(collectives.all_reduce(torch.tensor(value, device=device), "max")))
+        if collectives.world_size() > 1
+        else (lambda value: value),
+        reshard=False,
+    )
+
+    def encoded_tokens(batch: list) -> int:
+        if row.packed:
+            return sum(int(part["attention_mask"].sum()) for part in batch)
+        return sum(part.tokens for part in cut(batch, budget=step.micro_batch_tokens, multiple=8))
+
+    return Trial(
+        tokenize=lambda pairs: [
+            model.tokenize(texts, max_length=args.max_length) for texts in zip(*pairs, strict=True)
+        ],
+        forward_backward=lambda batch: step(*batch),
+        module=network,
+        backbone=model.backbone,
+        ahead=True,
+        encoded_tokens=encoded_tokens,
+        grad_cache=step,
+    )
+
+
+def shard(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
+    """FSDP2, also on one GPU: bfloat16 weights in the passes, float32 ones in the optimizer, float32 gradient sums."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if ON_GPU else "gloo", rank=0, world_size=1, store=store
+        )
+    mesh = init_device_mesh(collectives.device().type, (collectives.world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def build_sentence_transformers(row: Row, folder: Path, args) -> Trial:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+
+    device = collectives.device()
+    model = SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": torch.float32})
+    model.max_seq_length = args.max_length
+    model.train()
+    if row.library == "st-plain":
+        loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    else:
+        sizes = {"mini_batch_num_tokens": row.tokens} if row.tokens else {"mini_batch_size": row.mini or 32}
+        loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **sizes)
+
+    def forward_backward(batch: list) -> Tensor:
+        on_device = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in part.items()} for part in batch]
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(on_device, None)
+            value.backward()
+        return value.detach()
+
+    backbone = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
+    tokenize = getattr(model, "preprocess", None) or model.tokenize
+    return Trial(
+        tokenize=lambda pairs: [tokenize(list(texts)) for texts in zip(*pairs, strict=True)],
+        forward_backward=forward_backward,
+        module=model,
+        backbone=backbone,
+        ahead=False,
+        # Mini-batches are slices of the padded batch.
+        encoded_tokens=lambda batch: sum(part["attention_mask"].numel() for part in batch),
+    )
+
+
+def build(row: Row, folder: Path, args) -> Trial:
+    torch.manual_seed(1)
+    return (build_inbatch if row.library == "inbatch" else build_sentence_transformers)(row, folder, args)
