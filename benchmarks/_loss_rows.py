@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (queries, passages, 
 
 @dataclass(frozen=True)
 class Row:
-    """largest: the most scores it is asked for, for want of memory; everywhere: at every shape, not the main one alone."""
+    """largest: the most scores it is asked for, for want of memory; everywhere: not at the main shape alone."""
 
     name: str
     loss: Loss

@@ -1,0 +1,87 @@
+"""benchmarks/loss.py on several GPUs of one host: gather, ring, and what others do.
+
+Shapes: B queries and M passages on each rank, N = M * ranks passages in all; so every rank computes B x N scores.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from _loss_measure import failure, measure, same_runs_ms, step
+from _loss_report import facts
+from _loss_rows import eager, error, exact, float32_scores, pairs
+from torch import Tensor
+
+from inbatch import InfoNCELoss, collectives
+
+SHAPES = [(8192, 32768, 1024), (16384, 65536, 1024)]  # B, M, D
+TEMPERATURE = 0.02
+ALONE = "inbatch, all N local: no communication"
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def gathered(function: Callable[..., Tensor]) -> Loss:
+    """A formula over everyone's passages, gathered with gradient."""
+
+    def loss(queries: Tensor, passages: Tensor) -> Tensor:
+        everyone = collectives.all_gather(passages)
+        first = collectives.rank() * len(passages)
+        own = first + torch.arange(len(queries), device=queries.device) * (len(passages) // len(queries))
+        return function(queries, everyone, own, TEMPERATURE)
+
+    return loss
+
+
+def several_gpus(save: Callable[[dict], None]) -> dict:
+    collectives.start()
+    rank, world = collectives.rank(), collectives.world_size()
+    compared: dict[str, Loss] = {
+        "inbatch, gather": InfoNCELoss(TEMPERATURE),
+        "inbatch, ring": InfoNCELoss(TEMPERATURE, negatives="ring"),
+        ALONE: InfoNCELoss(TEMPERATURE, negatives="local"),
+        "gather + eager": gathered(eager),
+        "gather + torch.compile, float32 scores": gathered(torch.compile(float32_scores, dynamic=False)),
+    }
+    result: dict = {"facts": facts(world), "errors": [], "shapes": []}
+    for name in ("inbatch, gather", "inbatch, ring", "gather + eager"):
+        result["errors"].append({"setting": f"{world} ranks", "row": name, **worst_error(compared[name], rank, world)})
+    for B, M, D in SHAPES:
+        N, found = M * world, []
+        result["shapes"].append({"B": B, "N": N, "D": D, "rows": found})
+        for name, loss in compared.items():
+            leaves = pairs(B, N if name == ALONE else M, D, seed=rank)[:2]
+            try:
+                values = measure(lambda loss=loss, leaves=leaves: loss(*leaves), leaves, same_runs_ms)
+                worst = torch.tensor(list(values.values()), device="cuda", dtype=torch.float64)
+                values = dict(zip(values, collectives.all_reduce(worst, "max").tolist(), strict=True))
+                values["tflops"] = 6 * B * N * D / values["ms"] / 1e9
+            except torch.OutOfMemoryError as problem:  # on every rank, since all hold the same
+                values = failure(problem)
+            found.append({"row": name, **values})
+            if rank == 0:
+                print(B, N, D, found[-1], file=sys.stderr)
+                save(result)
+    collectives.stop()
+    return result
+
+
+def worst_error(loss: Loss, rank: int, world: int) -> dict[str, float]:
+    """The ranks' mean loss and gradients against one float64 process that holds everyone's rows; the worst rank's."""
+    B, M = 512, 2048
+    everyone = [pairs(B, M, 1024, seed=seed) for seed in range(world)]
+    targets = torch.cat([own + seed * M for seed, (_, _, own) in enumerate(everyone)])
+    all_queries, all_passages = (torch.cat([each[side] for each in everyone]) for side in (0, 1))
+    truth, d_queries, d_passages = exact(all_queries, all_passages, targets, TEMPERATURE)
+    queries, passages = everyone[rank][:2]
+    value = step(lambda: loss(queries, passages), (queries, passages))
+    mean = collectives.all_reduce(value.detach().clone()) / world
+    errors = [
+        abs(mean.item() - truth.item()) / truth.item(),
+        error(queries.grad / world, d_queries.split(B)[rank]),
+        error(passages.grad / world, d_passages.split(M)[rank]),
+    ]
+    worst = collectives.all_reduce(torch.tensor(errors, device=queries.device), "max").tolist()
+    return dict(zip(("loss_error", "dq", "dp"), worst, strict=True))
