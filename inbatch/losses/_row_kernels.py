@@ -82,7 +82,7 @@ def weigh_kernel(
 
 @triton.jit
 def _close(
-    tile, total_ptr, coefficient_ptr, other_ptr, factor, out_ptr, N, B, D, STRIDE, other_stride,
+    tile, total_ptr, coefficient_ptr, other_ptr, factor, out_ptr, N, B, D, STRIDE, other_step, other_stride,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     j = tile * BM + tl.arange(0, BM)
@@ -93,7 +93,7 @@ def _close(
         d = first + tl.arange(0, BD)
         mask = (j < N)[:, None] & (d < D)[None, :]
         at = j.to(tl.int64)[:, None] * D + d[None, :]
-        other_ptrs = other_ptr + i.to(tl.int64)[:, None] * other_stride + d[None, :]
+        other_ptrs = other_ptr + i.to(tl.int64)[:, None] * other_step * other_stride + d[None, :]
         other = tl.load(other_ptrs, mask=own[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         total = tl.load(total_ptr + at, mask=mask, other=0.0) + coefficient[:, None] * other
         tl.store(out_ptr + at, (factor * total).to(out_ptr.dtype.element_ty), mask=mask)
@@ -112,14 +112,14 @@ def close_kernel(
     tile = tl.program_id(0)
     query_tiles = tl.cdiv(B, BM)
     if tile < query_tiles:
-        positive_stride = passage_stride.to(tl.int64) * STRIDE
         _close(
-            tile, q_total_ptr, coefficient_ptr, passages_ptr, factor, q_out_ptr, B, B, D, 1, positive_stride, BM, BD
+            tile, q_total_ptr, coefficient_ptr, passages_ptr, factor, q_out_ptr,
+            B, B, D, 1, STRIDE, passage_stride, BM, BD,
         )  # fmt: skip
     else:
         _close(
             tile - query_tiles, p_total_ptr, coefficient_ptr, queries_ptr, factor, p_out_ptr,
-            M, B, D, STRIDE, query_stride, BM, BD,
+            M, B, D, STRIDE, 1, query_stride, BM, BD,
         )  # fmt: skip
 
 
