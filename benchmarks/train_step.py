@@ -157,11 +157,11 @@ def main() -> None:
         print(environment())
         print(f"batch {args.batch} of {len(pairs)} pairs, plain bfloat16 product {args.peak / 1e12:.0f} TFLOP/s")
         print(f"{'':52} pairs/s  step ms  tokenising ms  share  peak GiB  padding  gradient off by", flush=True)
-    checked = pairs[: args.check_pairs]
-    expected = plain_gradient(folder, checked, args) if checked else None
-    for text in args.row or DEFAULT_ROWS:
-        if not launched or Row.parse(text).library == "inbatch":
-            report(text, folder, pairs, args, expected)
+    with collectives.group_of_one(collectives.device()):
+        expected = plain_gradient(folder, pairs[: args.check_pairs], args) if args.check_pairs else None
+        for text in args.row or DEFAULT_ROWS:
+            if not launched or Row.parse(text).library == "inbatch":
+                report(text, folder, pairs, args, expected)
     if launched:
         collectives.stop()
 

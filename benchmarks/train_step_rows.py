@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
 from inbatch.grad_cache.cut import cut  # noqa: E402
+from inbatch.parallel import compile_layers, replicate, shard  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 TEMPERATURE = 0.02
@@ -102,36 +102,30 @@ def model_folder(args) -> Path:
 
 def build_inbatch(row: Row, folder: Path, args) -> Trial:
     device = collectives.device()
-    model = BiEncoderModel.from_pretrained(folder, packed=row.packed, dtype="float32", bidirectional=True)
-    model = model.to(device).train()
+    bf16 = row.weights == "bf16"
+    model = BiEncoderModel.from_pretrained(folder, packed=row.packed, dtype="float32", bidirectional=True).train()
     if row.ckpt:
         model.gradient_checkpointing_enable()
     if row.liger:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model.backbone)
-    layers = next(module for module in model.backbone.modules() if isinstance(module, nn.ModuleList))
     if row.compile:
-        for layer in layers:
-            layer.compile(dynamic=True)
-    network: nn.Module = model
-    if row.weights == "bf16":
-        network = shard(model, layers)
-    elif collectives.world_size() > 1:
-        network = DistributedDataParallel(model, device_ids=[device.index], gradient_as_bucket_view=True)
+        compile_layers(model)
+    network = shard(model, device, bf16=True) if bf16 else replicate(model, device)
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         moved = {
             name: (value.pin_memory() if ON_GPU else value).to(device, non_blocking=True)
             for name, value in batch.items()
         }
-        with torch.autocast(device.type, torch.bfloat16, enabled=row.weights != "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not bf16):
             return network(moved).float()
 
     step = GradCache(
         encode,
         lambda queries_BD, passages_BD: info_nce(queries_BD, passages_BD, temperature=TEMPERATURE),
-        modules=[] if network is model and row.weights != "bf16" else [network],
+        modules=[network] if bf16 or network is not model else [],
         micro_batch_tokens=row.tokens or "auto",
         keep_graph_mib="auto" if row.keep is None else row.keep,
         max_over_ranks=(lambda value: int(collectives.all_reduce(torch.tensor(value, device=device), "max")))
@@ -156,23 +150,6 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         encoded_tokens=encoded_tokens,
         grad_cache=step,
     )
-
-
-def shard(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
-    """FSDP2, also on one GPU: bfloat16 weights in the passes, float32 ones in the optimizer, float32 gradient sums."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if ON_GPU else "gloo", rank=0, world_size=1, store=store
-        )
-    mesh = init_device_mesh(collectives.device().type, (collectives.world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def build_sentence_transformers(row: Row, folder: Path, args) -> Trial:
