@@ -1,12 +1,13 @@
-"""This rank's training batches, made ahead in a thread; which examples they hold is a function of the step alone."""
+"""This rank's training batches, made ahead by worker processes; what they hold is a function of the step alone."""
 
-import threading
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import BatchPlan, Collator, Example, TrainBatch
 
@@ -24,11 +25,8 @@ def cut(rows: np.ndarray, index: int, parts: int) -> np.ndarray:
     return rows[index * len(rows) // parts : (index + 1) * len(rows) // parts]
 
 
-class Batches:
-    """The parts of every step for this rank. Iterating tokenises up to `ahead` steps beforehand.
-
-    Tokenizers keep state, so whoever tokenises in another thread meanwhile (evaluation does) holds `lock`.
-    """
+class Batches(Dataset):
+    """The parts of every step for this rank."""
 
     def __init__(
         self,
@@ -42,7 +40,6 @@ class Batches:
     ):
         self._examples, self._plan, self._collator = examples, plan, collator
         self._rank, self._world_size, self._parts = rank, world_size, accumulation_steps
-        self.lock = threading.Lock()
 
     def step(self, step: int) -> list[Part]:
         """The parts of optimizer step `step` (from 0), those without any query on any rank left out."""
@@ -52,22 +49,61 @@ class Batches:
             part = cut(rows, index, self._parts)
             if len(part):
                 mine = cut(part, self._rank, self._world_size)
-                with self.lock:
-                    batch = self._collator([self._examples[int(row)] for row in mine], epoch)
+                batch = self._collator([self._examples[int(row)] for row in mine], epoch)
                 parts.append(Part(batch, len(part) / len(rows)))
         return parts
 
-    def ahead_from(self, first: int, last: int, ahead: int = 4) -> Generator[list[Part]]:
-        """The steps first, first + 1, ..., last - 1 in order. An error in the thread is raised here."""
-        pending: deque = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="inbatch-batches") as thread:
-            try:
-                for step in range(first, last):
-                    pending.append(thread.submit(self.step, step))
-                    if len(pending) > ahead:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+    def ahead_from(self, first: int, last: int, *, num_workers: int | None = None) -> Iterator[list[Part]]:
+        """The steps first, first + 1, ..., last - 1 in order, each worker two steps ahead; None: as cores allow.
+
+        Processes, not threads: a tokenizer that holds the interpreter keeps the GPU waiting for its next kernel.
+        """
+        options: dict[str, Any] = {}
+        num_workers = _workers_that_fit() if num_workers is None else num_workers
+        if num_workers:
+            # Forked, so that nothing is opened twice. Before the first text is tokenised here: tokenizers would switch
+            # their own threads off in the workers, with a warning.
+            options = {"num_workers": num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+        loader = DataLoader(self, sampler=range(first, last), batch_size=None, collate_fn=_as_it_is, **options)
+        return (_unpacked(parts) for parts in loader)
+
+    def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:
+        """What travels from a worker. An error travels as it is: the loader would wrap it in its traceback."""
+        try:
+            return [(_packed(asdict(part.batch)), part.share_of_step) for part in self.step(step)]
+        except Exception as error:
+            return error
+
+
+def _workers_that_fit() -> int:
+    """Up to 8, and a core less than this machine has for each of its ranks; at least 1."""
+    cores_per_rank = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, cores_per_rank - 1))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _packed(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As arrays: tensors would travel through shared memory, of which containers often have too little."""
+    return {
+        name: {key: tokens.numpy().astype(np.int32) for key, tokens in value.items()}
+        if isinstance(value, dict)
+        else value.numpy()
+        for name, value in tensors.items()
+    }
+
+
+def _unpacked(parts: list[tuple[dict, float]] | Exception) -> list[Part]:
+    if isinstance(parts, Exception):
+        raise parts
+    return [
+        Part(TrainBatch(**{name: _tensors(value) for name, value in arrays.items()}), share) for arrays, share in parts
+    ]
+
+
+def _tensors(value: dict[str, np.ndarray] | np.ndarray) -> Any:
+    if isinstance(value, dict):
+        return {key: torch.from_numpy(tokens).long() for key, tokens in value.items()}
+    return torch.from_numpy(value)

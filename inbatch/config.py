@@ -48,6 +48,8 @@ class DataConfig:
     """names of the columns where they are not recognised, such as {query: question, positive: answer}"""
     train_n_passages: int | None = None
     """passages per query, the positive included; null takes every hard negative a record has"""
+    num_workers: int | None = field(default=None, metadata=MAY_CHANGE)
+    """processes per rank that make batches ahead; null: up to 8, as the cores allow; 0 makes them between the steps"""
     query_max_len: int = 64
     """tokens a query is cut to"""
     passage_max_len: int = 256
@@ -63,6 +65,8 @@ class DataConfig:
         _require(
             self.passage_max_len >= 3, f"data.passage_max_len is {self.passage_max_len}: expected at least 3 tokens"
         )
+        workers = self.num_workers
+        _require(workers is None or workers >= 0, f"data.num_workers is {workers}: expected 0 or more")
         n = self.train_n_passages
         _require(n is None or n >= 1, f"data.train_n_passages is {n}: expected at least 1 (the positive)")
 

@@ -57,8 +57,8 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
     return collectives.broadcast_object(value)
 
 
-def claim_folder(config: Config) -> str | None:
-    """Makes the run's folder, or checks that it is this run's; the newest checkpoint in it, if any."""
+def check_folder(config: Config) -> str | None:
+    """The newest checkpoint in the run's folder, if any; ValueError if it holds another run."""
     folder = Path(config.train.output_dir)
     known = folder / "config.yaml"
     if known.exists():
@@ -68,8 +68,6 @@ def claim_folder(config: Config) -> str | None:
             raise ValueError(
                 f"{folder} holds a run with another configuration ({listed}): choose another train.output_dir"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(known, dump(config))
     found = checkpoint.latest(folder / "checkpoints")
     return str(found[1]) if found else None
 
@@ -102,6 +100,7 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
         world_size=collectives.world_size(),
         accumulation_steps=config.train.accumulation_steps,
     )
+    on_rank_0(lambda: claim_folder(config))
     return Run(
         config=config,
         device=device,
@@ -122,6 +121,13 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
             progress=config.train.progress,
         ),
     )
+
+
+def claim_folder(config: Config) -> None:
+    """Makes the folder this run's: last of all, so that a start that failed for a mistake claims nothing."""
+    folder = Path(config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "config.yaml", dump(config))
 
 
 def is_done(config: Config, total_steps: int, start: str | None) -> bool:

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
 from inbatch.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
 from inbatch.run_log import Stopwatch, read_metrics
-from inbatch.run_setup import Run, claim_folder, on_rank_0, set_up
+from inbatch.run_setup import Run, check_folder, on_rank_0, set_up
 
 
 def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
@@ -39,7 +39,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
     """
     device = device or collectives.device()
     collectives.agree("train", {}, same=flatten(config))
-    start = on_rank_0(lambda: claim_folder(config))
+    start = on_rank_0(lambda: check_folder(config))
     run = set_up(config, device, start)
     if run is None:
         say(f"{config.train.output_dir}: this run is done; its model is in {config.train.output_dir}/model")
@@ -63,27 +63,26 @@ def say(text: str) -> None:
 def loop(run: Run) -> None:
     config = run.config
     step_function, clock = StepFunction(run), Stopwatch()
-    steps = run.batches.ahead_from(run.first_step, run.total_steps)
-    with closing(steps):
-        for step, parts in enumerate(steps, run.first_step):
-            if step == run.first_step:
-                announce(run, parts)
-                if step == 0 and config.eval.at_start:
-                    evaluate_now(run, 0)
-                clock.start()
-            figures = step_function(step, parts)
-            clock.count(pairs=len(run.plan.batch(step)))
-            run.log.advance()
-            done = step + 1
-            last = done == run.total_steps
-            if done == 1 or last or is_due(done, config.train.log_every):
-                speed = {"peak_mib": peak_bytes(run.device) / 2**20}
-                run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
-            with clock.paused():
-                if last or is_due(done, config.eval.every_steps):
-                    evaluate_now(run, done)
-                if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
-                    on_rank_0(lambda done=done: save_checkpoint(run, done))
+    steps = run.batches.ahead_from(run.first_step, run.total_steps, num_workers=config.data.num_workers)
+    for step, parts in enumerate(steps, run.first_step):
+        if step == run.first_step:
+            announce(run, parts)
+            if step == 0 and config.eval.at_start:
+                evaluate_now(run, 0)
+            clock.start()
+        figures = step_function(step, parts)
+        clock.count(pairs=len(run.plan.batch(step)))
+        run.log.advance()
+        done = step + 1
+        last = done == run.total_steps
+        if done == 1 or last or is_due(done, config.train.log_every):
+            speed = {"peak_mib": peak_bytes(run.device) / 2**20}
+            run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
+        with clock.paused():
+            if last or is_due(done, config.eval.every_steps):
+                evaluate_now(run, done)
+            if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
+                on_rank_0(lambda done=done: save_checkpoint(run, done))
 
 
 def is_due(done: int, every: int | None) -> bool:
@@ -194,16 +193,14 @@ def evaluate_now(run: Run, done: int) -> None:
     if run.evaluation is None:
         return
     config = run.config.eval
-    # The batches' thread uses the same tokenizer, whose truncation is state.
-    with run.batches.lock:
-        figures = evaluate(
-            run.network,
-            run.evaluation,
-            measures=config.measures,
-            similarity=config.similarity,
-            precision="bf16" if run.bf16 else "fp32",
-            progress=run.config.train.progress and sys.stderr.isatty(),
-        )
+    figures = evaluate(
+        run.network,
+        run.evaluation,
+        measures=config.measures,
+        similarity=config.similarity,
+        precision="bf16" if run.bf16 else "fp32",
+        progress=run.config.train.progress and sys.stderr.isatty(),
+    )
     run.log.evaluation(done, figures)
 
 

@@ -80,6 +80,7 @@ def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, exp
     status = cli.run(["train", str(home / "config.yaml"), f"--train.output_dir={tmp_path}", *options])
     message = only_message(capsys)
     assert status == 1
+    assert not (tmp_path / "config.yaml").exists(), "a run that could not start must not claim its folder"
     assert all(part in message for part in expected), message
 
 
