@@ -25,7 +25,7 @@ _PUBLIC = {
     "info_nce": "inbatch.losses",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 
 
