@@ -179,6 +179,11 @@ def test_encodes_twice_only_what_is_not_kept_and_calls_the_loss_once(batches):
         calls.clear()
         step_gradients([tower], encode=encode, loss=loss, batches=batches, keep_graph_mib=keep)
         assert calls == {"encode": expected, "loss": 1}
+    calls.clear()
+    frozen, scale = Tower(frozen=True), nn.Parameter(torch.tensor(1.0))
+    step = GradCache([lambda batch: encode(batch).detach(), frozen], lambda *e: scale * loss(*e), micro_batch_tokens=1)
+    step(*batches)
+    assert calls == {"encode": 9, "loss": 1}  # frozen: once a row, though nothing is kept
 
 
 def test_a_graph_that_does_not_fit_is_made_again(batches):
@@ -438,6 +443,8 @@ def check_one_module(rank: int, find_unused: bool):
         assert_equal({name: grad for name, grad in actual.items() if name not in unused}, expected)
     with pytest.raises(ValueError, match=r"static_graph=\.\.\.\) is not supported"):
         GradCache(DistributedDataParallel(Tower().to(device()), static_graph=True), distributed_loss)
+    with pytest.raises(ValueError, match="compile the module inside"):
+        GradCache(torch.compile(wrapped), distributed_loss)
 
 
 @pytest.mark.parametrize("find_unused", [False, True])

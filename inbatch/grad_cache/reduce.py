@@ -24,6 +24,11 @@ def is_fsdp2(module: object) -> bool:
 def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> list[nn.Module]:
     """The DDP and FSDP2 roots given, and those that an encode is or is a method of; ValueError for any other module."""
     found = [getattr(encode, "__self__", encode) for encode in encodes]
+    if any(is_ddp(inner) or is_fsdp2(inner) for inner in (getattr(one, "_orig_mod", None) for one in found)):
+        raise ValueError(
+            "GradCache: torch.compile around DistributedDataParallel or fully_shard compiles their synchronisation; "
+            "compile the module inside, or its layers, and give the wrapper"
+        )
     chosen: list[nn.Module] = []
     for module in [*modules, *(one for one in found if is_ddp(one) or is_fsdp2(one))]:
         if not is_ddp(module) and not is_fsdp2(module):
