@@ -122,7 +122,7 @@ def measure(row: Row, folder: Path, pairs: list, args) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help=f"a model folder, or one of {', '.join(SIZES)} (random weights)")
+    parser.add_argument("--model", help=f"a model folder, or one of {', '.join(SIZES)} (random weights)")
     parser.add_argument("--tokenizer", help="folder of the tokenizer for a model of random weights")
     parser.add_argument("--data", type=Path, default=ROOT / "examples" / "pystdlib", help="a BEIR folder")
     parser.add_argument("--batch", type=int, default=1024, help="pairs of the global batch")
@@ -134,7 +134,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--check-pairs", type=int, default=0, help="pairs for the gradient's error; 0 leaves it out")
     parser.add_argument("--profile", type=int, default=0, help="print the kernels of a step of so many pairs")
     parser.add_argument("--json", type=Path, help="append each row as a JSON line to this file")
-    return parser.parse_args()
+    parser.add_argument("--show", type=Path, help="print such a file as a Markdown table and end")
+    args = parser.parse_args()
+    if not args.model and not args.show:
+        parser.error("--model is missing")
+    return args
 
 
 def environment() -> dict:
@@ -147,6 +151,9 @@ def environment() -> dict:
 
 def main() -> None:
     args = parse_arguments()
+    if args.show:
+        show(args.show)
+        return
     launched = "RANK" in os.environ
     if launched:
         collectives.start()
@@ -196,6 +203,24 @@ def format_row(text: str, figures: dict) -> str:
         + (f"{error:.2e}" if error is not None else "")
         + f"  (waited {figures['waited_ms']:.0f} ms, warm-up {figures['warm_up_s']:.0f} s)"
     )
+
+
+def show(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for gpu, torch_version in sorted({(row["gpu"], row["torch"]) for row in rows}):
+        print(f"{gpu}, torch {torch_version}\n")
+    print("| model | GPUs | batch | row | pairs/s | step | peak | share | padding | gradient off by |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        about = f"| {Path(row['model']).name} | {row['world_size']} | {row['batch']} | {row['row']} |"
+        if "failed" in row:
+            print(f"{about} {row['failed']} | | | | | |")
+            continue
+        error = f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+        print(
+            f"{about} {row['pairs_per_s']:.0f} | {row['step_ms']:.0f} ms | {row['peak_gib']:.1f} GiB | "
+            f"{row['share_of_peak']:.1%} | {row['padding']:.1%} | {error} |"
+        )
 
 
 if __name__ == "__main__":
