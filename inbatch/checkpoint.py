@@ -1,20 +1,39 @@
 """Folders that are either whole or absent, and the checkpoints made of them.
 
-A checkpoint is `step-00000100/` with `model/` (which sentence-transformers opens too) and `training.pt`. Nothing
-random is saved: batches and dropout are functions of (seed, step, rank).
+A checkpoint is `step-00000100/`, written by all ranks through torch.distributed.checkpoint: the trainable parameters,
+the optimizer's state and the step. It is read back on any number of ranks, sharded or not; `inbatch export` makes a
+model of it. Nothing random is saved: batches and dropout are functions of (seed, step, rank).
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from inbatch import collectives
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
+# Names in a checkpoint follow the modules, not the order of the parameters or where they lie; what is frozen is read
+# from where it came.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
 
 
 def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
@@ -23,10 +42,20 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
     What is left of an interrupted write is a hidden `.NAME.partial`, which the next write of that name replaces.
     """
     path = Path(path)
-    partial = path.parent / f".{path.name}.partial"
+    fill(begin_folder(path))
+    finish_folder(path)
+
+
+def begin_folder(path: Path) -> Path:
+    """An empty folder to be filled, from which `finish_folder(path)` makes `path`."""
+    partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    fill(partial)
+    return partial
+
+
+def finish_folder(path: Path) -> None:
+    partial = _partial(path)
     for file in sorted(partial.rglob("*")):
         _sync(file)
     _sync(partial)
@@ -42,6 +71,10 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
     _sync(path.parent)
 
 
+def _partial(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial"
+
+
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Replaces a small JSON file as a whole."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -54,7 +87,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_text(path: str | Path, text: str) -> None:
     """Replaces a text file as a whole: a crash leaves the old text or the new."""
     path = Path(path)
-    partial = path.parent / f".{path.name}.partial"
+    partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
     _sync(partial)
     partial.rename(path)
@@ -73,21 +106,78 @@ def save(
     folder: str | Path,
     step: int,
     *,
-    save_model: Callable[[str], None],
-    state: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
     keep_last: int,
 ) -> Path:
-    """Writes the checkpoint of `step` (optimizer steps done) into `folder`, deletes all but the newest `keep_last`."""
+    """Writes the checkpoint of `step` (optimizer steps done) into `folder`, deletes all but the newest `keep_last`.
 
-    def fill(partial: Path) -> None:
-        save_model(str(partial / "model"))
-        torch.save({**state, "step": step}, partial / "training.pt")
-
+    Every rank calls it and writes a part: `folder` is on a file system that they share. modules: by name, as they are
+    (DDP may hold them); the optimizer's parameters are theirs.
+    """
     path = Path(folder) / f"step-{step:08d}"
-    write_folder(path, fill)
-    for _, old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    first = collectives.rank() == 0
+    collectives.together(lambda: begin_folder(path) if first else None)
+    root = nn.ModuleDict(modules)
+    state = {
+        "model": get_model_state_dict(root, options=_OPTIONS),
+        "optimizer": get_optimizer_state_dict(root, optimizer, options=_OPTIONS),
+        "step": step,
+    }
+    with _plain_errors(f"the checkpoint {path} cannot be written"):
+        state_dict_saver.save(state, checkpoint_id=_partial(path), no_dist=collectives.world_size() == 1)
+
+    def finish() -> None:
+        finish_folder(path)
+        for _, old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+
+    collectives.together(lambda: finish() if first else None)
     return path
+
+
+def load(path: str | Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Loads a checkpoint into the same modules on any number of ranks; returns the number of steps done.
+
+    Frozen parameters are left as they are. Raises ValueError, on every rank, for a checkpoint of other modules.
+    """
+    path = Path(path)
+    root = nn.ModuleDict(modules)
+    state: dict[str, Any] = {"model": get_model_state_dict(root, options=_OPTIONS), "step": 0}
+    collectives.together(lambda: _check_fits(path, state["model"]))
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(root, optimizer, options=_OPTIONS)
+    # A parameter that no batch has used yet has no moments in the checkpoint: it keeps its zeros.
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    with _plain_errors(f"the checkpoint {path} cannot be read"):
+        state_dict_loader.load(state, checkpoint_id=path, planner=planner, no_dist=collectives.world_size() == 1)
+    if optimizer is not None:
+        set_optimizer_state_dict(root, optimizer, state["optimizer"], options=_OPTIONS)
+    return state["step"]
+
+
+def _check_fits(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    if not (path / ".metadata").is_file():
+        raise ValueError(f"{path} is no checkpoint: it has no .metadata")
+    known = FileSystemReader(path).read_metadata().state_dict_metadata
+    for key, tensor in state.items():
+        size = getattr(known.get(f"model.{key}"), "size", None)
+        if size != tensor.shape:
+            given = "absent" if size is None else tuple(size)
+            raise ValueError(f"{path} is of another model: {key} is {given}, expected {tuple(tensor.shape)}")
+
+
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """What torch.distributed.checkpoint raises is no Exception; and it warns of running in one process, as asked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            yield
+        except CheckpointException as error:
+            rank, failure = next(iter(error.failures.items()))
+            reason = failure[0] if isinstance(failure, tuple) else failure
+            raise OSError(f"{what}, rank {rank}: {reason}") from error
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
@@ -103,8 +193,3 @@ def latest(folder: str | Path) -> tuple[int, Path] | None:
     """The newest whole checkpoint, or None."""
     found = list_checkpoints(folder)
     return found[-1] if found else None
-
-
-def load_state(path: str | Path) -> dict[str, Any]:
-    """What `save` was given as `state`, with "step", on the CPU. Only tensors and plain values are unpickled."""
-    return torch.load(Path(path) / "training.pt", map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | evaluate | encode`.
+"""The command line: `inbatch train | evaluate | encode | export`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -120,6 +120,16 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
     encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
     encode.set_defaults(function=_encode)
+
+    export = commands.add_parser(
+        "export", help="make a model of a checkpoint", allow_abbrev=False,
+        description="Make a model that sentence-transformers opens of a checkpoint, whatever wrote it: DDP, FSDP2, LoRA.",
+    )  # fmt: skip
+    export.add_argument(
+        "source", metavar="RUN", help="a run's folder (its newest checkpoint), or one of its checkpoints"
+    )
+    export.add_argument("output", metavar="OUTPUT", help="folder for the model, replaced where it exists")
+    export.set_defaults(function=_export, nproc_per_node=1)
     return parser
 
 
@@ -307,3 +317,11 @@ def _encode(known: argparse.Namespace) -> None:
         )
         if collectives.rank() == 0:
             print(f"{known.output}: {rows} x {dimension} {known.dtype}")
+
+
+def _export(known: argparse.Namespace) -> None:
+    with _processes("cpu"):
+        from inbatch.towers import export
+
+        path = export(known.source, known.output)
+        print(f"{known.output}: the model of {path}")

@@ -32,8 +32,44 @@ class ModelConfig:
     """let every token see every other one; null means true for decoder backbones"""
     attn_implementation: str | None = None
     """attention kernel, as transformers names it (sdpa, eager, flash_attention_2)"""
+    packed: bool = False
+    """encode without padding, where the backbone allows it: the same embeddings"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    separate_towers: bool = False
+    """an encoder for queries and another for passages, alike at the start; saved as model/query and model/passage"""
+    freeze: Literal["query", "passage"] | None = None
+    """the one of the separate towers that is not trained"""
+
+    def __post_init__(self):
+        _require(
+            self.freeze is None or self.separate_towers,
+            f"model.freeze is {self.freeze!r}, but there is one encoder for both: set model.separate_towers to true",
+        )
+        _require(
+            not self.packed or self.attn_implementation is None,
+            f"model.packed brings its own attention: leave out model.attn_implementation {self.attn_implementation!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train low-rank additions to the backbone's weights instead of the weights; merged in the saved model."""
+
+    r: int | None = None
+    """rank, such as 16; null trains all weights"""
+    alpha: float = 32.0
+    """the additions are scaled by alpha / r"""
+    dropout: float = 0.0
+    """on the inputs of the additions"""
+    target_modules: str | list[str] = "all-linear"
+    """which layers: all-linear, or a list of the ends of their names, such as [q_proj, v_proj]"""
+
+    def __post_init__(self):
+        _require(self.r is None or self.r >= 1, f"lora.r is {self.r}: expected at least 1, or null for full training")
+        _require(self.alpha > 0, f"lora.alpha is {self.alpha}: expected a positive number")
+        _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}: expected 0 <= dropout < 1")
+        _require(len(self.target_modules) > 0, "lora.target_modules is empty: name layers, or leave it at all-linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +111,10 @@ class DataConfig:
 class LossConfig:
     """InfoNCE over the passages of the whole global batch."""
 
+    objective: Literal["info_nce", "clip", "gte", "qwen3_embedding"] = "info_nce"
+    """which scores stand beside the positive's: info_nce takes query to passage, the others more directions"""
+    matryoshka_dims: list[int] | None = None
+    """sum the loss over these prefixes of the embeddings, such as [384, 128]; null takes them whole"""
     temperature: float = 0.02
     """scores are divided by it"""
     learnable_temperature: bool = False
@@ -91,6 +131,11 @@ class LossConfig:
     def __post_init__(self):
         _require(
             self.temperature > 0, f"loss.temperature is {self.temperature}: expected a positive number, such as 0.02"
+        )
+        dims = self.matryoshka_dims
+        _require(
+            dims is None or (len(dims) > 0 and len(set(dims)) == len(dims) and min(dims) >= 1),
+            f"loss.matryoshka_dims is {dims}: expected different positive numbers, or null",
         )
 
 
@@ -141,7 +186,13 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on GPUs, fp32 on CPU"""
+    """auto: bf16 on GPUs, fp32 on CPU; bf16 keeps float32 weights and computes in bf16 (fsdp2: from bf16 copies)"""
+    parallel: Literal["ddp", "fsdp2"] = field(default="ddp", metadata=MAY_CHANGE)
+    """ddp: the whole model on every GPU; fsdp2: weights, gradients and optimizer sharded over them"""
+    reshard: bool = field(default=True, metadata=MAY_CHANGE)
+    """fsdp2: false keeps the gathered weights through a step: faster, for the memory of the weights"""
+    compile: bool = False
+    """torch.compile for each transformer layer; takes minutes at the start"""
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
     """padded tokens encoded at a time; null encodes the batch whole; results are the same"""
     keep_graph_mib: int | Literal["auto"] = "auto"
@@ -163,6 +214,10 @@ class TrainConfig:
             rest == 0,
             f"train.global_batch_size {self.global_batch_size} is not divisible by train.accumulation_steps "
             f"{self.accumulation_steps} (rest {rest}): the parts of a step must be equal; change one of them",
+        )
+        _require(
+            self.reshard or self.parallel == "fsdp2",
+            "train.reshard is false, which means nothing where nothing is sharded: set train.parallel to fsdp2",
         )
 
 
@@ -211,6 +266,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -219,6 +275,7 @@ class Config:
 
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
+    "lora": LoraConfig,
     "data": DataConfig,
     "loss": LossConfig,
     "optim": OptimConfig,

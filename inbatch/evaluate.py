@@ -60,6 +60,7 @@ def retrieve(
     model: nn.Module,
     data: RetrievalData,
     *,
+    query_model: nn.Module | None = None,
     top_k: int = 100,
     query_prefix: str | None = None,
     passage_prefix: str | None = None,
@@ -79,17 +80,20 @@ def retrieve(
     model's limit. similarity: "cosine" or "dot". batch_tokens, precision: see `embed`. progress: bars on rank 0.
 
     model: a BiEncoderModel or DDP around one, the same weights on every rank. Its training mode is left as it was.
+    query_model: the encoder of the queries, where it is another one than the documents'.
     Raises ValueError on every rank if one fails, or if embeddings differ in size between ranks.
     """
     module = unwrap(model)
+    query_module = module if query_model is None else unwrap(query_model)
     bars = progress and collectives.rank(group) == 0
 
     def embed_share(what: str, texts: Sequence[str], prefix: str | None, max_length: int | None, kept: torch.dtype):
+        encoder = query_module if what == "query" else module
         return embed(
-            module,
+            encoder,
             texts,
             rows=share(len(texts), group),
-            prefix=module.prompts.get(what, "") if prefix is None else prefix,
+            prefix=encoder.prompts.get(what, "") if prefix is None else prefix,
             max_length=max_length,
             batch_tokens=batch_tokens,
             precision=precision,

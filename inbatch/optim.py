@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from inbatch import collectives
 from inbatch.config import OptimConfig
@@ -21,8 +22,9 @@ def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.
     """AdamW over all trainable parameters; norms, biases and scalars (0-d or 1-d) are not decayed."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in alike if (p.ndim >= 2) == decayed], "weight_decay": decayed * config.weight_decay}
+        for alike in plain_and_sharded(parameters)
+        for decayed in (True, False)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -51,7 +53,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scales all gradients so that their global norm is at most `max_norm` (None: only measures); returns it."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
-    # FSDP2 shards gradients: the norm then comes as a sharded tensor.
-    whole = getattr(norm, "full_tensor", None)
-    return norm if whole is None else whole()
+    kinds = plain_and_sharded([p for p in parameters if p.grad is not None])
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None]) for alike in kinds]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        for alike in kinds:
+            torch.nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
+    return norm
+
+
+def plain_and_sharded(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that one fused operation may take together: those that FSDP2 shards are apart from the others."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]

@@ -41,7 +41,13 @@ def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Modu
     )
     for layer in transformer_layers(model.backbone):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def is_spread(network: nn.Module) -> bool:
+    """Whether its gradients are reduced over ranks; not in one process, nor where nothing is trained."""
+    return isinstance(network, (DistributedDataParallel, FSDPModule))
 
 
 def transformer_layers(backbone: nn.Module) -> list[nn.Module]:

@@ -1,33 +1,35 @@
 """Everything before the first step: the run's folder, the data, the model, the optimizer, and where to go on from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import checkpoint, collectives
 from inbatch.batches import Batches
-from inbatch.config import Config, differences, dump
+from inbatch.config import Config, LossConfig, differences, dump
 from inbatch.config_file import load
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.encoder import BiEncoderModel
-from inbatch.losses import InfoNCELoss
+from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.optim import build_optimizer
 from inbatch.run_log import RunLog
+from inbatch.towers import open_towers, spread
+
+OBJECTIVES = {"info_nce": Objective(), "clip": CLIP, "gte": GTE, "qwen3_embedding": QWEN3_EMBEDDING}
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What the loop works with. `network` is the model as it is called: in DDP where there are several ranks."""
+    """What the loop works with. `networks` are the towers as they are called: in DDP where there are several ranks."""
 
     config: Config
     device: torch.device
-    model: BiEncoderModel
-    network: nn.Module
+    towers: dict[str, BiEncoderModel]
+    networks: dict[str, nn.Module]
     loss: InfoNCELoss
     optimizer: torch.optim.Optimizer
     batches: Batches
@@ -43,12 +45,38 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for module in (self.model, self.loss) for p in module.parameters() if p.requires_grad]
+        return [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that is trained, by its name in checkpoints."""
+        return {**self.towers, "loss": self.loss}
+
+    @property
+    def l2_normalize(self) -> bool:
+        return next(iter(self.towers.values())).l2_normalize
+
+    @property
+    def query_network(self) -> nn.Module:
+        return self.networks.get("query") or self.networks["model"]
+
+    @property
+    def passage_network(self) -> nn.Module:
+        return self.networks.get("passage") or self.networks["model"]
 
     @property
     def bf16(self) -> bool:
-        precision = self.config.train.precision
-        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        return computes_in_bf16(self.config, self.device)
+
+    @property
+    def autocast(self) -> bool:
+        """FSDP2 gathers the weights in bfloat16 instead."""
+        return self.bf16 and self.config.train.parallel != "fsdp2"
+
+
+def computes_in_bf16(config: Config, device: torch.device) -> bool:
+    precision = config.train.precision
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
@@ -81,17 +109,15 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     if on_rank_0(lambda: is_done(config, total_steps, start)):
         return None
     evaluation = together(lambda: load_retrieval(config.eval.data, config.eval.split) if config.eval.data else None)
-    model = together(lambda: open_model(config, start)).to(device).train()
+    towers = together(lambda: open_towers(config))
+    model = next(iter(towers.values()))
     parameters = sum(p.numel() for p in model.parameters())
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim, "parameters": parameters})
-    loss = InfoNCELoss(
-        config.loss.temperature,
-        learnable=config.loss.learnable_temperature,
-        negatives=config.loss.negatives,
-        impl=config.loss.impl,
-    ).to(device)
-    optimizer = build_optimizer([model, loss], config.optim)
-    first_step = restore(start, loss, optimizer) if start else 0
+    networks = spread(towers, config, device, bf16=computes_in_bf16(config, device))
+    loss = build_loss(config.loss).to(device)
+    optimizer = build_optimizer([*towers.values(), loss], config.optim)
+    modules = {**towers, "loss": loss}
+    first_step = checkpoint.load(start, modules=modules, optimizer=optimizer) if start else 0
     batches = Batches(
         examples,
         plan,
@@ -104,8 +130,8 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     return Run(
         config=config,
         device=device,
-        model=model,
-        network=replicate(model, device),
+        towers=towers,
+        networks=networks,
         loss=loss,
         optimizer=optimizer,
         batches=batches,
@@ -143,23 +169,17 @@ def is_done(config: Config, total_steps: int, start: str | None) -> bool:
     return steps >= total_steps
 
 
-def open_model(config: Config, start: str | None) -> BiEncoderModel:
-    """The model to train, with float32 parameters; from the checkpoint where there is one."""
-    prompts = {"query": config.data.query_prefix, "document": config.data.passage_prefix}
-    model = BiEncoderModel.from_pretrained(
-        f"{start}/model" if start else config.model.name_or_path,
-        pooling=config.model.pooling,
-        l2_normalize=config.model.l2_normalize,
-        bidirectional=config.model.bidirectional,
-        prompts={name: text for name, text in prompts.items() if text is not None},
-        # The model is used at the lengths it was trained at: evaluation here and sentence-transformers later agree.
-        max_seq_length=max(config.data.query_max_len, config.data.passage_max_len),
-        dtype=torch.float32,
-        attn_implementation=config.model.attn_implementation,
+def build_loss(config: LossConfig) -> InfoNCELoss:
+    return InfoNCELoss(
+        config.temperature,
+        learnable=config.learnable_temperature,
+        negatives=config.negatives,
+        impl=config.impl,
+        objective=replace(
+            OBJECTIVES[config.objective],
+            matryoshka_dims=None if config.matryoshka_dims is None else tuple(config.matryoshka_dims),
+        ),
     )
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
 
 
 def build_collator(config: Config, model: BiEncoderModel) -> Collator:
@@ -171,22 +191,3 @@ def build_collator(config: Config, model: BiEncoderModel) -> Collator:
         passage_prefix=model.prompts.get("document", ""),
         train_n_passages=config.data.train_n_passages,
     )
-
-
-def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """DDP over the default group; GradCache starts its one reduction a step."""
-    if collectives.world_size() == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
-
-
-def restore(start: str, loss: InfoNCELoss, optimizer: torch.optim.Optimizer) -> int:
-    """Loads all but the model's weights from a checkpoint; returns the number of steps done."""
-    state = checkpoint.load_state(start)
-    loss.load_state_dict(state["loss"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]

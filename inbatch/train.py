@@ -10,9 +10,10 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inbatch import checkpoint, collectives, notes
 from inbatch.batches import Part
@@ -22,8 +23,10 @@ from inbatch.evaluate import evaluate
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
 from inbatch.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
+from inbatch.parallel import gathered, is_spread, max_over_ranks
 from inbatch.run_log import Stopwatch, read_metrics
 from inbatch.run_setup import Run, check_folder, on_rank_0, set_up
+from inbatch.towers import save_towers
 
 
 def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
@@ -38,6 +41,11 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
     another run; FloatingPointError where the loss is no longer finite.
     """
     device = device or collectives.device()
+    with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
+        return _train(config, device)
+
+
+def _train(config: Config, device: torch.device) -> dict[str, float]:
     collectives.agree("train", {}, same=flatten(config))
     start = on_rank_0(lambda: check_folder(config))
     run = set_up(config, device, start)
@@ -46,7 +54,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
         return last_figures(config)
     try:
         loop(run)
-        on_rank_0(lambda: finish(run))
+        finish(run)
     finally:
         run.log.close()
     return last_figures(config)
@@ -82,7 +90,7 @@ def loop(run: Run) -> None:
             if last or is_due(done, config.eval.every_steps):
                 evaluate_now(run, done)
             if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
-                on_rank_0(lambda done=done: save_checkpoint(run, done))
+                save_checkpoint(run, done)
 
 
 def is_due(done: int, every: int | None) -> bool:
@@ -96,12 +104,16 @@ class StepFunction:
         self._run, config = run, run.config
         self._part: Part
         self._stats = LossStats()
+        # A network that serves both sides is one callable, so that both share micro-batches.
+        encode = {name: partial(self._encode, network) for name, network in run.networks.items()}
         self._grad_cache = GradCache(
-            self._encode,
+            list(encode.values()) if len(encode) > 1 else encode["model"],
             self._loss,
-            modules=[] if run.network is run.model else [run.network],
+            modules=[one for name, one in run.networks.items() if is_spread(one)],
             micro_batch_tokens=config.train.micro_batch_tokens,
             keep_graph_mib=config.train.keep_graph_mib,
+            max_over_ranks=max_over_ranks if config.train.parallel == "fsdp2" else None,
+            reshard=config.train.reshard,
         )
 
     def __call__(self, step: int, parts: list[Part]) -> Callable[[], dict[str, float]]:
@@ -121,13 +133,13 @@ class StepFunction:
         run.optimizer.step()
         return lambda: fetch(loss, self._stats, others)
 
-    def _encode(self, tokens: Mapping[str, Tensor]) -> Tensor:
+    def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
         device = self._run.device
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
         if device.type == "cuda":
             tokens = {name: value.pin_memory().to(device, non_blocking=True) for name, value in tokens.items()}
-        with torch.autocast(device.type, torch.bfloat16) if self._run.bf16 else nullcontext():
-            return self._run.network(tokens)
+        with torch.autocast(device.type, torch.bfloat16) if self._run.autocast else nullcontext():
+            return network(tokens)
 
     def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
         batch = self._part.batch
@@ -165,7 +177,7 @@ def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) 
         "loss": mean,
         "loss_minus_log_candidates": mean - math.log(counted["candidates"]),
         **counted,
-        **{name: float(value) for name, value in others.items()},
+        **{name: float(torch.as_tensor(value).detach()) for name, value in others.items()},
     }
 
 
@@ -182,7 +194,7 @@ def announce(run: Run, parts: list[Part]) -> None:
     gpus = torch.cuda.device_count() if run.device.type == "cuda" else 0
     for line in notes.candidates(run.config, first, examples=run.plan.num_examples):
         run.log.note(line)
-    for line in notes.warnings(run.config, first, l2_normalize=run.model.l2_normalize, gpus=gpus):
+    for line in notes.warnings(run.config, first, l2_normalize=run.l2_normalize, gpus=gpus):
         run.log.note(f"warning: {line}")
 
 
@@ -193,14 +205,16 @@ def evaluate_now(run: Run, done: int) -> None:
     if run.evaluation is None:
         return
     config = run.config.eval
-    figures = evaluate(
-        run.network,
-        run.evaluation,
-        measures=config.measures,
-        similarity=config.similarity,
-        precision="bf16" if run.bf16 else "fp32",
-        progress=run.config.train.progress and sys.stderr.isatty(),
-    )
+    with gathered(run.networks.values()):
+        figures = evaluate(
+            run.passage_network,
+            run.evaluation,
+            query_model=run.query_network,
+            measures=config.measures,
+            similarity=config.similarity,
+            precision="bf16" if run.autocast else "fp32",
+            progress=run.config.train.progress and sys.stderr.isatty(),
+        )
     run.log.evaluation(done, figures)
 
 
@@ -208,15 +222,15 @@ def save_checkpoint(run: Run, done: int) -> None:
     checkpoint.save(
         run.folder / "checkpoints",
         done,
-        save_model=run.model.save_pretrained,
-        state={"optimizer": run.optimizer.state_dict(), "loss": run.loss.state_dict()},
+        modules=run.modules,
+        optimizer=run.optimizer,
         keep_last=run.config.checkpoint.keep_last,
     )
 
 
 def finish(run: Run) -> None:
-    checkpoint.write_folder(run.folder / "model", run.model.save_pretrained)
-    checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps})
+    save_towers(run.towers, run.config, run.folder / "model")
+    on_rank_0(lambda: checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps}))
 
 
 def last_figures(config: Config) -> dict[str, float]:

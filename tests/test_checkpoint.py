@@ -10,24 +10,48 @@ from inbatch import checkpoint
 from tests.helpers import REPOSITORY
 
 
-def _save(folder, step, keep_last=2, value=1.0):
-    def save_model(path: str) -> None:
-        import pathlib
+def _trained(steps: int):
+    """A module with a frozen parameter and one that no batch uses, after so many steps."""
+    torch.manual_seed(steps)
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("used", "unused", "frozen")})
+    module["frozen"].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(steps):
+        module["used"](torch.ones(2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module, optimizer
 
-        pathlib.Path(path).mkdir()
-        (pathlib.Path(path) / "weights").write_text(str(value))
 
-    state = {"optimizer": {"state": {0: torch.tensor([value])}, "lr": 0.5}}
-    return checkpoint.save(folder, step, save_model=save_model, state=state, keep_last=keep_last)
+def _save(folder, step, keep_last=2):
+    module, optimizer = _trained(3)
+    return checkpoint.save(folder, step, modules={"model": module}, optimizer=optimizer, keep_last=keep_last)
 
 
-def test_saved_state_comes_back(tmp_path):
-    path = _save(tmp_path, 7, value=3.0)
-    state = checkpoint.load_state(path)
-    assert state["step"] == 7
-    assert state["optimizer"]["lr"] == 0.5
-    assert torch.equal(state["optimizer"]["state"][0], torch.tensor([3.0]))
-    assert (path / "model" / "weights").read_text() == "3.0"
+def test_saved_state_comes_back_bit_for_bit(tmp_path):
+    path = _save(tmp_path, 7)
+    module, optimizer = _trained(3)
+    other, its_optimizer = _trained(0)
+    frozen = other["frozen"].weight.clone()
+    assert checkpoint.load(path, modules={"model": other}, optimizer=its_optimizer) == 7
+    for name, parameter in module["used"].named_parameters():
+        loaded = other["used"].get_parameter(name)
+        assert torch.equal(loaded, parameter)
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(its_optimizer.state[loaded][key], value), key
+    assert torch.equal(other["unused"].weight, module["unused"].weight)
+    assert torch.equal(other["frozen"].weight, frozen), "what is frozen is in no checkpoint"
+    assert checkpoint.load(path, modules={"model": _trained(0)[0]}) == 7, "without an optimizer: to export"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = _save(tmp_path, 7)
+    with pytest.raises(
+        ValueError, match=r"step-00000007 is of another model: model.weight is absent, expected \(2, 2\)"
+    ):
+        checkpoint.load(path, modules={"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        checkpoint.load(tmp_path, modules={"model": torch.nn.Linear(2, 2)})
 
 
 def test_newest_are_kept_and_found(tmp_path):

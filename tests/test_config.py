@@ -61,7 +61,7 @@ def test_saved_and_read_back_is_equal(write, tmp_path):
         ("loss", "temprature", 0.1, "unknown key 'loss.temprature'; did you mean 'loss.temperature'?"),
         ("train", "lr", 1e-4, "unknown key 'train.lr'; did you mean 'optim.lr'?"),
         ("data", "train_group_size", 8, "unknown key 'data.train_group_size'; did you mean 'data.train_n_passages'?"),
-        ("model", "zzz", 8, "unknown key 'model.zzz'; `inbatch train --help` lists every key"),
+        ("model", "qqqqqq", 8, "unknown key 'model.qqqqqq'; `inbatch train --help` lists every key"),
         ("optim", "lr", "fast", "optim.lr is fast: expected a number"),
         ("loss", "negatives", "far", "loss.negatives is far: expected 'gather' or 'ring' or 'local'"),
         ("train", "max_steps", 2.5, "train.max_steps is 2.5: expected a whole number or null"),
