@@ -123,12 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser(
         "export", help="make a model of a checkpoint", allow_abbrev=False,
-        description="Make a model that sentence-transformers opens of a checkpoint, whatever wrote it: DDP, FSDP2, LoRA.",
+        description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
     )  # fmt: skip
-    export.add_argument(
-        "source", metavar="RUN", help="a run's folder (its newest checkpoint), or one of its checkpoints"
-    )
-    export.add_argument("output", metavar="OUTPUT", help="folder for the model, replaced where it exists")
+    export.add_argument("source", metavar="RUN", help="a run's folder (its newest checkpoint) or a checkpoint in it")
+    export.add_argument("output", metavar="OUTPUT", help="the folder to make")
     export.set_defaults(function=_export, nproc_per_node=1)
     return parser
 

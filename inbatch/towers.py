@@ -96,8 +96,11 @@ def export(source: str | Path, output: str | Path) -> Path:
     """Writes the model of a checkpoint, or of a run's newest one, to the folder `output`; returns the checkpoint.
 
     One process does it, on the CPU, whatever the number of ranks that wrote the checkpoint. With separate towers the
-    models are `output`/query and `output`/passage. Raises ValueError where there is no checkpoint of a run.
+    models are `output`/query and `output`/passage. Raises ValueError where there is no checkpoint of a run, and where
+    `output` exists.
     """
+    if Path(output).exists():
+        raise ValueError(f"{output} exists already: name a folder that does not")
     newest = checkpoint.latest(Path(source) / "checkpoints")
     path = newest[1] if newest else Path(source).resolve()
     run = path.parents[1]
