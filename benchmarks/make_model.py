@@ -41,9 +41,7 @@ def sizes() -> dict[str, PretrainedConfig]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
-    parser.add_argument(
-        "--tokenizer", required=True, help="folder of a tokenizer with no more words than the model has"
-    )
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, of any model with fewer words")
     parser.add_argument("--size", choices=sorted(sizes()), default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, help="fewer layers than that model has")
     known = parser.parse_args()

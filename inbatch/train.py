@@ -177,7 +177,7 @@ def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) 
         "loss": mean,
         "loss_minus_log_candidates": mean - math.log(counted["candidates"]),
         **counted,
-        **{name: float(torch.as_tensor(value).detach()) for name, value in others.items()},
+        **{name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in others.items()},
     }
 
 
