@@ -65,8 +65,7 @@ def compile_layers(model: BiEncoderModel) -> None:
     Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it.
     """
     for layer in transformer_layers(model.backbone):
-        # Eager random numbers, so that dropout is the same with and without a graph: GradCache encodes both ways.
-        layer.forward = torch.compile(layer.forward, dynamic=True, options={"fallback_random": True})
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 @contextmanager
