@@ -46,8 +46,9 @@ def main() -> None:
     print(f"\nmodel: {RUN / 'model'}    curves: {RUN / 'quickstart.png'}")
     if abs(after["eval_nDCG@10"] - theirs["nDCG@10"]) > 1e-3:
         sys.exit("the saved model does not give the same nDCG@10 through sentence-transformers")
-    if after["eval_nDCG@10"] < before["eval_nDCG@10"] + 0.02:
-        sys.exit("training did not help: nDCG@10 is not clearly above what it was before")
+    # Without training, with texts of any length, it is 0.584.
+    if after["eval_nDCG@10"] < 0.63:
+        sys.exit("training did not help: nDCG@10 is not clearly above the 0.584 of the model as it came")
 
 
 def with_sentence_transformers(folder: Path) -> dict[str, float]:
