@@ -3,17 +3,18 @@
 Shapes: B texts, D dimension.
 """
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from inbatch import BiEncoderModel, checkpoint, collectives
-from inbatch.config import CheckpointConfig, Config, EvalConfig
+from inbatch import BiEncoderModel
+from inbatch.config import CheckpointConfig, Config, EvalConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
+from inbatch.data import load_retrieval
+from inbatch.evaluate import evaluate
 from inbatch.lora import add_lora, has_lora, merge_lora
-from inbatch.parallel import gathered, shard, transformer_layers, whole_state
+from inbatch.parallel import compile_layers, gathered, shard, transformer_layers, whole_state
 from inbatch.run_log import read_metrics
 from inbatch.towers import export
 from inbatch.train import train
@@ -33,7 +34,11 @@ def run_on(pool, world_size: int, config: Config) -> list[float]:
 
 
 def weights(config: Config, tower: str = "") -> dict[str, torch.Tensor]:
-    return BiEncoderModel.from_pretrained(Path(config.train.output_dir) / "model" / tower).state_dict()
+    return saved(config, tower).state_dict()
+
+
+def saved(config: Config, tower: str = "") -> BiEncoderModel:
+    return BiEncoderModel.from_pretrained(Path(config.train.output_dir) / "model" / tower)
 
 
 # ---- the trainer
@@ -124,3 +129,188 @@ def test_a_run_changes_from_ddp_to_fsdp2_and_back(pool, folder, tmp_path):  # no
     for steps, world_size, parallel in ((2, 2, "ddp"), (3, 2, "fsdp2"), (5, 3, "ddp")):
         losses = run_on(pool, world_size, config("parts", steps, parallel))
     assert losses == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "freeze", "r"),
+    [(2, "ddp", None, None), (2, "ddp", "query", None), (2, "fsdp2", "passage", None), (2, "fsdp2", "query", 2)],
+)
+def test_separate_towers(pool, folder, tmp_path, world_size, parallel, freeze, r):  # noqa: F811
+    """One frozen or none: as one process trains them; each is saved apart, and each embeds its own side."""
+
+    def config(name: str, parallel: str, steps: int) -> Config:
+        base = make_config(
+            folder,
+            tmp_path / name,
+            model={"separate_towers": True, "freeze": freeze},
+            train={"max_steps": steps, "parallel": parallel},
+            optim={"schedule": "constant", "warmup_ratio": 0.0},
+            eval=vars(EvalConfig(data=str(folder / "beir"))),
+            checkpoint=vars(CheckpointConfig(every_steps=2)),
+        )
+        return replace(base, lora=replace(base.lora, r=r))
+
+    one = config("one", "ddp", 3)
+    figures = train(one)
+    shared = train(make_config(folder, tmp_path / "shared", train={"max_steps": 1}))
+    assert read_metrics(tmp_path / "one")[1]["loss"] == pytest.approx(shared["loss"], abs=1e-6), "alike at the start"
+    run_on(pool, world_size, config("many", parallel, 2))
+    run_on(pool, world_size, many := config("many", parallel, 3))
+    start = BiEncoderModel.from_pretrained(folder / "model").state_dict()
+    towers = {name: weights(many, name) for name in ("query", "passage")}
+    for name, tower in towers.items():
+        assert_close(tower, weights(one, name), atol=1e-5)
+        moved = max((tower[key] - start[key]).abs().max() for key in start)
+        assert moved == 0 if name == freeze else moved > 1e-4
+    assert any((towers["query"][key] - towers["passage"][key]).abs().max() > 1e-4 for key in start)
+    again = evaluate(
+        saved(one, "passage"), load_retrieval(folder / "beir", "dev"), query_model=saved(one, "query"),
+        measures=("nDCG@10", "RR@10"),
+    )  # fmt: skip
+    assert again == pytest.approx({name: figures[f"eval_{name}"] for name in again}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"model": {"packed": True}},
+        {"model": {"packed": True, "gradient_checkpointing": True}, "train": {"parallel": "fsdp2"}},
+        {"loss": {"objective": "clip"}},
+        {"loss": {"objective": "gte", "matryoshka_dims": [32, 8]}, "train": {"parallel": "fsdp2"}},
+        {"loss": {"objective": "qwen3_embedding", "margin": 0.1}, "model": {"separate_towers": True}},
+    ],
+    ids=lambda groups: " ".join(f"{key}={value}" for values in groups.values() for key, value in values.items()),
+)
+def test_settings_give_one_process_s_losses(pool, folder, tmp_path, groups):  # noqa: F811
+    runs = {}
+    for name, changes in {"plain": {}, "one": groups, "many": groups}.items():
+        settings = {**changes, "train": {**changes.get("train", {}), "max_steps": 3}}
+        if name != "many":
+            settings["train"]["parallel"] = "ddp"
+        config = make_config(folder, tmp_path / name, **settings)
+        pool.run(train_body, 2 if name == "many" else 1, config)
+        runs[name] = [line["loss"] for line in read_metrics(config.train.output_dir)]
+    assert runs["many"] == pytest.approx(runs["one"], abs=1e-5)
+    # Packing changes nothing, an objective changes the loss.
+    assert (runs["one"] == pytest.approx(runs["plain"], abs=1e-5)) == ("loss" not in groups)
+
+
+def test_bfloat16_sharded_keeps_float32_weights(pool, folder, tmp_path):  # noqa: F811
+    """Steps smaller than bfloat16 resolves are not lost."""
+    config = make_config(
+        folder,
+        tmp_path,
+        train={"parallel": "fsdp2", "precision": "bf16", "max_steps": 3},
+        optim={"lr": 1e-6, "warmup_ratio": 0.0},
+    )
+    losses = run_on(pool, 2, config)
+    exact = run_on(pool, 1, replace(config, train=replace(config.train, precision="fp32", output_dir=f"{tmp_path}/x")))
+    assert losses == pytest.approx(exact, rel=0.05)
+    assert losses != pytest.approx(exact, abs=1e-6)
+    start = BiEncoderModel.from_pretrained(config.model.name_or_path).state_dict()
+    changed = {name: (value - start[name]).abs().max() for name, value in weights(config).items()}
+    assert all(0 < change < 1e-5 for name, change in changed.items() if "pooler" not in name and "key.bias" not in name)
+
+
+# ---- the parts
+
+
+def uneven_passes(rank: int, folder: str) -> None:  # noqa: F811
+    plain, sharded = (BiEncoderModel.from_pretrained(folder).to(device()) for _ in range(2))
+    shard(sharded, device(), bf16=False)
+    batch = {name: value.to(device()) for name, value in plain.tokenize(TEXTS).items()}
+    for _ in range(2):
+        with gathered([sharded]), torch.no_grad():
+            for _ in range(rank + 1):
+                torch.testing.assert_close(sharded(batch), plain(batch))
+        # Then it trains on, sharded.
+        for model in (plain, sharded):
+            model(batch)[:, 0].sum().backward()
+    gradients = [
+        (p.grad, q.grad.full_tensor())
+        for p, q in zip(plain.parameters(), sharded.parameters(), strict=True)
+        if p.requires_grad
+    ]
+    assert gradients
+    for expected, actual in gradients:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    state = whole_state(sharded)
+    assert state.keys() == (plain.state_dict().keys() if rank == 0 else set())
+    for name, value in state.items():
+        assert value.device.type == "cpu"
+        assert torch.equal(value, plain.state_dict()[name].cpu())
+
+
+def test_ranks_encode_unequally_often_where_parameters_are_gathered(pool, folder):  # noqa: F811
+    pool.run(uneven_passes, 3, str(folder / "model"))
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_layers_are_found_and_lora_merges_to_the_same_embeddings(tmp_path, kind):
+    model = BiEncoderModel.from_pretrained(save_tiny(kind, tmp_path)).eval()
+    layers = transformer_layers(model.backbone)
+    assert len(layers) == 2
+    assert all("Layer" in type(layer).__name__ for layer in layers)
+    batch = model.tokenize(TEXTS)
+    before_BD = model(batch)
+    add_lora(model, r=2, alpha=8)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name and "pooler" not in name for name in trainable)
+    assert torch.equal(model(batch), before_BD), "it starts as the model was"
+    assert transformer_layers(model.backbone) == layers
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    with_lora_BD = model(batch)
+    assert (with_lora_BD - before_BD).abs().max() > 1e-3
+    merge_lora(model)
+    assert not has_lora(model)
+    torch.testing.assert_close(model(batch), with_lora_BD, rtol=0, atol=1e-5)
+
+
+def test_lora_names_what_does_not_fit(tmp_path):
+    model = BiEncoderModel.from_pretrained(save_tiny("bert", tmp_path))
+    with pytest.raises(ValueError, match=r"lora.target_modules \['q_proj'\] does not fit this backbone"):
+        add_lora(model, r=2, alpha=8, target_modules=["q_proj"])
+
+
+def test_compiled_layers_compute_the_same_and_replay_dropout(tmp_path):
+    plain, compiled = (
+        BiEncoderModel.from_pretrained(save_tiny("bert", tmp_path, hidden_dropout_prob=0.1)) for _ in range(2)
+    )
+    compile_layers(compiled)
+    for length in (5, 9):
+        ids_BT = torch.randint(4, 20, (3, length))
+        batch = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+        outputs = []
+        for grad in (False, True):
+            torch.manual_seed(1)
+            with torch.set_grad_enabled(grad):
+                outputs.append(compiled.train()(batch))
+        assert (outputs[0] - plain(batch)).abs().max() > 1e-2, "dropout is on"
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-6)
+        expected_BD, actual_BD = plain.eval()(batch), compiled.eval()(batch)
+        torch.testing.assert_close(actual_BD, expected_BD, rtol=0, atol=1e-5)
+        for output_BD in (expected_BD, actual_BD):
+            output_BD[:, 0].sum().backward()
+    for expected, actual in zip(plain.parameters(), compiled.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(name_or_path="m", freeze="query"), "there is one encoder for both"),
+        (lambda: ModelConfig(name_or_path="m", packed=True, attn_implementation="sdpa"), "brings its own attention"),
+        (lambda: LoraConfig(r=0), "lora.r is 0"),
+        (lambda: LoraConfig(r=4, target_modules=[]), "lora.target_modules is empty"),
+        (lambda: LossConfig(matryoshka_dims=[8, 8]), r"loss.matryoshka_dims is \[8, 8\]: expected different"),
+        (lambda: TrainConfig(output_dir="r", reshard=False), "set train.parallel to fsdp2"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
