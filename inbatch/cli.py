@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Embed the queries and the corpus of a BEIR folder, search exactly and print the measures as JSON.",
     )  # fmt: skip
-    evaluate.add_argument("model", metavar="MODEL", help="folder or hub name of a model")
+    evaluate.add_argument(
+        "model", metavar="MODEL", help="folder or hub name of a model, or folder of two: MODEL/query and MODEL/passage"
+    )
     evaluate.add_argument("data", metavar="DATA", help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
     evaluate.add_argument("--split", default="test", help="which qrels (default: %(default)s)")
     evaluate.add_argument("--measures", nargs="+", metavar="M", help="such as nDCG@10 R@100 RR@10")
@@ -249,14 +251,14 @@ def _train(known: argparse.Namespace) -> None:
         train(config, device=device)
 
 
-def _open_model(known: argparse.Namespace, device: "torch.device") -> "BiEncoderModel":
+def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
     """The model on its device, in float32; its size agreed between the ranks."""
     import torch
 
     from inbatch import collectives
     from inbatch.encoder import BiEncoderModel
 
-    model = collectives.together(lambda: BiEncoderModel.from_pretrained(known.model, dtype=torch.float32))
+    model = collectives.together(lambda: BiEncoderModel.from_pretrained(name, dtype=torch.float32))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
     return model.to(device).eval()
 
@@ -276,9 +278,12 @@ def _evaluate(known: argparse.Namespace) -> None:
         from inbatch.metrics import DEFAULT_MEASURES
 
         data = collectives.together(lambda: load_retrieval(known.data, known.split))
+        towers = [Path(known.model) / name for name in ("passage", "query")]
+        separate = all(tower.is_dir() for tower in towers)
         figures = evaluate(
-            _open_model(known, device),
+            _open_model(str(towers[0]) if separate else known.model, device),
             data,
+            query_model=_open_model(str(towers[1]), device) if separate else None,
             measures=known.measures or DEFAULT_MEASURES,
             top_k=known.top_k,
             run_file=known.run_file,
@@ -298,7 +303,7 @@ def _encode(known: argparse.Namespace) -> None:
         from inbatch import collectives
         from inbatch.encode import encode_to_file
 
-        model = _open_model(known, device)
+        model = _open_model(known.model, device)
         if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
             raise ValueError(
                 f"--prompt {known.prompt}: expected one of {sorted(model.prompts)}, and no --prefix beside it"

@@ -41,6 +41,13 @@ _OTHER_NAMES = {
     "save_total_limit": "checkpoint.keep_last",
     "eval_steps": "eval.every_steps",
     "logging_steps": "train.log_every",
+    "fsdp": "train.parallel",
+    "torch_compile": "train.compile",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "untie_encoder": "model.separate_towers",
 }
 
 

@@ -3,14 +3,16 @@
 Shapes: B texts, D dimension.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from inbatch import BiEncoderModel
+from inbatch import BiEncoderModel, cli
 from inbatch.config import CheckpointConfig, Config, EvalConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
+from inbatch.config_file import load
 from inbatch.data import load_retrieval
 from inbatch.evaluate import evaluate
 from inbatch.lora import add_lora, has_lora, merge_lora
@@ -18,7 +20,7 @@ from inbatch.parallel import compile_layers, gathered, shard, transformer_layers
 from inbatch.run_log import read_metrics
 from inbatch.towers import export
 from inbatch.train import train
-from tests.helpers import device
+from tests.helpers import REPOSITORY, device
 from tests.test_train import assert_close, folder, make_config  # noqa: F401
 from tests.tiny_models import CONFIGS, TEXTS, save_tiny
 
@@ -84,7 +86,7 @@ def test_a_spread_model_trains_as_one_process_does(pool, folder, tmp_path, paral
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_sharded_run_goes_on_with_other_ranks_and_is_exported(pool, folder, tmp_path, lora):  # noqa: F811
+def test_a_sharded_run_goes_on_with_other_ranks_and_is_exported(pool, folder, tmp_path, capsys, lora):  # noqa: F811
     def config(name: str, steps: int, **train_settings) -> Config:
         base = make_config(
             folder,
@@ -105,7 +107,12 @@ def test_a_sharded_run_goes_on_with_other_ranks_and_is_exported(pool, folder, tm
     assert_close(weights(config("whole", 6)), weights(config("parts", 6)), atol=1e-5)
 
     # The newest checkpoint is the final model: made by one process of what three wrote.
-    assert export(tmp_path / "parts", tmp_path / "exported").name == "step-00000006"
+    assert cli.run(["export", str(tmp_path / "parts"), str(tmp_path / "exported")]) == 0
+    assert "step-00000006" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="exists already"):
+        export(tmp_path / "parts", tmp_path / "exported")
+    with pytest.raises(ValueError, match="neither a run with checkpoints nor a checkpoint"):
+        export(tmp_path / "exported", tmp_path / "again")
     exported = BiEncoderModel.from_pretrained(tmp_path / "exported")
     assert_close(exported.state_dict(), weights(config("parts", 6)), atol=1e-7)
     theirs = pytest.importorskip("sentence_transformers").SentenceTransformer(str(tmp_path / "exported"), device="cpu")
@@ -135,7 +142,7 @@ def test_a_run_changes_from_ddp_to_fsdp2_and_back(pool, folder, tmp_path):  # no
     ("world_size", "parallel", "freeze", "r"),
     [(2, "ddp", None, None), (2, "ddp", "query", None), (2, "fsdp2", "passage", None), (2, "fsdp2", "query", 2)],
 )
-def test_separate_towers(pool, folder, tmp_path, world_size, parallel, freeze, r):  # noqa: F811
+def test_separate_towers(pool, folder, tmp_path, capsys, world_size, parallel, freeze, r):  # noqa: F811
     """One frozen or none: as one process trains them; each is saved apart, and each embeds its own side."""
 
     def config(name: str, parallel: str, steps: int) -> Config:
@@ -168,6 +175,18 @@ def test_separate_towers(pool, folder, tmp_path, world_size, parallel, freeze, r
         measures=("nDCG@10", "RR@10"),
     )  # fmt: skip
     assert again == pytest.approx({name: figures[f"eval_{name}"] for name in again}, abs=1e-6)
+    if freeze is None:
+        arguments = [
+            "evaluate",
+            str(tmp_path / "one" / "model"),
+            str(folder / "beir"),
+            "--split",
+            "dev",
+            "--device",
+            "cpu",
+        ]
+        assert cli.run([*arguments, "--no-progress", "--measures", "nDCG@10", "RR@10"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(again, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -314,3 +333,11 @@ def test_compiled_layers_compute_the_same_and_replay_dropout(tmp_path):
 def test_settings_that_do_not_go_together_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_example_configuration_is_valid():
+    config = load(REPOSITORY / "configs" / "qwen3_lora_fsdp2.yaml")
+    assert (config.lora.r, config.train.parallel, config.loss.objective) == (16, "fsdp2", "qwen3_embedding")
+    assert load(None, [f"--{key}={value}" for key, value in (("model.name_or_path", "m"), ("data.train", "d"),
+        ("train.output_dir", "r"), ("lora.r", 4), ("lora.target_modules", "[q_proj, v_proj]"),
+        ("loss.matryoshka_dims", "[64, 32]"))]).lora.target_modules == ["q_proj", "v_proj"]  # fmt: skip
