@@ -15,6 +15,9 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+quickstart: .venv/.ready
+	$(BIN)/python examples/quickstart.py
+
 test: lint
 	$(BIN)/pytest
 
