@@ -61,6 +61,11 @@ def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]
             f"loss.negatives is local: {seen - 1} of {sum(first.passages) - 1} available negatives are used; "
             "set it to gather to use those of all ranks"
         )
+    if config.loss.objective in ("gte", "qwen3_embedding"):
+        lines.append(
+            f"loss.objective {config.loss.objective} adds scores in other directions to each softmax: `candidates` in "
+            "metrics.jsonl counts them too"
+        )
     if parts > 1:
         lines.append(
             f"train.accumulation_steps {parts} adds no negatives: each query still sees {seen} candidates; for "

@@ -65,13 +65,9 @@ class Run:
         return self.networks.get("passage") or self.networks["model"]
 
     @property
-    def bf16(self) -> bool:
-        return computes_in_bf16(self.config, self.device)
-
-    @property
     def autocast(self) -> bool:
-        """FSDP2 gathers the weights in bfloat16 instead."""
-        return self.bf16 and self.config.train.parallel != "fsdp2"
+        """Whether to compute in bfloat16 by autocast; FSDP2 gathers the weights in bfloat16 instead."""
+        return self.config.train.parallel != "fsdp2" and computes_in_bf16(self.config, self.device)
 
 
 def computes_in_bf16(config: Config, device: torch.device) -> bool:

@@ -44,6 +44,12 @@ def test_what_takes_candidates_away():
     assert "12.5% of the first batch's queries" in lines[1]
 
 
+def test_what_adds_candidates():
+    lines = notes.candidates(make_config(loss={"objective": "gte"}), first(), examples=256)
+    assert "loss.objective gte adds scores in other directions" in lines[1]
+    assert len(notes.candidates(make_config(loss={"objective": "clip"}), first(), examples=256)) == 1
+
+
 def test_settings_that_look_wrong():
     def warnings(
         config: Config, batch: FirstBatch | None = None, *, l2_normalize: bool = True, gpus: int = 0
