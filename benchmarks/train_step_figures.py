@@ -54,7 +54,8 @@ def profile(step: Callable[[], None]) -> None:
         sync()
     totals: dict[str, list[float]] = {}
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        # Annotated ranges, the optimizer's say, lie on the GPU's time line too.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             total = totals.setdefault(event.name, [0.0, 0])
             total[0] += event.self_device_time_total / 1e3
             total[1] += 1
