@@ -39,9 +39,11 @@ def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Modu
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
-    for layer in transformer_layers(model.backbone):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for unit in [*transformer_layers(model.backbone), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        if device.type == "cpu":
+            # gloo has no mean: torch 2.8 took its sum for one.
+            unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
 
 
