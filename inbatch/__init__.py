@@ -25,7 +25,16 @@ _PUBLIC = {
     "info_nce": "inbatch.losses",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "BiEncoderModel",
+    "FalseNegatives",
+    "GradCache",
+    "InfoNCELoss",
+    "LossStats",
+    "Objective",
+    "all_gather",
+    "info_nce",
+]
 __version__ = "0.1.0"
 
 

@@ -5,6 +5,7 @@ import graphlib
 import subprocess
 import sys
 
+import inbatch
 from tests.helpers import REPOSITORY
 
 TOP, MIDDLE, LEAF = 3, 1, 0
@@ -79,3 +80,9 @@ def test_importing_the_package_is_free_and_the_loss_needs_only_torch():
         "triton",
         "pyarrow",
     }
+
+
+def test_every_public_name_resolves():
+    assert set(inbatch.__all__) == set(inbatch._PUBLIC)
+    for name in inbatch.__all__:
+        assert getattr(inbatch, name).__module__.startswith("inbatch")
