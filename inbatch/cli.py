@@ -6,7 +6,6 @@ A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRAC
 import argparse
 import json
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +13,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from inbatch.launch import launch, report, show_warning
 
 if TYPE_CHECKING:
     import torch
@@ -50,15 +51,17 @@ def run(arguments: Sequence[str]) -> int:
     known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
     try:
         if known.nproc_per_node > 1 and "RANK" not in os.environ:
-            return _launch(known, arguments)
+            if known.command == "train":
+                _load_config(known)  # a mistake in it is found at once, and once
+            return launch(arguments, known.nproc_per_node)
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning
             known.function(known)
     except ModuleNotFoundError as error:
-        _report(f"{error.name} is not installed: pip install 'inbatch[train]'")
+        report(f"{error.name} is not installed: pip install 'inbatch[train]'")
         return 1
     except (ValueError, OSError, ArithmeticError) as error:
-        _report(str(error))
+        report(str(error))
         return 1
     return 0
 
@@ -159,64 +162,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return value
-
-
-# ---- processes and errors
-
-
-def _launch(known: argparse.Namespace, arguments: list[str]) -> int:
-    """Starts the same command in N processes on this machine through torchrun; returns 1 if one fails."""
-    if known.command == "train":
-        _load_config(known)  # a mistake in it is found at once, and once
-    import logging
-
-    from torch.distributed import run
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // known.nproc_per_node)))
-    # The rank that failed has said why; torchrun's own report would bury it.
-    logging.disable(logging.CRITICAL)
-    try:
-        run.main(["--standalone", "--nproc-per-node", str(known.nproc_per_node), "-m", "inbatch", *arguments])
-    except Exception as error:  # torchrun's own two classes live in modules that are not public
-        if type(error).__name__ not in ("ChildFailedError", "SignalException"):
-            raise
-        if isinstance(failures := getattr(error, "failures", None), dict):
-            _report_killed({rank: failure.exitcode for rank, failure in failures.items()})
-        return 1
-    return 0
-
-
-def _report_killed(exit_codes: dict[int, int]) -> None:
-    """Names the rank that a signal ended, which could not say so. SIGTERM is what torchrun sends to the others."""
-    for rank, code in exit_codes.items():
-        if code < 0 and -code != signal.SIGTERM:
-            name = signal.Signals(-code).name
-            print(
-                f"inbatch: error: rank {rank} was ended by {name} (SIGKILL: memory may have run out)", file=sys.stderr
-            )
-
-
-def _report(message: str) -> None:
-    """One line on stderr, from one of this machine's ranks, and in the report that torchrun prints last."""
-    message = " ".join(message.split())
-    if os.environ.get("INBATCH_TRACEBACK"):
-        traceback.print_exc()
-    torchrun_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    first = True
-    if torchrun_file:
-        Path(torchrun_file).write_text(json.dumps({"message": message}), encoding="utf-8")
-        # <job>/<attempt>/<local rank>/error.json: the ranks of an attempt share a folder, where one creates this file.
-        try:
-            (Path(torchrun_file).parents[1] / "inbatch-error").touch(exist_ok=False)
-        except FileExistsError:
-            first = False
-    if first:
-        print(f"inbatch: error: {message}", file=sys.stderr)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"inbatch: warning: {message}", file=sys.stderr)
 
 
 @contextmanager

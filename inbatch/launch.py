@@ -1,0 +1,61 @@
+"""Processes on this machine through torchrun, and what is said of a failure: once, in one line."""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+
+def launch(arguments: list[str], processes: int) -> int:
+    """Starts the command `inbatch ARGUMENTS` in several processes on this machine; returns 1 if one fails."""
+    import logging
+
+    from torch.distributed import run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # The rank that failed has said why; torchrun's own report would bury it.
+    logging.disable(logging.CRITICAL)
+    try:
+        run.main(["--standalone", "--nproc-per-node", str(processes), "-m", "inbatch", *arguments])
+    except Exception as error:  # torchrun's own two classes live in modules that are not public
+        if type(error).__name__ not in ("ChildFailedError", "SignalException"):
+            raise
+        if isinstance(failures := getattr(error, "failures", None), dict):
+            _report_killed({rank: failure.exitcode for rank, failure in failures.items()})
+        return 1
+    return 0
+
+
+def _report_killed(exit_codes: dict[int, int]) -> None:
+    """Names the rank that a signal ended, which could not say so. SIGTERM is what torchrun sends to the others."""
+    for rank, code in exit_codes.items():
+        if code < 0 and -code != signal.SIGTERM:
+            name = signal.Signals(-code).name
+            print(
+                f"inbatch: error: rank {rank} was ended by {name} (SIGKILL: memory may have run out)", file=sys.stderr
+            )
+
+
+def report(message: str) -> None:
+    """One line on stderr, from one of this machine's ranks, and in the report that torchrun prints last."""
+    message = " ".join(message.split())
+    if os.environ.get("INBATCH_TRACEBACK"):
+        traceback.print_exc()
+    torchrun_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    first = True
+    if torchrun_file:
+        Path(torchrun_file).write_text(json.dumps({"message": message}), encoding="utf-8")
+        # <job>/<attempt>/<local rank>/error.json: the ranks of an attempt share a folder, where one creates this file.
+        try:
+            (Path(torchrun_file).parents[1] / "inbatch-error").touch(exist_ok=False)
+        except FileExistsError:
+            first = False
+    if first:
+        print(f"inbatch: error: {message}", file=sys.stderr)
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"inbatch: warning: {message}", file=sys.stderr)
