@@ -106,6 +106,16 @@ def test_exponentials_and_sums(shape, dtype, keys, limit):
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "D"), [(1, 1), (65, 17), (130, 64)])
+def test_positive_scores(R, D, dtype):
+    rows, passages = (random(size, D, seed=size).to(DEVICE, dtype) for size in (R, 3 * R))
+    scores = fused.positive_scores(rows, passages[::3], torch.tensor(7.0, device=DEVICE))
+    assert scores.dtype == torch.float32
+    assert error(scores, 7 * (rows.double() * passages[::3].double()).sum(1)) <= 1e-5
+
+
+@on_device
 def test_a_chunk_of_rows_is_those_rows():
     block = make_block(70, 50, 16, torch.float32, keys=1)
     pivot = random(70, seed=9).to(DEVICE, torch.float32)

@@ -50,6 +50,23 @@ def _dot_tile(
 
 
 @triton.jit
+def positive_kernel(
+    rows, positives, scale_ptr, score_ptr, R, D, row_stride, positive_stride,
+    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """score_i = scale * rows_i . positives_i: the diagonal of a product made as `exp_kernel` makes it.
+
+    Tensor cores add towards zero (Fasi et al. 2021), about 1e-6 of a score over 1024 dimensions. Relative to a positive
+    score with the same loss most of that cancels; relative to an exact one it would be 1e-4 nats at temperature 0.01.
+    """
+    row0 = tl.program_id(0) * BM
+    dot = _dot_tile(rows, positives, row0, row0, R, R, D, row_stride, positive_stride, False, BM, BM, BK, PRECISION)
+    i = tl.arange(0, BM)
+    diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dot, 0.0), 1)
+    tl.store(score_ptr + row0 + i, diagonal * tl.load(scale_ptr), mask=row0 + i < R)
+
+
+@triton.jit
 def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.constexpr):
     """`fill` where the pair is masked: equal keys, or a score above the row's limit.
 

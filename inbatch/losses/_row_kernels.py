@@ -42,22 +42,6 @@ def finish_kernel(
 
 
 @triton.jit
-def row_dot_kernel(
-    left_ptr, right_ptr, scale_ptr, out_ptr, R, D, left_stride, right_stride, BM: tl.constexpr, BD: tl.constexpr
-):
-    """out_i = scale * left_i . right_i in float32, without float32 copies of the inputs."""
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    total = tl.zeros((BM, BD), tl.float32)
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        mask = (i < R)[:, None] & (d < D)[None, :]
-        left = tl.load(left_ptr + i.to(tl.int64)[:, None] * left_stride + d[None, :], mask=mask, other=0.0)
-        right = tl.load(right_ptr + i.to(tl.int64)[:, None] * right_stride + d[None, :], mask=mask, other=0.0)
-        total += left.to(tl.float32) * right.to(tl.float32)
-    tl.store(out_ptr + i, tl.sum(total, 1) * tl.load(scale_ptr), mask=i < R)
-
-
-@triton.jit
 def weigh_kernel(
     product_ptr, d_rows_ptr, rows_ptr, weighted_ptr, weight_ptr, R, D, product_stride, d_rows_stride, row_stride,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,

@@ -83,6 +83,11 @@ def _exp_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are made. Half precision is exact either way."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
 def _pieces(size: int, piece: int) -> int:
     return -(-size // piece)
 
@@ -172,7 +177,7 @@ def exp_scores(
     tiles = _pieces(R, tile.BM), _pieces(C, tile.BN)
     partial = torch.empty((tiles[1], R), dtype=torch.float32, device=device)
     sums = torch.empty((2, R), dtype=torch.float32, device=device)  # and pivots
-    masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": _precision(rows.dtype)}
     if bulk:
         operands = (
             TensorDescriptor(rows, [R, D], [rows.stride(0), 1], [tile.BM, tile.BK]),
@@ -213,8 +218,10 @@ def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
     R, D = rows.shape
     scores = torch.empty(R, dtype=torch.float32, device=rows.device)
     if R:
-        arguments = (rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0))
-        launch(row_kernels.row_dot_kernel, _pieces(R, 8), arguments, {"BM": 8, "BD": 256})
+        kernels.positive_kernel[(_pieces(R, 64),)](
+            rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0),
+            BM=64, BK=32 if rows.dtype == torch.float32 else 64, PRECISION=_precision(rows.dtype),
+        )  # fmt: skip
     return scores
 
 
