@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,9 @@ try:
     from inbatch.losses import _row_kernels as row_kernels
 except ImportError:  # triton, or the device-independent descriptors of triton 3.4 (torch 2.8)
     pass
+hopper: Any = None
+with suppress(ImportError):  # another Gluon than it was written for
+    from inbatch.losses import _hopper as hopper
 
 DEFAULT_CHUNK_MIB = 1024.0
 DEFAULT_CHUNK_ROWS = 2048  # at least: every chunk reads and writes the float32 gradient of all columns once
@@ -93,11 +97,11 @@ def _pieces(size: int, piece: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _device_facts(index: int) -> tuple[int, bool]:
-    """(multiprocessors, whether the large tiles run: a bulk copy engine and Hopper's 227 KiB of shared memory)"""
+def _device_facts(index: int) -> tuple[int, bool, bool]:
+    """(multiprocessors, whether the large tiles run: a bulk copy engine and 227 KiB of shared memory, is it Hopper)"""
     properties = torch.cuda.get_device_properties(index)
     large = properties.major >= 9 and properties.shared_memory_per_block_optin >= 232448
-    return properties.multi_processor_count, large
+    return properties.multi_processor_count, large, large and properties.major == 9
 
 
 _launchable: dict[tuple, Any] = {}
@@ -178,21 +182,27 @@ def exp_scores(
     partial = torch.empty((tiles[1], R), dtype=torch.float32, device=device)
     sums = torch.empty((2, R), dtype=torch.float32, device=device)  # and pivots
     masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": _precision(rows.dtype)}
-    if bulk:
-        operands = (
-            TensorDescriptor(rows, [R, D], [rows.stride(0), 1], [tile.BM, tile.BK]),
-            TensorDescriptor(block.columns, [C, D], [block.columns.stride(0), 1], [tile.BN, tile.BK]),
-            TensorDescriptor(exp, [exp.shape[0], C], [stride, 1], [tile.BM, tile.BN // tile.HALVES]),
-        )
-    else:
-        operands = (rows, block.columns, exp)
     grid = min(tiles[0] * tiles[1], _multiprocessors(rows) * tile.programs)
-    kernels.exp_kernel[(grid,)](
-        *operands, own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
-        own if counts is None else counts[start:stop], keys,
-        R, C, D, rows.stride(0), block.columns.stride(0), stride,
-        COUNT=counts is not None, TMA=bulk, **masks, **tile.options(),
+    arguments = (
+        own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
+        own if counts is None else counts[start:stop], keys, R, C, D,
     )  # fmt: skip
+    if tile is HALF_TILE and hopper is not None and _device_facts(rows.device.index)[2]:
+        masked = {"LIMIT": limit is not None, "COUNT": counts is not None, "KEEP": keep}
+        hopper.launch(grid, rows, block.columns, exp, arguments, masked)
+    else:
+        if bulk:
+            operands = (
+                TensorDescriptor(rows, [R, D], [rows.stride(0), 1], [tile.BM, tile.BK]),
+                TensorDescriptor(block.columns, [C, D], [block.columns.stride(0), 1], [tile.BN, tile.BK]),
+                TensorDescriptor(exp, [exp.shape[0], C], [stride, 1], [tile.BM, tile.BN // tile.HALVES]),
+            )
+        else:
+            operands = (rows, block.columns, exp)
+        kernels.exp_kernel[(grid,)](
+            *operands, *arguments, rows.stride(0), block.columns.stride(0), stride,
+            COUNT=counts is not None, TMA=bulk, **masks, **tile.options(),
+        )  # fmt: skip
     kernels.settle_kernel[(_pieces(R, _SETTLE_TILE["BM"]),)](
         rows, block.columns, exp, own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
         sums[0], sums[1], keys, R, C, D, tiles[1], rows.stride(0), block.columns.stride(0), stride,

@@ -1,0 +1,219 @@
+"""`exp_kernel` of `_kernels` for Hopper, in Gluon: one half of the tile is exponentiated while the other multiplies.
+
+Shapes: r rows of one chunk, C columns, D dimension; a tile is BM rows by BN columns, BK of D at a time.
+
+Three groups of warps share a persistent program. One loads: a ring of STAGES buffers, each BK wide. Two compute, each
+its own BM / 2 rows of every tile, from the same column buffers. The second starts a tile LEAD stages after the first,
+so that the tensor cores always have one group's products to make while the other group exponentiates.
+"""
+
+# Kernel code is Python for Triton's compiler; its types are not Python's.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from inbatch.losses._kernels import _exp_piece, _in_base_2
+
+if not (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= (3, 9):
+    raise ImportError("Gluon is experimental: this kernel compiles with triton 3.6 to 3.9")
+
+# BM and BN are those of `fused.HALF_TILE`, which the partial sums are laid out for.
+TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "STAGES": 4, "LEAD": 2}
+# Their names changed in triton 3.9.
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
+    """(row tile, column tile) of a tile: in groups of GROUP row tiles, so that tiles in flight share the L2 cache."""
+    group_tiles = GROUP * column_tiles
+    first = (tile // group_tiles) * GROUP
+    group = gl.minimum(row_tiles - first, GROUP)
+    return first + (tile % group_tiles) % group, (tile % group_tiles) // group
+
+
+@gluon.jit
+def _load(
+    rows, columns, rows_smem, columns_smem, full, free, R, C, D,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    half: gl.constexpr = BM // 2
+    row_tiles, column_tiles = gl.cdiv(R, BM), gl.cdiv(C, BN)
+    stage = 0
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
+        for k in range(0, D, BK):
+            slot = stage % STAGES
+            mbarrier.wait(free.index(slot), (stage // STAGES + 1) & 1)
+            ready = full.index(slot)
+            mbarrier.expect(ready, (BM + BN) * BK * 2)
+            async_load(rows, [row_tile * BM, k], ready, rows_smem.index(2 * slot))
+            async_load(rows, [row_tile * BM + half, k], ready, rows_smem.index(2 * slot + 1))
+            async_load(columns, [column_tile * BN, k], ready, columns_smem.index(slot))
+            stage += 1
+
+
+@gluon.jit
+def _halves(values, M: gl.constexpr, N: gl.constexpr):
+    return gl.split(gl.permute(gl.reshape(values, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def _quarters(values, M: gl.constexpr, N: gl.constexpr):
+    """By columns; no data moves between threads."""
+    left, right = _halves(values, M, N)
+    a, b = _halves(left, M, N // 2)
+    c, d = _halves(right, M, N // 2)
+    return a, b, c, d
+
+
+@gluon.jit
+def _compute(
+    exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
+    rows_smem, columns_smem, exp_smem, full, free, lead, R, C, D,
+    SECOND: gl.constexpr, LIMIT: gl.constexpr, COUNT: gl.constexpr, KEEP: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
+):  # fmt: skip
+    half: gl.constexpr = BM // 2
+    width: gl.constexpr = BN // 4
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    piece_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, piece_layout)
+    row_tiles, column_tiles = gl.cdiv(R, BM), gl.cdiv(C, BN)
+    steps = gl.cdiv(D, BK)
+    scale = gl.load(scale_ptr)
+    stage = 0
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
+        row0 = row_tile * BM + SECOND * half
+        column0 = column_tile * BN
+        i = row0 + gl.arange(0, half, layout=row_layout)
+        pivot2 = _in_base_2(gl.load(pivot_ptr + i, mask=i < R, other=0.0), scale)
+        own = gl.load(own_ptr + i, mask=i < R, other=-1)
+        limit = pivot2
+        if LIMIT:
+            limit = gl.load(limit_ptr + i, mask=i < R, other=float("inf"))
+        inside = (own >= column0) & (own < column0 + BN)
+        bare = (column0 + BN <= C) & (gl.max(inside.to(gl.int32), 0) == 0)
+
+        # With fewer steps than stages the first group could be two tiles ahead, where parities repeat.
+        if SECOND:
+            mbarrier.wait(lead, (stage // steps) & 1, pred=steps >= STAGES)
+        dot = warpgroup_mma_init(gl.zeros((half, BN), gl.float32, layout=layout))
+        for k in range(steps):
+            slot = stage % STAGES
+            mbarrier.wait(full.index(slot), (stage // STAGES) & 1)
+            row_tile_smem = rows_smem.index(2 * slot + SECOND)
+            dot = warpgroup_mma(row_tile_smem, columns_smem.index(slot).permute((1, 0)), dot, is_async=True)
+            # The step before is over once at most this one is under way.
+            dot = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(dot,)))
+            if k > 0:
+                mbarrier.arrive(free.index((stage - 1) % STAGES))
+            if not SECOND:
+                mbarrier.arrive(lead, pred=(k == LEAD) & (steps >= STAGES))
+            stage += 1
+        dot = warpgroup_mma_wait(0, deps=(dot,))
+        mbarrier.arrive(free.index((stage - 1) % STAGES))
+
+        pieces = _quarters(dot, half, BN)
+        total = gl.zeros_like(pivot2)
+        seen = gl.zeros_like(own)
+        for piece in gl.static_range(4):
+            part = gl.convert_layout(pieces[piece], piece_layout, assert_trivial=True)
+            j = column0 + piece * width + gl.arange(0, width, layout=gl.SliceLayout(0, piece_layout))
+            values, more = _exp_piece(part, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT, COUNT)
+            if KEEP:
+                buffer = exp_smem.index(2 * SECOND + piece % 2)
+                tma.store_wait(1)  # the store before the last has read this buffer
+                buffer.store(values.to(exp.dtype))
+                fence_async_shared()
+                async_store(exp, [row0, column0 + piece * width], buffer)
+            total += gl.sum(values, 1)
+            if COUNT:
+                seen += more
+        gl.store(partial_ptr + column_tile.to(gl.int64) * R + i, total, mask=i < R)
+        if COUNT:
+            gl.atomic_add(counts + i * 2, seen >> 16, mask=i < R)
+            gl.atomic_add(counts + i * 2 + 1, seen & 0xFFFF, mask=i < R)
+    if KEEP:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def exp_kernel(
+    rows, columns, exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys, R, C, D,
+    LIMIT: gl.constexpr, COUNT: gl.constexpr, KEEP: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
+):  # fmt: skip
+    """E and its partial row sums, as `_kernels.exp_kernel`; half-precision rows and columns, in tensor descriptors."""
+    half: gl.constexpr = BM // 2
+    rows_smem = gl.allocate_shared_memory(rows.dtype, [2 * STAGES, half, BK], rows.layout)
+    columns_smem = gl.allocate_shared_memory(columns.dtype, [STAGES, BN, BK], columns.layout)
+    exp_smem = gl.allocate_shared_memory(exp.dtype, [4, half, BN // 4], exp.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    lead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=2)
+    mbarrier.init(lead, count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _compute,
+                (
+                    exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
+                    rows_smem, columns_smem, exp_smem, full, free, lead, R, C, D,
+                    False, LIMIT, COUNT, KEEP, BM, BN, BK, GROUP, STAGES, LEAD,
+                ),
+            ),
+            (
+                _compute,
+                (
+                    exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
+                    rows_smem, columns_smem, exp_smem, full, free, lead, R, C, D,
+                    True, LIMIT, COUNT, KEEP, BM, BN, BK, GROUP, STAGES, LEAD,
+                ),
+            ),
+            (_load, (rows, columns, rows_smem, columns_smem, full, free, R, C, D, BM, BN, BK, GROUP, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def launch(grid: int, rows: Tensor, columns: Tensor, exp: Tensor, arguments: tuple, masks: dict[str, Any]) -> None:
+    """rows [R, D] and columns [C, D] in half precision; exp [R, at least C], or one row of it if it is not kept."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    C, D = columns.shape
+
+    def descriptor(tensor: Tensor, width: int, block: list[int]) -> TensorDescriptor:
+        return TensorDescriptor(tensor, [tensor.shape[0], width], [tensor.stride(0), 1], block, layout)
+
+    exp_kernel[(grid,)](
+        descriptor(rows, D, [TILE["BM"] // 2, TILE["BK"]]),
+        descriptor(columns, D, [TILE["BN"], TILE["BK"]]),
+        descriptor(exp, C, [TILE["BM"] // 2, TILE["BN"] // 4]),
+        *arguments, **masks, **TILE, num_warps=4,
+    )  # fmt: skip
