@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def make_block(R: int, C: int, D: int, dtype: torch.dtype, *, keys: int = 0, lim
         rows=F.normalize(random(R, D, seed=1), dim=1).to(DEVICE, dtype),
         columns=F.normalize(random(C, D, seed=2), dim=1).to(DEVICE, dtype),
         own=own,
-        scale=torch.tensor(scale, device=DEVICE),
+        scale=torch.full((R,), scale, device=DEVICE),
         keys=tuple(pairs),
         limit=random(R, seed=8).to(DEVICE, torch.float32) * 5 if limit else None,
     )
@@ -68,7 +69,7 @@ def make_block(R: int, C: int, D: int, dtype: torch.dtype, *, keys: int = 0, lim
 
 def truth(block: Block, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """E, its row sums, how many columns are masked, how many others score above the pivot; in float64, densely."""
-    scores = block.rows.double() @ block.columns.double().T * block.scale.double()
+    scores = block.rows.double() @ block.columns.double().T * block.scale.double()[:, None]
     masked = torch.zeros_like(scores, dtype=torch.bool)
     for row_keys, column_keys in block.keys:
         masked |= (row_keys[:, None, :, None] == column_keys[None, :, None, :]).any(3).any(2)
@@ -110,9 +111,22 @@ def test_exponentials_and_sums(shape, dtype, keys, limit):
 @pytest.mark.parametrize(("R", "D"), [(1, 1), (65, 17), (130, 64)])
 def test_positive_scores(R, D, dtype):
     rows, passages = (random(size, D, seed=size).to(DEVICE, dtype) for size in (R, 3 * R))
-    scores = fused.positive_scores(rows, passages[::3], torch.tensor(7.0, device=DEVICE))
-    assert scores.dtype == torch.float32
+    scores, scales = fused.positive_scores(rows, passages[::3], torch.tensor(7.0, device=DEVICE))
+    assert scores.dtype == scales.dtype == torch.float32
     assert error(scores, 7 * (rows.double() * passages[::3].double()).sum(1)) <= 1e-5
+    torch.testing.assert_close(scales, torch.full_like(scales, 7.0), rtol=1e-5, atol=0)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_positive_that_cancels_does_not_change_its_row(dtype):
+    rows = random(40, 96, seed=1).to(DEVICE, dtype)
+    other = rows.clone()
+    other[:, 1::2] *= -1  # half the terms against the other half
+    _, scales = fused.positive_scores(rows, other, torch.tensor(7.0, device=DEVICE))
+    cancels = (rows.double() * other.double()).sum(1).abs() < 0.2 * rows.double().square().sum(1)
+    assert cancels.any()
+    assert (scales[cancels] == 7).all()
 
 
 @on_device
@@ -276,6 +290,56 @@ def test_the_dense_kernel_of_small_batches():
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("R", "C", "D"), [(1, 1, 8), (300, 1000, 64), (129, 700, 1024), (2000, 9000, 384)])
+@pytest.mark.parametrize(("keys", "limit", "count"), [(0, False, False), (1, False, True), (2, True, False)])
+def test_the_hopper_kernel_gives_what_the_portable_one_gives(R, C, D, keys, limit, count, dtype, monkeypatch):
+    if fused.hopper is None or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU, or another triton than the kernel was written for")
+    block = make_block(R, C, D, dtype, keys=keys, limit=limit)
+    if keys == 1:  # one key each, as passage ids give
+        block = replace(block, keys=tuple((row[:, :1].contiguous(), column) for row, column in block.keys))
+    pivot, results = random(R, seed=9).to(DEVICE, torch.float32), []
+    for kernel in (fused.hopper, None):
+        monkeypatch.setattr(fused, "hopper", kernel)
+        counts = torch.zeros(R, 2, dtype=torch.int32, device=DEVICE)
+        for _ in range(3):  # another buffer of NaNs for E each time
+            torch.full((R, C + 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+            exp, sums, _ = fused.exp_scores(block, 0, R, pivot, counts=counts if count else None)
+        results.append((exp, sums, counts))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=0)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+@pytest.mark.skipif(fused.hopper is None, reason="another triton than the kernel was written for")
+@pytest.mark.skipif(fused.INTERPRETED, reason="nothing compiles in the interpreter")
+@pytest.mark.parametrize(("keys", "limit", "count", "keep"), [(0, False, False, True), (2, True, True, True)])
+def test_the_hopper_kernel_compiles_and_fits(keys, limit, count, keep):
+    """Without a GPU; what it computes is tested where there is one."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    layout, tile = NVMMASharedLayout(128, 16), fused.hopper.TILE
+    half, names = tile["BM"] // 2, fused.hopper.exp_kernel.arg_names
+    types = {"own_ptr": "*i32", "counts": "*i32", "R": "i32", "C": "i32", "D": "i32"}
+    types |= {f"{name}_ptr": "*fp32" for name in ("pivot", "scale", "limit", "partial")}
+    for name, rows, width in (("rows", half, tile["BK"]), ("columns", tile["BN"], tile["BK"]), ("exp", half, 64)):
+        types[name] = f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
+    constants = {"LIMIT": limit, "COUNT": count, "KEEP": keep, **tile}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    signature["keys"] = (("*i32", "*i32", "i32", "i32"),) * keys
+    source = GluonASTSource(
+        fused.hopper.exp_kernel, signature, {(names.index(name),): value for name, value in constants.items()}, {}
+    )
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+
+
+@on_gpu
 @pytest.mark.parametrize(("B", "M", "D"), [(1, 1, 8), (63, 189, 40), (256, 2048, 1024), (1000, 8000, 256)])
 def test_small_batches_take_their_own_path_to_the_same_result(B, M, D):
     queries, passages = leaves(B, M, D, torch.bfloat16)
@@ -340,6 +404,7 @@ def test_unusable_inputs_are_refused_by_name():
 
 def test_the_interface_is_that_of_the_tiled_path():
     for name in (
+        "positive_scores",
         "exp_scores",
         "finish",
         "add_gradients",

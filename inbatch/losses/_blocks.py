@@ -2,12 +2,17 @@
 
 Shapes: R rows, C columns, D dimension, K keys of a row, L keys of a column, r rows of one chunk.
 
-`tiled` (plain PyTorch) and `fused` (Triton) offer the same three functions over a Block; `_driver` (all columns at
-hand) and `ring` (columns arriving in blocks) call them and know nothing else about how scores are computed.
+`tiled` (plain PyTorch) and `fused` (Triton) offer the same four functions; `_driver` (all columns at hand) and `ring`
+(columns arriving in blocks) call them and know nothing else about how scores are computed.
+
+    positive_scores(rows, positives, scale) -> (score_R, scale_R)
+
+        score_i = scale_i * rows_i . positives_i; scale_i is the 0-d scale, corrected for what the kernel's own rounding
+        takes from a product of row i
 
     exp_scores(block, start, stop, pivot_r, *, keep=True, counts=None) -> (exp_rC, sum_r, pivot_r)
 
-        s_ij = scale * rows_i . columns_j in float32 (float64 for float64 inputs), for rows start..stop
+        s_ij = scale_i * rows_i . columns_j in float32 (float64 for float64 inputs), for rows start..stop
         E_ij = exp(s_ij - pivot_i); exactly 0 on the row's own column and on every masked column
         exp_rC  E in the dtype of the gradient products (None with keep=False, which wants only the sums)
         sum_r   sum_j E_ij in float32, taken before E is rounded
@@ -47,7 +52,7 @@ class Block:
     """Rows [R, D] against columns [C, D] (same dtype and device, contiguous last dimension; R or C may be 0).
 
     own     int32 [R]: the column left out of E and never counted (the positive, or the row itself); -1: none here
-    scale   0-d float32 (float64 for float64 inputs): 1 / temperature
+    scale   float32 [R] (float64 for float64 inputs): 1 / temperature, from `positive_scores`
     keys    pairs (row keys int32 [R, K], column keys int32 [C, L]), at most two; a pair (i, j) is masked when any key
             of row i equals any key of column j. Rows use -1 and columns -2 for "nothing": equality alone decides.
     limit   float32 [R] or None: a column with s_ij > limit_i is masked

@@ -9,7 +9,7 @@ so that the tensor cores always have one group's products to make while the othe
 
 # Kernel code is Python for Triton's compiler; its types are not Python's.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from inbatch.losses._kernels import _exp_piece, _in_base_2
+from inbatch.losses._kernels import LOG2E, _count_piece, _fill_masked, _in_base_2
 
 if not (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= (3, 9):
     raise ImportError("Gluon is experimental: this kernel compiles with triton 3.6 to 3.9")
@@ -86,9 +86,17 @@ def _quarters(values, M: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
+def _first_keys(keys, i, j, R, C):
+    """The first key of each row and of each column."""
+    row_keys, column_keys, K, L = keys
+    row_key = gl.load(row_keys + i.to(gl.int64) * K, mask=i < R, other=-1)
+    return row_key, gl.load(column_keys + j.to(gl.int64) * L, mask=j < C, other=-2)
+
+
+@gluon.jit
 def _compute(
     exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
-    rows_smem, columns_smem, exp_smem, full, free, lead, R, C, D,
+    rows_smem, columns_smem, exp_smem, keys_smem, full, free, lead, R, C, D,
     SECOND: gl.constexpr, LIMIT: gl.constexpr, COUNT: gl.constexpr, KEEP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     LEAD: gl.constexpr,
@@ -98,21 +106,33 @@ def _compute(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     piece_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, piece_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, piece_layout)
+    key_layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    masks: gl.constexpr = len(keys) > 0 or LIMIT
+    buffers: gl.constexpr = 2 if len(keys) < 2 else 1
+    fill: gl.constexpr = -1.0 if COUNT else 0.0
     row_tiles, column_tiles = gl.cdiv(R, BM), gl.cdiv(C, BN)
     steps = gl.cdiv(D, BK)
-    scale = gl.load(scale_ptr)
     stage = 0
     for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
         row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
         row0 = row_tile * BM + SECOND * half
         column0 = column_tile * BN
         i = row0 + gl.arange(0, half, layout=row_layout)
+        scale = gl.load(scale_ptr + i, mask=i < R, other=1.0)
         pivot2 = _in_base_2(gl.load(pivot_ptr + i, mask=i < R, other=0.0), scale)
         own = gl.load(own_ptr + i, mask=i < R, other=-1)
         limit = pivot2
         if LIMIT:
             limit = gl.load(limit_ptr + i, mask=i < R, other=float("inf"))
         inside = (own >= column0) & (own < column0 + BN)
+        # Keys, too, are asked for before the products: the columns' wait in registers and then in shared memory.
+        row_key_0, row_key_1, column_key_0, column_key_1 = own, own, own, own
+        key_j = column0 + gl.arange(0, BN, layout=key_layout)
+        if len(keys) > 0:
+            row_key_0, column_key_0 = _first_keys(keys[0], i, key_j, R, C)
+        if len(keys) > 1:
+            row_key_1, column_key_1 = _first_keys(keys[1], i, key_j, R, C)
         bare = (column0 + BN <= C) & (gl.max(inside.to(gl.int32), 0) == 0)
 
         # With fewer steps than stages the first group could be two tiles ahead, where parities repeat.
@@ -134,16 +154,30 @@ def _compute(
         dot = warpgroup_mma_wait(0, deps=(dot,))
         mbarrier.arrive(free.index((stage - 1) % STAGES))
 
+        if len(keys) > 0:
+            keys_smem.index(len(keys) * SECOND).store(column_key_0)
+        if len(keys) > 1:
+            keys_smem.index(len(keys) * SECOND + 1).store(column_key_1)
+
         pieces = _quarters(dot, half, BN)
         total = gl.zeros_like(pivot2)
         seen = gl.zeros_like(own)
         for piece in gl.static_range(4):
             part = gl.convert_layout(pieces[piece], piece_layout, assert_trivial=True)
-            j = column0 + piece * width + gl.arange(0, width, layout=gl.SliceLayout(0, piece_layout))
-            values, more = _exp_piece(part, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT, COUNT)
+            j = column0 + piece * width + gl.arange(0, width, layout=column_layout)
+            values = gl.exp2(part * (scale * LOG2E)[:, None] - pivot2[:, None])
+            for pair in gl.static_range(len(keys)):
+                column_keys = keys_smem.index(len(keys) * SECOND + pair).slice(piece * width, width).load(column_layout)
+                row_keys = row_key_0 if pair == 0 else row_key_1
+                values = gl.where(row_keys[:, None] == column_keys[None, :], fill, values)
+                if keys[pair][2] * keys[pair][3] > 1:  # several keys a row or column: the others as they come
+                    values = _fill_masked(values, part, fill, scale, limit, (keys[pair],), i, j, R, C, False)
+            if LIMIT:
+                values = gl.where(part * scale[:, None] > limit[:, None], fill, values)
+            values, more = _count_piece(values, own, j, C, bare, masks, COUNT)
             if KEEP:
-                buffer = exp_smem.index(2 * SECOND + piece % 2)
-                tma.store_wait(1)  # the store before the last has read this buffer
+                buffer = exp_smem.index(buffers * SECOND + piece % buffers)
+                tma.store_wait(buffers - 1)  # the last store from this buffer has read it
                 buffer.store(values.to(exp.dtype))
                 fence_async_shared()
                 async_store(exp, [row0, column0 + piece * width], buffer)
@@ -169,7 +203,10 @@ def exp_kernel(
     half: gl.constexpr = BM // 2
     rows_smem = gl.allocate_shared_memory(rows.dtype, [2 * STAGES, half, BK], rows.layout)
     columns_smem = gl.allocate_shared_memory(columns.dtype, [STAGES, BN, BK], columns.layout)
-    exp_smem = gl.allocate_shared_memory(exp.dtype, [4, half, BN // 4], exp.layout)
+    # Two buffers for each computing group, one where the keys of two pairs need the room.
+    buffers: gl.constexpr = 4 if len(keys) < 2 else 2
+    exp_smem = gl.allocate_shared_memory(exp.dtype, [buffers, half, BN // 4], exp.layout)
+    keys_smem = gl.allocate_shared_memory(gl.int32, [max(2 * len(keys), 1), BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     lead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -184,7 +221,7 @@ def exp_kernel(
                 _compute,
                 (
                     exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
-                    rows_smem, columns_smem, exp_smem, full, free, lead, R, C, D,
+                    rows_smem, columns_smem, exp_smem, keys_smem, full, free, lead, R, C, D,
                     False, LIMIT, COUNT, KEEP, BM, BN, BK, GROUP, STAGES, LEAD,
                 ),
             ),
@@ -192,7 +229,7 @@ def exp_kernel(
                 _compute,
                 (
                     exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
-                    rows_smem, columns_smem, exp_smem, full, free, lead, R, C, D,
+                    rows_smem, columns_smem, exp_smem, keys_smem, full, free, lead, R, C, D,
                     True, LIMIT, COUNT, KEEP, BM, BN, BK, GROUP, STAGES, LEAD,
                 ),
             ),

@@ -51,19 +51,35 @@ def _dot_tile(
 
 @triton.jit
 def positive_kernel(
-    rows, positives, scale_ptr, score_ptr, R, D, row_stride, positive_stride,
+    rows, positives, scale_ptr, score_ptr, row_scale_ptr, R, D, row_stride, positive_stride,
     BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """score_i = scale * rows_i . positives_i: the diagonal of a product made as `exp_kernel` makes it.
+    """row_scale_i = scale * exact / rounded and score_i = row_scale_i * rounded, for the product rows_i . positives_i.
 
-    Tensor cores add towards zero (Fasi et al. 2021), about 1e-6 of a score over 1024 dimensions. Relative to a positive
-    score with the same loss most of that cancels; relative to an exact one it would be 1e-4 nats at temperature 0.01.
+    exact is a float32 sum; rounded the diagonal of a product made as `exp_kernel` makes it. Tensor cores add towards
+    zero (Fasi et al. 2021): over 1024 dimensions all products are about 1e-6 of themselves too small, 1e-4 nats at
+    temperature 0.01. The ratio, measured on the positive, takes most of that back from the whole row.
     """
     row0 = tl.program_id(0) * BM
     dot = _dot_tile(rows, positives, row0, row0, R, R, D, row_stride, positive_stride, False, BM, BM, BK, PRECISION)
-    i = tl.arange(0, BM)
-    diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dot, 0.0), 1)
-    tl.store(score_ptr + row0 + i, diagonal * tl.load(scale_ptr), mask=row0 + i < R)
+    local = tl.arange(0, BM)
+    rounded = tl.sum(tl.where(local[:, None] == local[None, :], dot, 0.0), 1)
+    i = row0 + local
+    at = i.to(tl.int64)[:, None]
+    sums = tl.zeros((BM, BK), tl.float32)
+    sizes = tl.zeros((BM, BK), tl.float32)
+    for k in range(tl.cdiv(D, BK)):
+        d = k * BK + tl.arange(0, BK)[None, :]
+        mask = (i < R)[:, None] & (d < D)
+        row_tile = tl.load(rows + at * row_stride + d, mask=mask, other=0.0).to(tl.float32)
+        term = row_tile * tl.load(positives + at * positive_stride + d, mask=mask, other=0.0).to(tl.float32)
+        sums += term
+        sizes += tl.abs(term)
+    exact = tl.sum(sums, 1)
+    # Where most terms cancel, the ratio is chance and says nothing about the row's other products.
+    row_scale = tl.load(scale_ptr) * tl.where(tl.abs(exact) > 0.25 * tl.sum(sizes, 1), exact / rounded, 1.0)
+    tl.store(row_scale_ptr + i, row_scale, mask=i < R)
+    tl.store(score_ptr + i, rounded * row_scale, mask=i < R)
 
 
 @triton.jit
@@ -80,7 +96,7 @@ def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.co
                 column_key = tl.load(column_keys + j.to(tl.int64) * L + m, mask=j < C, other=-2)
                 values = tl.where(row_key[:, None] == column_key[None, :], fill, values)
     if LIMIT:
-        values = tl.where(dot * scale > limit[:, None], fill, values)
+        values = tl.where(dot * scale[:, None] > limit[:, None], fill, values)
     return values
 
 
@@ -98,25 +114,32 @@ def _in_base_2(pivot, scale):
 def _exp_piece(
     dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
-    """E = exp(scale * dot - pivot), 0 on own, masked and missing columns.
+    """E = exp(scale * dot - pivot), 0 on own, masked and missing columns; with COUNT also what `_count_piece` returns.
 
-    pivot2: the pivot from `_in_base_2`. bare: none of these columns is missing or a row's own. With COUNT also returns
-    by row the number of unmasked columns above the pivot, plus 2**16 times the number of masked ones.
+    pivot2: the pivot from `_in_base_2`. bare: none of these columns is missing or a row's own.
     """
-    exp = tl.exp2(dot * (scale * LOG2E) - pivot2[:, None])
-    masks: tl.constexpr = len(keys) > 0 or LIMIT
-    if masks:  # -1 marks a masked pair, so that counting needs no second tile of flags
+    exp = tl.exp2(dot * (scale * LOG2E)[:, None] - pivot2[:, None])
+    if len(keys) > 0 or LIMIT:
         exp = _fill_masked(exp, dot, -1.0 if COUNT else 0.0, scale, limit, keys, i, j, R, C, LIMIT)
+    return _count_piece(exp, own, j, C, bare, len(keys) > 0 or LIMIT, COUNT)
+
+
+@triton.jit
+def _count_piece(exp, own, j, C, bare, MASKS: tl.constexpr, COUNT: tl.constexpr):
+    """E with its own and missing columns set to 0; with COUNT masked pairs are -1 on entry and 0 afterwards, and
+
+    the second value is by row the number of unmasked columns above the pivot, plus 2**16 times that of masked ones.
+    """
     if not bare:
         exp = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], 0.0, exp)
-    above = pivot2  # not used
+    seen = own  # not used
     if COUNT:
         packed = (exp > 1.0).to(tl.int32)
-        if masks:
+        if MASKS:  # -1 marked them, so that counting needs no second tile of flags
             packed += (exp < 0.0).to(tl.int32) << 16
             exp = tl.where(exp < 0.0, 0.0, exp)
-        above = tl.sum(packed, 1)
-    return exp, above
+        seen = tl.sum(packed, 1)
+    return exp, seen
 
 
 @triton.jit
@@ -146,7 +169,6 @@ def exp_kernel(
     row_tiles = tl.cdiv(R, BM)
     column_tiles = tl.cdiv(C, BN)
     group_tiles = GROUP * column_tiles
-    scale = tl.load(scale_ptr)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         first = (tile // group_tiles) * GROUP
         group = min(row_tiles - first, GROUP)
@@ -156,6 +178,7 @@ def exp_kernel(
 
         # Before the products, so that nothing waits for these loads after them.
         i = row0 + tl.arange(0, BM)
+        scale = tl.load(scale_ptr + i, mask=i < R, other=1.0)
         pivot2 = _in_base_2(tl.load(pivot_ptr + i, mask=i < R, other=0.0), scale)
         own = tl.load(own_ptr + i, mask=i < R, other=-1)
         limit = pivot2
@@ -211,7 +234,7 @@ def settle_kernel(
     pivot = tl.load(pivot_ptr + i, mask=i < R, other=0.0)
     again = ~(total <= MAX_SUM) & (i < R)  # true for NaN as well
     if tl.max(again.to(tl.int32), 0) > 0:
-        scale = tl.load(scale_ptr)
+        scale = tl.load(scale_ptr + i, mask=i < R, other=1.0)
         own = tl.load(own_ptr + i, mask=i < R, other=-1)
         limit = pivot
         if LIMIT:
@@ -223,7 +246,7 @@ def settle_kernel(
             dot = _dot_tile(
                 rows, columns, row0, column0, R, C, D, row_stride, column_stride, False, BM, BN, BK, PRECISION
             )
-            score = _fill_masked(dot * scale, dot, float("-inf"), scale, limit, keys, i, j, R, C, LIMIT)
+            score = _fill_masked(dot * scale[:, None], dot, float("-inf"), scale, limit, keys, i, j, R, C, LIMIT)
             score = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], float("-inf"), score)
             best = tl.maximum(best, tl.max(score, 1))
         pivot = tl.where(again, best, pivot)

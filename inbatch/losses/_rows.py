@@ -41,7 +41,7 @@ class Rows:
     ):
         self.queries, self.positives, self.problem, self.wanted, self.scale = queries, positives, problem, wanted, scale
         self.weight = weight * problem.row_weight
-        self.score_B = _positive_scores(queries, positives, scale, problem)
+        self.score_B, self.scale_B = problem.kernels.positive_scores(queries, positives, scale)
         self.limit_B = None if problem.margin is None else self.score_B + problem.margin * scale
         self._loss: Tensor | None = None
         self.coefficient_B: Tensor | None = None
@@ -60,7 +60,7 @@ class Rows:
             rows=self.queries if step.row == "query" else self.positives,
             columns=columns.of(step.column),
             own=columns.own(step.column),
-            scale=self.scale,
+            scale=self.scale_B,
             keys=keys,
             limit=self.limit_B,
         )
@@ -102,13 +102,6 @@ class Rows:
             else:
                 positives.addcmul_(coefficient_B1, self.queries)
         return queries, positives, inner
-
-
-def _positive_scores(queries: Tensor, positives: Tensor, scale: Tensor, problem: Problem) -> Tensor:
-    kernels = problem.kernels
-    if hasattr(kernels, "positive_scores"):
-        return kernels.positive_scores(queries, positives, scale)
-    return torch.linalg.vecdot(queries.to(scale.dtype), positives.to(scale.dtype)) * scale
 
 
 def make_rows(queries: Tensor, positives: Tensor, problem: Problem, wanted: Wanted, scale: Tensor) -> list[Rows]:

@@ -156,19 +156,19 @@ def _pick_tile(dtype: torch.dtype, bulk: bool) -> Tile:
     return FLOAT_TILE if dtype == torch.float32 else HALF_TILE
 
 
-def _row_slices(block: Block, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, tuple]:
+def _row_slices(block: Block, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple]:
     limit = None if block.limit is None else block.limit[start:stop]
     keys = tuple(
         (row_keys[start:stop], column_keys, row_keys.shape[1], column_keys.shape[1])
         for row_keys, column_keys in block.keys
     )
-    return block.rows[start:stop], block.own[start:stop], limit, keys
+    return block.rows[start:stop], block.own[start:stop], block.scale[start:stop], limit, keys
 
 
 def exp_scores(
     block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    rows, own, limit, keys = _row_slices(block, start, stop)
+    rows, own, scale, limit, keys = _row_slices(block, start, stop)
     (R, D), C = rows.shape, block.columns.shape[0]
     dtype, device = _exp_dtype(rows.dtype), rows.device
     # Rows of E start on 128 bytes: the copy engine needs 16, the products are fastest so.
@@ -184,7 +184,7 @@ def exp_scores(
     masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": _precision(rows.dtype)}
     grid = min(tiles[0] * tiles[1], _multiprocessors(rows) * tile.programs)
     arguments = (
-        own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
+        own, pivot_r, scale, pivot_r if limit is None else limit, partial,
         own if counts is None else counts[start:stop], keys, R, C, D,
     )  # fmt: skip
     if tile is HALF_TILE and hopper is not None and _device_facts(rows.device.index)[2]:
@@ -204,7 +204,7 @@ def exp_scores(
             COUNT=counts is not None, TMA=bulk, **masks, **tile.options(),
         )  # fmt: skip
     kernels.settle_kernel[(_pieces(R, _SETTLE_TILE["BM"]),)](
-        rows, block.columns, exp, own, pivot_r, block.scale, pivot_r if limit is None else limit, partial,
+        rows, block.columns, exp, own, pivot_r, scale, pivot_r if limit is None else limit, partial,
         sums[0], sums[1], keys, R, C, D, tiles[1], rows.stride(0), block.columns.stride(0), stride,
         **masks, **_SETTLE_TILE,
     )  # fmt: skip
@@ -223,16 +223,15 @@ def finish(
     return loss, [weight], coefficient
 
 
-def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
-    """[R] float32: scale * rows_i . positives_i"""
+def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     R, D = rows.shape
-    scores = torch.empty(R, dtype=torch.float32, device=rows.device)
+    scores, row_scale = torch.empty((2, R), dtype=torch.float32, device=rows.device)
     if R:
-        kernels.positive_kernel[(_pieces(R, 64),)](
-            rows, positives, scale, scores, R, D, rows.stride(0), positives.stride(0),
-            BM=64, BK=32 if rows.dtype == torch.float32 else 64, PRECISION=_precision(rows.dtype),
-        )  # fmt: skip
-    return scores
+        arguments = (rows, positives, scale, scores, row_scale, R, D, rows.stride(0), positives.stride(0))
+        block = 32 if rows.dtype == torch.float32 else 64
+        constants = {"BM": 64, "BK": block, "PRECISION": _precision(rows.dtype)}
+        launch(kernels.positive_kernel, _pieces(R, 64), arguments, constants)
+    return scores, row_scale
 
 
 def add_gradients(

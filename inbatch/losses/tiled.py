@@ -56,7 +56,7 @@ def exp_scores(
 def _masked_scores(block: Block, select: slice | Tensor, rows_r: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scores of some rows, -inf where a column is left out, and which columns the masks leave out (None: no masks)."""
     dtype = accumulator_dtype(block.columns.dtype)
-    scaled_rD = block.rows[select].to(dtype) * block.scale
+    scaled_rD = block.rows[select].to(dtype) * block.scale[select, None]
     num_columns = block.columns.shape[0]
     scores_rC = scaled_rD.new_empty(scaled_rD.shape[0], num_columns)
     for tile, columns_cD in _widened(block.columns, dtype):
@@ -96,6 +96,10 @@ def _widened(columns: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
     for start in range(0, num_columns, _WIDENED_COLUMNS):
         tile = slice(start, min(start + _WIDENED_COLUMNS, num_columns))
         yield tile, columns[tile].to(dtype)
+
+
+def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.linalg.vecdot(rows.to(scale.dtype), positives.to(scale.dtype)) * scale, scale.expand(rows.shape[0])
 
 
 def finish(
