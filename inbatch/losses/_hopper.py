@@ -35,7 +35,7 @@ if not (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:
     raise ImportError("Gluon is experimental: this kernel compiles with triton 3.6 to 3.9")
 
 # BM and BN are those of `fused.HALF_TILE`, which the partial sums are laid out for.
-TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "STAGES": 4, "LEAD": 2}
+TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "STAGES": 4, "LEAD": 3}
 # Their names changed in triton 3.9.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -119,21 +119,19 @@ def _compute(
         row0 = row_tile * BM + SECOND * half
         column0 = column_tile * BN
         i = row0 + gl.arange(0, half, layout=row_layout)
+        # All that is wanted after the products is asked for before them, and looked at after them.
         scale = gl.load(scale_ptr + i, mask=i < R, other=1.0)
-        pivot2 = _in_base_2(gl.load(pivot_ptr + i, mask=i < R, other=0.0), scale)
+        pivot = gl.load(pivot_ptr + i, mask=i < R, other=0.0)
         own = gl.load(own_ptr + i, mask=i < R, other=-1)
-        limit = pivot2
+        limit = pivot
         if LIMIT:
             limit = gl.load(limit_ptr + i, mask=i < R, other=float("inf"))
-        inside = (own >= column0) & (own < column0 + BN)
-        # Keys, too, are asked for before the products: the columns' wait in registers and then in shared memory.
         row_key_0, row_key_1, column_key_0, column_key_1 = own, own, own, own
         key_j = column0 + gl.arange(0, BN, layout=key_layout)
         if len(keys) > 0:
             row_key_0, column_key_0 = _first_keys(keys[0], i, key_j, R, C)
         if len(keys) > 1:
             row_key_1, column_key_1 = _first_keys(keys[1], i, key_j, R, C)
-        bare = (column0 + BN <= C) & (gl.max(inside.to(gl.int32), 0) == 0)
 
         # With fewer steps than stages the first group could be two tiles ahead, where parities repeat.
         if SECOND:
@@ -154,6 +152,9 @@ def _compute(
         dot = warpgroup_mma_wait(0, deps=(dot,))
         mbarrier.arrive(free.index((stage - 1) % STAGES))
 
+        pivot2 = _in_base_2(pivot, scale)
+        inside = (own >= column0) & (own < column0 + BN)
+        bare = (column0 + BN <= C) & (gl.max(inside.to(gl.int32), 0) == 0)
         if len(keys) > 0:
             keys_smem.index(len(keys) * SECOND).store(column_key_0)
         if len(keys) > 1:

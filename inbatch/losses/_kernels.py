@@ -52,7 +52,7 @@ def _dot_tile(
 @triton.jit
 def positive_kernel(
     rows, positives, scale_ptr, score_ptr, row_scale_ptr, R, D, row_stride, positive_stride,
-    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_scale_i = scale * exact / rounded and score_i = row_scale_i * rounded, for the product rows_i . positives_i.
 
@@ -66,10 +66,10 @@ def positive_kernel(
     rounded = tl.sum(tl.where(local[:, None] == local[None, :], dot, 0.0), 1)
     i = row0 + local
     at = i.to(tl.int64)[:, None]
-    sums = tl.zeros((BM, BK), tl.float32)
-    sizes = tl.zeros((BM, BK), tl.float32)
-    for k in range(tl.cdiv(D, BK)):
-        d = k * BK + tl.arange(0, BK)[None, :]
+    sums = tl.zeros((BM, BD), tl.float32)
+    sizes = tl.zeros((BM, BD), tl.float32)
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)[None, :]
         mask = (i < R)[:, None] & (d < D)
         row_tile = tl.load(rows + at * row_stride + d, mask=mask, other=0.0).to(tl.float32)
         term = row_tile * tl.load(positives + at * positive_stride + d, mask=mask, other=0.0).to(tl.float32)
@@ -102,12 +102,13 @@ def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.co
 
 @triton.jit
 def _in_base_2(pivot, scale):
-    """The pivot in the units of dot * (scale * LOG2E), that product's rounding included.
+    """The pivot in the units of dot * (scale * LOG2E), that product's rounding included: pivot * rounded / scale.
 
     The same relative error on both sides of the subtraction leaves one relative to the difference, not to the score.
     """
-    ratio = (scale * LOG2E).to(tl.float64) / scale.to(tl.float64)
-    return (pivot.to(tl.float64) * ratio).to(tl.float32)
+    rounded = scale * LOG2E
+    missing = tl.fma(scale, LOG2E, -rounded) / scale  # so that rounded / scale = LOG2E - missing
+    return tl.fma(pivot, LOG2E, -pivot * missing)
 
 
 @triton.jit

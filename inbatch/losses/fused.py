@@ -228,8 +228,8 @@ def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> tuple[Ten
     scores, row_scale = torch.empty((2, R), dtype=torch.float32, device=rows.device)
     if R:
         arguments = (rows, positives, scale, scores, row_scale, R, D, rows.stride(0), positives.stride(0))
-        block = 32 if rows.dtype == torch.float32 else 64
-        constants = {"BM": 64, "BK": block, "PRECISION": _precision(rows.dtype)}
+        width = 32 if rows.dtype == torch.float32 else 128
+        constants = {"BM": 64, "BK": width, "BD": 128, "PRECISION": _precision(rows.dtype)}
         launch(kernels.positive_kernel, _pieces(R, 64), arguments, constants)
     return scores, row_scale
 
