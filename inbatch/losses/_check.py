@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses._objective import Objective
-from inbatch.losses._problem import Problem
+from inbatch.losses._problem import Problem, every
 from inbatch.losses._stats import LossStats
 from inbatch.masking import FalseNegatives, passage_keys, row_keys, sharing
 
@@ -167,7 +167,7 @@ def agree(
     if settings.positives is not None:
         positives = settings.positives.to(queries.device, non_blocking=True)
     else:
-        positives = torch.arange(num_queries, device=queries.device) * (stride or 1)
+        positives = every(stride or 1, 0, num_queries, torch.int64, queries.device)
     return Problem(
         positives=positives,
         stride=stride,

@@ -192,16 +192,20 @@ class _Gathered:
     ) -> None:
         """First those of the columns, each piece leaving for its owners as soon as it is complete; then the rows'."""
         add, chunk = self.problem.kernels.add_gradients, iter(zip(found, weights, strict=True))
+        together = len(self.pieces) == 1  # nothing to leave early: one call, which makes fewer launches
         rows_later = []
         for number, blocks in enumerate(work):
             for step, block in blocks:
                 exp_rC, weight_r = next(chunk)
                 d_columns, fresh = gradients[number].get(step.column), step.first_column and start == 0
-                if d_columns is not None:
-                    add(block, exp_rC, start, stop, weight_r, None, d_columns, fresh_rows=False, fresh_columns=fresh)
-                d_rows, fresh = rows.gradients.get(step.row), step.first_row and number == 0
-                if d_rows is not None:
-                    rows_later.append((block, exp_rC, weight_r, d_rows, fresh))
+                d_rows, fresh_rows = rows.gradients.get(step.row), step.first_row and number == 0
+                now = d_rows if together else None
+                if d_columns is not None or now is not None:
+                    add(
+                        block, exp_rC, start, stop, weight_r, now, d_columns, fresh_rows=fresh_rows, fresh_columns=fresh
+                    )
+                if d_rows is not None and not together:
+                    rows_later.append((block, exp_rC, weight_r, d_rows, fresh_rows))
             if last:
                 self._complete(number, gradients[number], last=True)
         for block, exp_rC, weight_r, d_rows, fresh in rows_later:

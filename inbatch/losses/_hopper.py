@@ -13,8 +13,6 @@ so that the tensor cores always have one group's products to make while the othe
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -30,12 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from inbatch.losses._kernels import LOG2E, _count_piece, _fill_masked, _in_base_2
+from inbatch.losses._launch import launch
 
 if not (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= (3, 9):
     raise ImportError("Gluon is experimental: this kernel compiles with triton 3.6 to 3.9")
 
 # BM and BN are those of `fused.HALF_TILE`, which the partial sums are laid out for.
 TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "STAGES": 4, "LEAD": 3}
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 # Their names changed in triton 3.9.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -241,17 +241,12 @@ def exp_kernel(
     )  # fmt: skip
 
 
-def launch(grid: int, rows: Tensor, columns: Tensor, exp: Tensor, arguments: tuple, masks: dict[str, Any]) -> None:
+def launch_exp(grid: int, rows: Tensor, columns: Tensor, exp: Tensor, arguments: tuple, masks: dict[str, bool]) -> None:
     """rows [R, D] and columns [C, D] in half precision; exp [R, at least C], or one row of it if it is not kept."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     C, D = columns.shape
-
-    def descriptor(tensor: Tensor, width: int, block: list[int]) -> TensorDescriptor:
-        return TensorDescriptor(tensor, [tensor.shape[0], width], [tensor.stride(0), 1], block, layout)
-
-    exp_kernel[(grid,)](
-        descriptor(rows, D, [TILE["BM"] // 2, TILE["BK"]]),
-        descriptor(columns, D, [TILE["BN"], TILE["BK"]]),
-        descriptor(exp, C, [TILE["BM"] // 2, TILE["BN"] // 4]),
-        *arguments, **masks, **TILE, num_warps=4,
-    )  # fmt: skip
+    operands = (
+        TensorDescriptor(rows, list(rows.shape), [rows.stride(0), 1], [TILE["BM"] // 2, TILE["BK"]], _LAYOUT),
+        TensorDescriptor(columns, [C, D], [columns.stride(0), 1], [TILE["BN"], TILE["BK"]], _LAYOUT),
+        TensorDescriptor(exp, [exp.shape[0], C], [exp.stride(0), 1], [TILE["BM"] // 2, TILE["BN"] // 4], _LAYOUT),
+    )
+    launch(exp_kernel, grid, (*operands, *arguments), masks | TILE, num_warps=4)

@@ -71,7 +71,8 @@ def gather_pieces(queries: Tensor, passages: Tensor, problem: Problem) -> list[P
         def gather(cuts: list[tuple[int, int]] = cuts, also: Tensor | None = None if number else queries):
             start, stop = cuts[position]
             keys, counts = _part(problem.passage_keys, start, stop), [b - a for a, b in cuts]
-            part = replace(problem, passage_counts=counts, passage_keys=keys, positives=problem.positives - start)
+            positives = problem.positives - start
+            part = replace(problem, passage_counts=counts, passage_keys=keys, positives=positives, stride=None)
             columns = gather_columns(also, passages[start:stop], part)
             elsewhere = (part.positives < 0) | (part.positives >= stop - start)
             columns = replace(columns, own_passage=columns.own_passage.masked_fill(elsewhere, -1))

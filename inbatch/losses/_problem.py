@@ -72,6 +72,12 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=64)
+def every(step: int, start: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """start, start + step, ...: `count` integers, kept for the same reason and as little written to."""
+    return torch.arange(start, start + step * count, step, dtype=dtype, device=device)
+
+
 def rows_of(embeddings: Tensor) -> Tensor:
     """The same [rows, D], each row contiguous and apart from the others, as the kernels read them."""
     if embeddings.is_contiguous() or (embeddings.stride(1) == 1 and embeddings.stride(0) >= embeddings.shape[1]):
@@ -116,10 +122,10 @@ class Columns:
 
 def own_column(problem: Problem, kind: str, before: int) -> Tensor:
     """Each row's own column, `before` columns of other ranks standing in front of this rank's."""
-    if kind == "passage":
+    if kind == "passage" and problem.stride is None:
         return (problem.positives + before).int()
-    rows = problem.positives.shape[0]
-    return torch.arange(before, before + rows, dtype=torch.int32, device=problem.positives.device)
+    step = 1 if kind == "query" else problem.stride or 1
+    return every(step, before, problem.positives.shape[0], torch.int32, problem.positives.device)
 
 
 def gather_columns(queries: Tensor | None, passages: Tensor, problem: Problem) -> Columns:

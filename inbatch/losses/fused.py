@@ -9,7 +9,6 @@ exp(score - pivot) needs its range. Sums are added in a fixed order: results rep
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from inbatch.losses import tiled
 from inbatch.losses._blocks import Block
+from inbatch.losses._launch import INTERPRETED, launch
 
 kernels: Any = None
 row_kernels: Any = None
@@ -39,7 +39,6 @@ with suppress(ImportError):  # another Gluon than it was written for
 DEFAULT_CHUNK_MIB = 1024.0
 DEFAULT_CHUNK_ROWS = 2048  # at least: every chunk reads and writes the float32 gradient of all columns once
 ROW_MULTIPLE = 128
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,8 @@ class Tile:
     num_stages: int
     programs: int = 1  # resident on each multiprocessor
 
-    def options(self) -> dict[str, int | bool]:
-        names = ("BM", "BN", "BK", "HALVES", "GROUP", "FLATTEN", "num_warps", "num_stages")
-        return {name: getattr(self, name) for name in names}
+    def constants(self) -> dict[str, int | bool]:
+        return {name: getattr(self, name) for name in ("BM", "BN", "BK", "HALVES", "GROUP", "FLATTEN")}
 
 
 HALF_TILE = Tile(BM=128, BN=256, BK=64, HALVES=2, GROUP=8, FLATTEN=True, num_warps=8, num_stages=4)
@@ -104,36 +102,6 @@ def _device_facts(index: int) -> tuple[int, bool, bool]:
     return properties.multi_processor_count, large, large and properties.major == 9
 
 
-_launchable: dict[tuple, Any] = {}
-
-
-def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], **options: int) -> None:
-    """kernel[(grid,)](*arguments, **constants, **options), remembering what Triton compiles for arguments like these.
-
-    Finding that again takes Triton longer than launching it, and small batches wait for nothing else. `constants` are
-    the kernel's last parameters, in order. Like: the same dtypes and alignments, and integers that Triton takes alike.
-    """
-    key = (
-        id(kernel),
-        torch.cuda.current_device() if not INTERPRETED else -1,
-        *map(_kind, arguments),
-        *constants.values(),
-    )
-    compiled = _launchable.get(key)
-    if compiled is None:
-        _launchable[key] = kernel[(grid,)](*arguments, **constants, **options)
-    else:
-        compiled[(grid, 1, 1)](*arguments, *constants.values())
-
-
-def _kind(argument: Tensor | int | float) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument < 2**31
-    return float
-
-
 def _multiprocessors(tensor: Tensor) -> int:
     return _device_facts(tensor.device.index)[0] if tensor.is_cuda else 2
 
@@ -154,6 +122,15 @@ def _pick_tile(dtype: torch.dtype, bulk: bool) -> Tile:
     if not bulk:
         return POINTER_TILE
     return FLOAT_TILE if dtype == torch.float32 else HALF_TILE
+
+
+def _descriptors(rows: Tensor, columns: Tensor, exp: Tensor, tile: Tile) -> tuple[Any, Any, Any]:
+    C, D = columns.shape
+    return (
+        TensorDescriptor(rows, list(rows.shape), [rows.stride(0), 1], [tile.BM, tile.BK]),
+        TensorDescriptor(columns, [C, D], [columns.stride(0), 1], [tile.BN, tile.BK]),
+        TensorDescriptor(exp, [exp.shape[0], C], [exp.stride(0), 1], [tile.BM, tile.BN // tile.HALVES]),
+    )
 
 
 def _row_slices(block: Block, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple]:
@@ -177,37 +154,25 @@ def exp_scores(
     if R == 0 or C == 0:
         return (exp[:, :C] if keep else None), torch.zeros(R, dtype=torch.float32, device=device), pivot_r
     bulk = _bulk_copies(rows, block.columns)
-    tile = _pick_tile(rows.dtype, bulk)
+    tile, precision = _pick_tile(rows.dtype, bulk), _precision(rows.dtype)
     tiles = _pieces(R, tile.BM), _pieces(C, tile.BN)
     partial = torch.empty((tiles[1], R), dtype=torch.float32, device=device)
     sums = torch.empty((2, R), dtype=torch.float32, device=device)  # and pivots
-    masks = {"LIMIT": limit is not None, "KEEP": keep, "PRECISION": _precision(rows.dtype)}
+    vectors = own, pivot_r, scale, pivot_r if limit is None else limit, partial
+    strides = rows.stride(0), block.columns.stride(0), stride
     grid = min(tiles[0] * tiles[1], _multiprocessors(rows) * tile.programs)
-    arguments = (
-        own, pivot_r, scale, pivot_r if limit is None else limit, partial,
-        own if counts is None else counts[start:stop], keys, R, C, D,
-    )  # fmt: skip
+    common = *vectors, own if counts is None else counts[start:stop], keys, R, C, D
+    masks = {"LIMIT": limit is not None, "COUNT": counts is not None, "KEEP": keep}
     if tile is HALF_TILE and hopper is not None and _device_facts(rows.device.index)[2]:
-        masked = {"LIMIT": limit is not None, "COUNT": counts is not None, "KEEP": keep}
-        hopper.launch(grid, rows, block.columns, exp, arguments, masked)
+        hopper.launch_exp(grid, rows, block.columns, exp, common, masks)
     else:
-        if bulk:
-            operands = (
-                TensorDescriptor(rows, [R, D], [rows.stride(0), 1], [tile.BM, tile.BK]),
-                TensorDescriptor(block.columns, [C, D], [block.columns.stride(0), 1], [tile.BN, tile.BK]),
-                TensorDescriptor(exp, [exp.shape[0], C], [stride, 1], [tile.BM, tile.BN // tile.HALVES]),
-            )
-        else:
-            operands = (rows, block.columns, exp)
-        kernels.exp_kernel[(grid,)](
-            *operands, *arguments, rows.stride(0), block.columns.stride(0), stride,
-            COUNT=counts is not None, TMA=bulk, **masks, **tile.options(),
-        )  # fmt: skip
-    kernels.settle_kernel[(_pieces(R, _SETTLE_TILE["BM"]),)](
-        rows, block.columns, exp, own, pivot_r, scale, pivot_r if limit is None else limit, partial,
-        sums[0], sums[1], keys, R, C, D, tiles[1], rows.stride(0), block.columns.stride(0), stride,
-        **masks, **_SETTLE_TILE,
-    )  # fmt: skip
+        operands = _descriptors(rows, block.columns, exp, tile) if bulk else (rows, block.columns, exp)
+        constants = masks | {"TMA": bulk} | tile.constants() | {"PRECISION": precision}
+        warps = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        launch(kernels.exp_kernel, grid, (*operands, *common, *strides), constants, **warps)
+    constants = {"LIMIT": limit is not None, "KEEP": keep, **_SETTLE_TILE, "PRECISION": precision}
+    arguments = (rows, block.columns, exp, *vectors, sums[0], sums[1], keys, R, C, D, tiles[1], *strides)
+    launch(kernels.settle_kernel, _pieces(R, _SETTLE_TILE["BM"]), arguments, constants)
     return (exp[:, :C] if keep else None), sums[0], sums[1]
 
 
