@@ -52,7 +52,7 @@ def measure(loss: Callable[[], Tensor], leaves: tuple[Tensor, Tensor], timer: Ca
     }
 
 
-def median_ms(run: Callable[[], object], *, warm_s: float = 0.15, measure_s: float = 0.35, most: int = 200) -> float:
+def median_ms(run: Callable[[], object], *, warm_s: float = 0.15, measure_s: float = 0.35, most: int = 1000) -> float:
     """Median of single runs in a row, the GPU warm: a short burst after a pause clocks higher than training does."""
     run()
     torch.cuda.synchronize()

@@ -54,12 +54,13 @@ def info_nce(
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process.
     Raises ValueError, on every rank, for wrong or disagreeing inputs. (van den Oord et al. 2018; Karpukhin et al. 2020)
     """
-    extras = (positives, false_negatives, objective, chunk_mib, stats)
+    extras = (positives, objective, chunk_mib, stats)
     if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
         small = importlib.import_module("inbatch.losses._small")
         alone = negatives in ("gather", "ring", "local") and collectives.world_size(group) == 1
-        if alone and small.usable(queries, passages, temperature):
-            return small.SmallInfoNCE.apply(queries, passages, temperature)
+        if alone and small.usable(queries, passages, temperature, false_negatives):
+            ids = None if false_negatives is None else false_negatives.passage_ids
+            return small.SmallInfoNCE.apply(queries, passages, ids, temperature)
     settings = _check.Settings(
         positives=positives,
         temperature=temperature,

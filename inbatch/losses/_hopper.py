@@ -34,7 +34,7 @@ if not (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:
     raise ImportError("Gluon is experimental: this kernel compiles with triton 3.6 to 3.9")
 
 # BM and BN are those of `fused.HALF_TILE`, which the partial sums are laid out for.
-TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "STAGES": 4, "LEAD": 3}
+TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "STAGES": 4, "LEAD": 3}
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 # Their names changed in triton 3.9.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

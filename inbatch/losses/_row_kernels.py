@@ -108,7 +108,20 @@ def close_kernel(
 
 
 @triton.jit
-def dense_kernel(dot_ptr, out_ptr, loss_ptr, coefficient_ptr, C, STRIDE, scale, factor, BLOCK: tl.constexpr):
+def _rivals(dot_ptr, ids_ptr, j, own, own_id, C, IDS: tl.constexpr):
+    """The products with columns j, -inf for the own column and, with IDS, for those of its id."""
+    dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
+    if IDS:
+        same = tl.load(ids_ptr + j, mask=j < C, other=-1) == own_id
+        dot = tl.where(same & (own_id != -1), float("-inf"), dot)
+    return dot
+
+
+@triton.jit
+def dense_kernel(
+    dot_ptr, out_ptr, loss_ptr, coefficient_ptr, ids_ptr, C, STRIDE, scale, factor,
+    IDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row of products, its own column being i * STRIDE: its loss; in out, factor * softmax, 0 on the own column;
 
     and the own column's factor * (softmax - 1) apart, in float32: rounded, it would not cancel what it should.
@@ -118,23 +131,25 @@ def dense_kernel(dot_ptr, out_ptr, loss_ptr, coefficient_ptr, C, STRIDE, scale, 
     out_ptr += i.to(tl.int64) * C
     own = i * STRIDE
     positive = tl.load(dot_ptr + own)
+    own_id = own
+    if IDS:
+        own_id = tl.load(ids_ptr + own)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, C, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        best = tl.maximum(best, tl.load(dot_ptr + j, mask=j < C, other=float("-inf")))
-    top = tl.max(best, 0)
+        best = tl.maximum(best, _rivals(dot_ptr, ids_ptr, j, own, own_id, C, IDS))
+    top = tl.maximum(tl.max(best, 0), positive)
     scale2 = scale * LOG2E
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, C, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
-        total += tl.exp2((dot - top) * scale2)
+        total += tl.exp2((_rivals(dot_ptr, ids_ptr, j, own, own_id, C, IDS) - top) * scale2)
     rest = tl.sum(total, 0)
     share = factor / (rest + tl.exp2((positive - top) * scale2))
     for first in range(0, C, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        dot = tl.load(dot_ptr + j, mask=(j < C) & (j != own), other=float("-inf"))
-        tl.store(out_ptr + j, (share * tl.exp2((dot - top) * scale2)).to(out_ptr.dtype.element_ty), mask=j < C)
+        exp = tl.exp2((_rivals(dot_ptr, ids_ptr, j, own, own_id, C, IDS) - top) * scale2)
+        tl.store(out_ptr + j, (share * exp).to(out_ptr.dtype.element_ty), mask=j < C)
     tl.store(coefficient_ptr + i, -rest * share)
     rise = ((top - positive) * scale).to(tl.float64)
     tl.store(loss_ptr + i, _log_sum(rest.to(tl.float64), rise).to(tl.float32))

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from inbatch.losses import fused
+from inbatch.masking import FalseNegatives
 
 MAX_SCORES = 2**25  # 128 MiB of float32 scores; beyond it the fused path is as fast
 
 
-def usable(queries: Tensor, passages: Tensor, temperature: float | Tensor) -> bool:
+def usable(
+    queries: Tensor, passages: Tensor, temperature: float | Tensor, false_negatives: FalseNegatives | None
+) -> bool:
     """Whether these are inputs of the plain small case. False for wrong ones too: the caller names what is wrong."""
     return (
         isinstance(queries, Tensor)
@@ -37,23 +40,49 @@ def usable(queries: Tensor, passages: Tensor, temperature: float | Tensor) -> bo
         and queries.device.index == torch.cuda.current_device()
         and not torch.is_autocast_enabled("cuda")
         and fused.kernels is not None
+        and (false_negatives is None or _passage_ids_alone(false_negatives, passages))
+    )
+
+
+def _passage_ids_alone(ids: FalseNegatives, passages: Tensor) -> bool:
+    return (
+        isinstance(ids, FalseNegatives)
+        and ids.query_ids is ids.positive_ids is ids.margin is None
+        and isinstance(ids.passage_ids, Tensor)
+        and ids.passage_ids.dtype == torch.int64
+        and ids.passage_ids.shape == passages.shape[:1]
+        and ids.passage_ids.device == passages.device
+        and ids.passage_ids.is_contiguous()
     )
 
 
 class SmallInfoNCE(torch.autograd.Function):
-    """(queries [B, D], passages [N, D], temperature) -> mean loss; query i's positive is passage i * (N // B)."""
+    """(queries [B, D], passages [N, D], passage ids [N] or None, temperature) -> mean loss.
+
+    Query i's positive is passage i * (N // B).
+    """
 
     @staticmethod
-    def forward(ctx, queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
+    def forward(ctx, queries: Tensor, passages: Tensor, ids: Tensor | None, temperature: float) -> Tensor:
         (B, _), N = queries.shape, passages.shape[0]
         dots_BN = torch.mm(queries, passages.T, out_dtype=torch.float32)
         shares_BN = torch.empty((B, N), dtype=queries.dtype, device=queries.device)
         loss_B = torch.empty(B, dtype=torch.float32, device=queries.device)
         coefficient_B = torch.empty(B, dtype=torch.float32, device=queries.device)
         scale = 1 / temperature
-        arguments = dots_BN, shares_BN, loss_B, coefficient_B, N, N // B, scale, scale / B
-        block = {"BLOCK": min(1 << (N - 1).bit_length(), 4096)}
-        fused.launch(fused.row_kernels.dense_kernel, B, arguments, block, num_warps=8)
+        arguments = (
+            dots_BN,
+            shares_BN,
+            loss_B,
+            coefficient_B,
+            loss_B if ids is None else ids,
+            N,
+            N // B,
+            scale,
+            scale / B,
+        )
+        constants = {"IDS": ids is not None, "BLOCK": min(1 << (N - 1).bit_length(), 4096)}
+        fused.launch(fused.row_kernels.dense_kernel, B, arguments, constants, num_warps=8)
         if any(ctx.needs_input_grad):
             d_queries = torch.mm(shares_BN, passages, out_dtype=torch.float32)
             d_passages = torch.mm(shares_BN.T, queries, out_dtype=torch.float32)
@@ -65,4 +94,4 @@ class SmallInfoNCE(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         queries, passages, coefficient_B, d_queries, d_passages = ctx.saved_tensors
         stride = passages.shape[0] // queries.shape[0]
-        return *fused.close(queries, passages, stride, coefficient_B, d_queries, d_passages, grad), None
+        return *fused.close(queries, passages, stride, coefficient_B, d_queries, d_passages, grad), None, None
