@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
 from inbatch.grad_cache.cut import cut  # noqa: E402
-from inbatch.parallel import compile_layers, replicate, shard  # noqa: E402
+from inbatch.parallel import compile_layers, max_over_ranks, replicate, shard  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 TEMPERATURE = 0.02
@@ -115,10 +115,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
     network = shard(model, device, bf16=True) if bf16 else replicate(model, device)
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
-        moved = {
-            name: (value.pin_memory() if ON_GPU else value).to(device, non_blocking=True)
-            for name, value in batch.items()
-        }
+        moved = model.to_device(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=not bf16):
             return network(moved).float()
 
@@ -128,9 +125,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         modules=[network] if bf16 or network is not model else [],
         micro_batch_tokens=row.tokens or "auto",
         keep_graph_mib="auto" if row.keep is None else row.keep,
-        max_over_ranks=(lambda value: int(collectives.all_reduce(torch.tensor(value, device=device), "max")))
-        if collectives.world_size() > 1
-        else (lambda value: value),
+        max_over_ranks=max_over_ranks if bf16 else None,
         reshard=False,
     )
 

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from inbatch import checkpoint, collectives, notes
 from inbatch.batches import Part
 from inbatch.config import Config, LossConfig, flatten
 from inbatch.data import TrainBatch
+from inbatch.encode import unwrap
 from inbatch.evaluate import evaluate
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
@@ -134,15 +136,15 @@ class StepFunction:
         return lambda: fetch(loss, self._stats, others)
 
     def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
-        device = self._run.device
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
-        if device.type == "cuda":
-            tokens = {name: value.pin_memory().to(device, non_blocking=True) for name, value in tokens.items()}
-        with torch.autocast(device.type, torch.bfloat16) if self._run.autocast else nullcontext():
+        tokens = unwrap(network).to_device(tokens)
+        with torch.autocast(self._run.device.type, torch.bfloat16) if self._run.autocast else nullcontext():
             return network(tokens)
 
     def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
         batch = self._part.batch
+        if queries_BD.is_cuda:
+            batch = pinned(batch)
         loss = self._run.loss(
             queries_BD,
             passages_MD,
@@ -157,6 +159,12 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     """Seed of the generators at a step: another one for every (seed, step, rank)."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
+
+
+def pinned(batch: TrainBatch) -> TrainBatch:
+    """With positives and ids in memory from which the loss's copies to the GPU make nobody wait."""
+    names = ("positives", "query_ids", "passage_ids", "positive_ids")
+    return replace(batch, **{name: getattr(batch, name).pin_memory() for name in names})
 
 
 def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives | None:
