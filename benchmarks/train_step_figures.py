@@ -56,7 +56,7 @@ def waits(step: Callable[[], None]) -> Counter[str]:
 
 
 def profile(step: Callable[[], None]) -> None:
-    """Prints where the GPU's time goes in one step: kernels by total time, share of idleness, what the CPU waits for."""
+    """Prints where the time of one step goes: the GPU's kernels, by total time, and what the CPU waits for."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     sync()
     start = time.perf_counter()
