@@ -92,7 +92,7 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("opening", "training", "evaluation", "saving"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("opening", "training", "evaluation", "saving"), 0.0)
         self._activity, self._since = "opening", time.perf_counter()
         self._steps, self._pairs, self._read_s = 0, 0, 0.0
 
