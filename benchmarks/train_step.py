@@ -1,17 +1,19 @@
-"""How fast and how lean is a whole training step? Texts to updated weights, against sentence-transformers.
+"""How fast and how lean is a whole training step? Texts to updated weights, beside sentence-transformers and GradCache.
 
     python benchmarks/train_step.py --model FOLDER --batch 4096                        the default rows
     python benchmarks/train_step.py --model qwen3-0.6b --tokenizer FOLDER --batch 1024 --row "inbatch packed compile"
     torchrun --nproc-per-node 4 benchmarks/train_step.py ...                           inbatch rows alone, over all GPUs
 
-A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "inbatch", and for
-inbatch any of packed, compile, liger, ckpt, weights=bf16 (float32 master weights, by FSDP2), tokens=N, keep=MIB. Every
-row trains the same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast unless weights=bf16.
+A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "gradcache mini=64"
+(`pip install --no-deps GradCache==0.0.1`; Tevatron's trainer calls the same class), "inbatch", and for inbatch any of
+packed, compile, liger, ckpt, weights=bf16 (float32 master weights, by FSDP2), tokens=N, keep=MIB. Every row trains the
+same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast unless weights=bf16.
 
-The step includes tokenising: ahead in worker processes for inbatch, in line for sentence-transformers, as its trainer
-does. pairs/s is the slower of steps and workers. "share" is 6 operations a parameter and real token, plus attention's,
-over a plain product's rate in the same run. "padding" is what is encoded. "gradient off by" is |g - g*| / |g*| over the
-backbone, where g* is a plain float32 step over --check-pairs pairs; dropout is off for it.
+The step includes tokenising: ahead in worker processes for inbatch, and for GradCache, which leaves it to its user; in
+line for sentence-transformers, as its trainer does. pairs/s is the slower of steps and workers. "share" is 6 operations
+a parameter and real token, plus attention's, over a plain product's rate in the same run. "padding" is what is encoded.
+"gradient off by" is |g - g*| / |g*| over the backbone, where g* is a plain float32 step over --check-pairs pairs;
+dropout is off for it.
 """
 
 import argparse
@@ -32,7 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from train_step_figures import bf16_peak, count_flops, gradient_error, plain_gradient, profile, sync
 from train_step_rows import ON_GPU, ROOT, SIZES, Row, build, collectives, model_folder, read_pairs
 
-DEFAULT_ROWS = ["st-cached mini=128", "st-cached tokens=32768", "inbatch", "inbatch packed", "inbatch packed compile"]
+PEER_ROWS = ["st-cached mini=128", "st-cached tokens=32768", "gradcache mini=128"]
+DEFAULT_ROWS = [*PEER_ROWS, "inbatch", "inbatch packed", "inbatch packed compile"]
 
 
 # ---- measuring
@@ -142,10 +145,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def environment() -> dict:
-    names = ("torch", "transformers", "sentence-transformers")
+    packages = {package.name for package in importlib.metadata.distributions()}
+    names = ("torch", "transformers", "sentence-transformers", "GradCache")
     return {
         "gpu": torch.cuda.get_device_name() if ON_GPU else "none",
-        **{name: importlib.metadata.version(name) for name in names},
+        **{name: importlib.metadata.version(name) for name in names if name.lower() in map(str.lower, packages)},
     }
 
 
@@ -182,6 +186,8 @@ def report(text: str, folder: Path, pairs: list, args: argparse.Namespace, expec
             figures["gradient_error"] = gradient_error(row, folder, pairs[: args.check_pairs], args, expected)
     except torch.OutOfMemoryError:
         figures = {"failed": "out of memory"}
+    except ModuleNotFoundError as error:
+        figures = {"failed": str(error)}
     except Exception as error:  # one peer that does not run here must not end the table
         figures = {"failed": f"{type(error).__name__}: {error}"[:200]}
         traceback.print_exc()

@@ -2,6 +2,8 @@
 
 import statistics
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,8 +43,20 @@ def bf16_peak() -> float:
     return 2 * 8192**3 / statistics.median(times[2:]) * 1e3
 
 
+def waits(step: Callable[[], None]) -> Counter[str]:
+    """Lines that make the CPU wait for the GPU in one step, and how often."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message))
+
+
 def profile(step: Callable[[], None]) -> None:
-    """Prints where the GPU's time goes in one step: kernels by total time, and what share the GPU was idle."""
+    """Prints where the time of one step goes: the GPU's kernels, by total time, and what the CPU waits for."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     sync()
     start = time.perf_counter()
@@ -63,6 +77,8 @@ def profile(step: Callable[[], None]) -> None:
     print(f"  step {wall_ms:.0f} ms, kernels {busy_ms:.0f} ms, {sum(n for _, n in totals.values())} launches")
     for name, (total, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:25]:
         print(f"  {total:9.1f} ms {total / busy_ms:6.1%} {count:7d} x  {name[:110]}")
+    for line, count in waits(step).most_common():
+        print(f"  {count:7d} x  the CPU waits for the GPU at {line}")
 
 
 # ---- the gradient's distance to a plain float32 step

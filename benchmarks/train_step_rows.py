@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
 from inbatch.grad_cache.cut import cut  # noqa: E402
-from inbatch.parallel import compile_layers, replicate, shard  # noqa: E402
+from inbatch.parallel import compile_layers, max_over_ranks, replicate, shard  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 TEMPERATURE = 0.02
@@ -115,10 +115,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
     network = shard(model, device, bf16=True) if bf16 else replicate(model, device)
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
-        moved = {
-            name: (value.pin_memory() if ON_GPU else value).to(device, non_blocking=True)
-            for name, value in batch.items()
-        }
+        moved = model.to_device(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=not bf16):
             return network(moved).float()
 
@@ -128,9 +125,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         modules=[network] if bf16 or network is not model else [],
         micro_batch_tokens=row.tokens or "auto",
         keep_graph_mib="auto" if row.keep is None else row.keep,
-        max_over_ranks=(lambda value: int(collectives.all_reduce(torch.tensor(value, device=device), "max")))
-        if collectives.world_size() > 1
-        else (lambda value: value),
+        max_over_ranks=max_over_ranks if bf16 else None,
         reshard=False,
     )
 
@@ -140,9 +135,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         return sum(part.tokens for part in cut(batch, budget=step.micro_batch_tokens, multiple=8))
 
     return Trial(
-        tokenize=lambda pairs: [
-            model.tokenize(texts, max_length=args.max_length) for texts in zip(*pairs, strict=True)
-        ],
+        tokenize=lambda pairs: tokenize_sides(model, pairs, args),
         forward_backward=lambda batch: step(*batch),
         module=network,
         backbone=model.backbone,
@@ -184,11 +177,60 @@ def build_sentence_transformers(row: Row, folder: Path, args) -> Trial:
         module=model,
         backbone=backbone,
         ahead=False,
-        # Mini-batches are slices of the padded batch.
-        encoded_tokens=lambda batch: sum(part["attention_mask"].numel() for part in batch),
+        encoded_tokens=padded_tokens,
     )
+
+
+def import_gradcache() -> tuple[type, type]:
+    """The class and the loss of the package GradCache (Gao et al. 2021), whose class Tevatron's trainer calls, too."""
+    try:
+        import gradcache
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("not installed: pip install --no-deps GradCache==0.0.1") from None
+    # The release installs as `gradcache` but imports itself by the name that its repository has.
+    sys.modules.setdefault("grad_cache", gradcache)
+    from grad_cache.grad_cache import GradCache as Peer
+    from grad_cache.loss import SimpleContrastiveLoss
+
+    return Peer, SimpleContrastiveLoss
+
+
+def build_gradcache(row: Row, folder: Path, args) -> Trial:
+    peer, contrastive_loss = import_gradcache()
+    device = collectives.device()
+    model = BiEncoderModel.from_pretrained(folder, dtype="float32", bidirectional=True).train().to(device)
+
+    def encode(**tokens: Tensor) -> Tensor:
+        # Its own mixed precision is float16 with a GradScaler.
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(tokens).float()
+
+    loss = contrastive_loss()
+    step = peer(
+        models=[encode, encode],
+        chunk_sizes=row.mini or 32,
+        loss_fn=lambda queries_BD, passages_BD: loss(queries_BD / TEMPERATURE, passages_BD),
+    )
+    return Trial(
+        tokenize=lambda pairs: tokenize_sides(model, pairs, args),
+        forward_backward=lambda batch: step(*({k: v.to(device) for k, v in part.items()} for part in batch)),
+        module=model,
+        backbone=model.backbone,
+        ahead=True,
+        encoded_tokens=padded_tokens,
+    )
+
+
+def tokenize_sides(model: BiEncoderModel, pairs: list, args) -> list:
+    return [model.tokenize(texts, max_length=args.max_length) for texts in zip(*pairs, strict=True)]
+
+
+def padded_tokens(batch: list) -> int:
+    """Where mini-batches are slices of the padded batch."""
+    return sum(part["attention_mask"].numel() for part in batch)
 
 
 def build(row: Row, folder: Path, args) -> Trial:
     torch.manual_seed(1)
-    return (build_inbatch if row.library == "inbatch" else build_sentence_transformers)(row, folder, args)
+    builders = {"inbatch": build_inbatch, "gradcache": build_gradcache}
+    return builders.get(row.library, build_sentence_transformers)(row, folder, args)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import BatchPlan, Collator, Example, TrainBatch
+from inbatch.grad_cache.cut import MASK
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Batches(Dataset):
             # their own threads off in the workers, with a warning.
             options = {"num_workers": num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
         loader = DataLoader(self, sampler=range(first, last), batch_size=None, collate_fn=_as_it_is, **options)
-        return (_unpacked(parts) for parts in loader)
+        steps = map(_unpacked, iter(loader))
+        return _received_ahead(steps) if num_workers else steps
 
     def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:
         """What travels from a worker. An error travels as it is: the loader would wrap it in its traceback."""
@@ -73,6 +76,15 @@ class Batches(Dataset):
             return [(_packed(asdict(part.batch)), part.share_of_step) for part in self.step(step)]
         except Exception as error:
             return error
+
+
+def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:
+    """The same, one ahead: megabytes come through a worker's pipe while the step before runs, not between the two."""
+    with ThreadPoolExecutor(1) as receiver:
+        coming = receiver.submit(next, steps, None)
+        while (parts := coming.result()) is not None:
+            coming = receiver.submit(next, steps, None)
+            yield parts
 
 
 def _workers_that_fit() -> int:
@@ -88,7 +100,7 @@ def _as_it_is(value: Any) -> Any:
 def _packed(tensors: dict[str, Any]) -> dict[str, Any]:
     """As arrays: tensors would travel through shared memory, of which containers often have too little."""
     return {
-        name: {key: tokens.numpy().astype(np.int32) for key, tokens in value.items()}
+        name: {key: tokens.numpy().astype(bool if key == MASK else np.int32) for key, tokens in value.items()}
         if isinstance(value, dict)
         else value.numpy()
         for name, value in tensors.items()
@@ -105,5 +117,7 @@ def _unpacked(parts: list[tuple[dict, float]] | Exception) -> list[Part]:
 
 def _tensors(value: dict[str, np.ndarray] | np.ndarray) -> Any:
     if isinstance(value, dict):
-        return {key: torch.from_numpy(tokens).long() for key, tokens in value.items()}
+        return {
+            key: torch.from_numpy(tokens if key == MASK else tokens.astype(np.int64)) for key, tokens in value.items()
+        }
     return torch.from_numpy(value)

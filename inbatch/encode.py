@@ -19,6 +19,7 @@ from tqdm import tqdm
 from inbatch import collectives
 from inbatch.data.corpus import Documents, DocumentTexts, open_documents
 from inbatch.data.lines import Lines, find_file
+from inbatch.grad_cache.memory import to_device
 
 PRECISIONS = ("fp32", "bf16")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -94,14 +95,16 @@ def _embed_windows(
             tokens = ahead.result()
             if start + _WINDOW < len(rows):
                 ahead = reader.submit(tokenise, start + _WINDOW)
-            window = torch.empty(len(tokens["input_ids"]), module.embedding_dim, device=device)
+            order, parts = [], []
             for some in _batches(tokens["attention_mask"].sum(1), batch_tokens):
-                batch = {name: value.to(device) for name, value in _without_padding(tokens, some).items()}
+                batch = module.to_device(_without_padding(tokens, some))
                 # Not inference_mode: what a backbone caches in its forward (rotary tables) must serve training.
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    window[some.to(device)] = module(batch).float()
+                    parts.append(module(batch).float())
+                order.append(some)
                 bar.update(len(some))
-            yield start, window
+            window = torch.cat(parts)
+            yield start, torch.empty_like(window).index_copy_(0, to_device(torch.cat(order), device), window)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inbatch._loading import length_limit, load_backbone, load_tokenizer, local_folder, position_table, set_attention
 from inbatch._st_format import Layout, read_layout, write_layout
-from inbatch.packing import enable_packing, packed_states
+from inbatch.grad_cache.memory import to_device
+from inbatch.packing import enable_packing, packed_states, token_slots
 from inbatch.pooling import check_pooling, pool
 
 
@@ -117,21 +118,21 @@ class BiEncoderModel(nn.Module):
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Embed a tokenised batch into [B, D] float32 (float64 for a float64 backbone).
 
-        Reads `input_ids` [B, T] and `attention_mask` [B, T] (1 at real tokens, contiguous; padding on either side;
-        other keys are ignored). B = 0 gives [0, D] that still depends on every parameter a batch uses, so that all
-        ranks of a data-parallel group take part in the reductions. A text without tokens becomes 0.
+        Reads `input_ids` [B, T], `attention_mask` [B, T] (1 at real tokens, contiguous; padding on either side) and
+        what `to_device` adds; other keys are ignored. B = 0 gives [0, D] that still depends on every parameter a batch
+        uses, so that all ranks of a data-parallel group take part in the reductions. A text without tokens becomes 0.
         """
         ids_BT, mask_BT = _check_batch(batch, self.position_limit)
         rows = ids_BT.shape[0]
         if ids_BT.numel() == 0:
             ids_BT, mask_BT = ids_BT.new_zeros(max(rows, 1), 1), mask_BT.new_zeros(max(rows, 1), 1)
-        # A text without tokens attends to its first padding token (else its softmax has no terms); it pools to 0.
-        attend_BT = mask_BT.clone()
-        attend_BT[:, 0] |= ~mask_BT.any(1)
+        attend_BT = _attended(mask_BT)
         # Positions count real tokens, so that padding on the left does not shift them.
         positions_BT = (attend_BT.cumsum(1) - 1).clamp(min=0) + self.position_offset
         if self.packed:
-            states_BTD = packed_states(self.backbone, ids_BT, attend_BT, positions_BT, **self._no_cache)
+            # To find them on a GPU is to wait for it.
+            slots_N = batch["token_slots"] if "token_slots" in batch else token_slots(attend_BT)
+            states_BTD = packed_states(self.backbone, ids_BT, attend_BT, positions_BT, slots_N, **self._no_cache)
         else:
             positions = {"position_ids": positions_BT} if self._takes_positions else {}
             states_BTD = self.backbone(
@@ -144,6 +145,19 @@ class BiEncoderModel(nn.Module):
         return embeddings_BD if rows else embeddings_BD[:0].clone()
 
     forward = encode
+
+    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `encode` reads of a batch in host memory, on the model's device; the CPU does not wait for the GPU.
+
+        For a packed model it adds "token_slots", the places of all real tokens: their number is known to the CPU only
+        as long as the mask is in host memory. The batch is ready for `encode` as it is; rows must be chosen before.
+        """
+        ids_BT, mask_BT = _check_batch(batch, self.position_limit)
+        ready = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        if self.packed and ids_BT.numel():
+            ready["token_slots"] = token_slots(_attended(mask_BT))
+        device = next(self.backbone.parameters()).device
+        return {name: to_device(value, device) for name, value in ready.items()}
 
     def tokenize(
         self, texts: Sequence[str], *, prompt: str | None = None, max_length: int | None = None
@@ -211,6 +225,13 @@ class BiEncoderModel(nn.Module):
             do_lower_case=self.do_lower_case,
         )
         write_layout(folder, layout, self.embedding_dim)
+
+
+def _attended(mask_BT: Tensor) -> Tensor:
+    """The real tokens, and the first of a text that has none: its softmax would have no terms. It pools to 0."""
+    attend_BT = mask_BT.clone()
+    attend_BT[:, 0] |= ~mask_BT.any(1)
+    return attend_BT
 
 
 def _check_batch(batch: Mapping[str, Tensor], limit: int | None) -> tuple[Tensor, Tensor]:

@@ -21,24 +21,31 @@ IMPLEMENTATION = "inbatch_packed"
 PACKABLE = ("bert", "llama", "ministral3", "modernbert", "qwen3", "roberta")
 
 
+def token_slots(mask_BT: Tensor) -> Tensor:
+    """[N] the places of the real tokens among all M slots. On a GPU the CPU waits for it, since N sizes the result."""
+    return mask_BT.flatten().nonzero().squeeze(1)
+
+
 def packed_states(
-    backbone: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, **options
+    backbone: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, slots_N: Tensor, **options
 ) -> Tensor:
     """The backbone's last states [B, T, D] of the real tokens, 0 at padding; every text needs a real token."""
-    kept_N = mask_BT.flatten().nonzero().squeeze(1)
     starts = pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
     # T instead of the longest text: it only sizes the launch, and asking the device would wait for it.
     longest = mask_BT.shape[1]
     states_ND = backbone(
-        input_ids=ids_BT.flatten()[kept_N][None],
-        position_ids=positions_BT.flatten()[kept_N][None],
+        input_ids=ids_BT.flatten()[slots_N][None],
+        position_ids=positions_BT.flatten()[slots_N][None],
+        # Never read. transformers passes a mask of four dimensions on; without one it looks for texts in the positions
+        # of a causal decoder, and waits for the device to say whether there are several.
+        attention_mask=mask_BT[None, None, :0, :0],
         cu_seq_lens_q=starts,
         cu_seq_lens_k=starts,
         max_length_q=longest,
         max_length_k=longest,
         **options,
     ).last_hidden_state[0]
-    padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, kept_N, states_ND)
+    padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, slots_N, states_ND)
     return padded_MD.unflatten(0, mask_BT.shape)
 
 
@@ -59,7 +66,7 @@ def _try_packing(backbone: PreTrainedModel) -> None:
     mask_BT = torch.tensor([[True] * 4, [True] * 3 + [False]], device=backbone.device)
     positions_BT = torch.arange(4, device=backbone.device).expand(2, 4)
     try:
-        actual_BTD = packed_states(backbone, ids_BT, mask_BT, positions_BT)
+        actual_BTD = packed_states(backbone, ids_BT, mask_BT, positions_BT, token_slots(mask_BT))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"packed=True: {kind} cannot be packed ({error}); use packed=False") from error
     expected_BTD = backbone(

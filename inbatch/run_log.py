@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
@@ -84,10 +85,31 @@ class RunLog:
 
 
 class Stopwatch:
-    """Steps and pairs a second, without the time that evaluations and checkpoints take."""
+    """Where a run's time goes: seconds by activity, and the speed of its steps.
 
-    def start(self) -> None:
-        self._steps, self._pairs, self._seconds, self._since = 0, 0, 0.0, time.perf_counter()
+    Training is all from asking for the first batch to the end of the last step, compilation and waiting for batches
+    included, but evaluations and checkpoints. What a GPU was given to do counts as the activity that gave it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(("opening", "training", "evaluation", "saving"), 0.0)
+        self._activity, self._since = "opening", time.perf_counter()
+        self._steps, self._pairs, self._read_s = 0, 0, 0.0
+
+    def turn_to(self, activity: str) -> None:
+        """From here on time counts as `activity`."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self._activity] += now - self._since
+        self._activity, self._since = activity, now
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        before = self._activity
+        self.turn_to(activity)
+        yield
+        self.turn_to(before)
 
     def count(self, *, pairs: int) -> None:
         """One step with so many pairs over all ranks is done."""
@@ -95,17 +117,18 @@ class Stopwatch:
         self._pairs += pairs
 
     def read(self) -> dict[str, float]:
-        """The figures since the last reading."""
-        seconds = self._seconds + time.perf_counter() - self._since
-        figures = {"pairs_per_s": self._pairs / seconds, "step_ms": 1e3 * seconds / self._steps}
-        self.start()
+        """The speed of the steps since the last reading, and the seconds of training so far."""
+        self.turn_to(self._activity)
+        train_s = self.seconds["training"]
+        seconds, self._read_s = train_s - self._read_s, train_s
+        figures = {"pairs_per_s": self._pairs / seconds, "step_ms": 1e3 * seconds / self._steps, "train_s": train_s}
+        self._steps, self._pairs = 0, 0
         return figures
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._seconds += time.perf_counter() - self._since
-        yield
-        self._since = time.perf_counter()
+    def summary(self) -> str:
+        """One line: the seconds of every activity so far."""
+        self.turn_to(self._activity)
+        return ", ".join(f"{activity} {seconds:.1f} s" for activity, seconds in self.seconds.items())
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

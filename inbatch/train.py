@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from inbatch import checkpoint, collectives, notes
 from inbatch.batches import Part
 from inbatch.config import Config, LossConfig, flatten
 from inbatch.data import TrainBatch
+from inbatch.encode import unwrap
 from inbatch.evaluate import evaluate
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
@@ -46,6 +48,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
 
 
 def _train(config: Config, device: torch.device) -> dict[str, float]:
+    clock = Stopwatch()
     collectives.agree("train", {}, same=flatten(config))
     start = on_rank_0(lambda: check_folder(config))
     run = set_up(config, device, start)
@@ -53,8 +56,10 @@ def _train(config: Config, device: torch.device) -> dict[str, float]:
         say(f"{config.train.output_dir}: this run is done; its model is in {config.train.output_dir}/model")
         return last_figures(config)
     try:
-        loop(run)
+        loop(run, clock)
+        clock.turn_to("saving")
         finish(run)
+        run.log.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")
     finally:
         run.log.close()
     return last_figures(config)
@@ -68,16 +73,16 @@ def say(text: str) -> None:
 # ---- the loop
 
 
-def loop(run: Run) -> None:
+def loop(run: Run, clock: Stopwatch) -> None:
     config = run.config
-    step_function, clock = StepFunction(run), Stopwatch()
+    step_function = StepFunction(run)
+    clock.turn_to("training")
     steps = run.batches.ahead_from(run.first_step, run.total_steps, num_workers=config.data.num_workers)
     for step, parts in enumerate(steps, run.first_step):
         if step == run.first_step:
             announce(run, parts)
             if step == 0 and config.eval.at_start:
-                evaluate_now(run, 0)
-            clock.start()
+                evaluate_now(run, clock, 0)
         figures = step_function(step, parts)
         clock.count(pairs=len(run.plan.batch(step)))
         run.log.advance()
@@ -86,10 +91,10 @@ def loop(run: Run) -> None:
         if done == 1 or last or is_due(done, config.train.log_every):
             speed = {"peak_mib": peak_bytes(run.device) / 2**20}
             run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
-        with clock.paused():
-            if last or is_due(done, config.eval.every_steps):
-                evaluate_now(run, done)
-            if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
+        if last or is_due(done, config.eval.every_steps):
+            evaluate_now(run, clock, done)
+        if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
+            with clock.during("saving"):
                 save_checkpoint(run, done)
 
 
@@ -134,15 +139,15 @@ class StepFunction:
         return lambda: fetch(loss, self._stats, others)
 
     def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
-        device = self._run.device
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
-        if device.type == "cuda":
-            tokens = {name: value.pin_memory().to(device, non_blocking=True) for name, value in tokens.items()}
-        with torch.autocast(device.type, torch.bfloat16) if self._run.autocast else nullcontext():
+        tokens = unwrap(network).to_device(tokens)
+        with torch.autocast(self._run.device.type, torch.bfloat16) if self._run.autocast else nullcontext():
             return network(tokens)
 
     def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
         batch = self._part.batch
+        if queries_BD.is_cuda:
+            batch = pinned(batch)
         loss = self._run.loss(
             queries_BD,
             passages_MD,
@@ -157,6 +162,12 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     """Seed of the generators at a step: another one for every (seed, step, rank)."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
+
+
+def pinned(batch: TrainBatch) -> TrainBatch:
+    """With positives and ids in memory from which the loss's copies to the GPU make nobody wait."""
+    names = ("positives", "query_ids", "passage_ids", "positive_ids")
+    return replace(batch, **{name: getattr(batch, name).pin_memory() for name in names})
 
 
 def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives | None:
@@ -201,11 +212,11 @@ def announce(run: Run, parts: list[Part]) -> None:
 # ---- evaluation and saving
 
 
-def evaluate_now(run: Run, done: int) -> None:
+def evaluate_now(run: Run, clock: Stopwatch, done: int) -> None:
     if run.evaluation is None:
         return
     config = run.config.eval
-    with gathered(run.networks.values()):
+    with clock.during("evaluation"), gathered(run.networks.values()):
         figures = evaluate(
             run.passage_network,
             run.evaluation,

@@ -44,6 +44,9 @@ class LetterEncoder(nn.Module):
         ids = [pad + code if left else code + pad for code, pad in zip(codes, pads, strict=True)]
         return {"input_ids": torch.tensor(ids), "attention_mask": (torch.tensor(ids) > 0).long()}
 
+    def to_device(self, batch):
+        return {name: value.to(self.letters.weight.device) for name, value in batch.items()}
+
     def forward(self, batch):
         self.seen.append(tuple(batch["input_ids"].shape))
         weights = batch["attention_mask"].unsqueeze(2).float()

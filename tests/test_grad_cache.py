@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
 from inbatch import collectives
@@ -161,6 +162,35 @@ def test_autocast(batches, outside):
         found.append(gradients)
     assert_equal(found[0], found[1])
     assert len(found[0]) == len(list(tower.parameters()))
+
+
+class WeightCasts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("keep", "passes"), [(NO_LIMIT_MIB, 1), (0, 3)])  # with a graph, without, and again with one
+def test_autocast_casts_a_weight_once_a_pass(batches, keep, passes):
+    tower = Tower()
+
+    def encode(batch, cache=True):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            return tower(batch).float()
+
+    options = {"batches": batches, "keep_graph_mib": keep}
+    _, expected = step_gradients([tower], encode=lambda batch: encode(batch, cache=False), **options)
+    with WeightCasts() as once:
+        encode(batches[0])
+    assert once.count > 20
+    with WeightCasts() as all_passes:
+        _, gradients = step_gradients([tower], encode=encode, **options)
+    assert all_passes.count == passes * once.count
+    assert_equal(gradients, expected, tolerance=0)
 
 
 def test_encodes_twice_only_what_is_not_kept_and_calls_the_loss_once(batches):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModel
 
 from inbatch import BiEncoderModel, packing
@@ -52,6 +53,44 @@ def test_packed_equals_padded(folders, kind, side):
     for name in expected:
         scale = expected[name].abs().max().clamp(min=1)
         torch.testing.assert_close(actual[name] / scale, expected[name] / scale, rtol=0, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make the CPU wait for a GPU: operations whose result, or whose size, the CPU reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        by_mask = func is aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or func in (aten._local_scalar_dense.default, aten.nonzero.default):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, "minilm", "llama-causal", "qwen3-causal", "ministral3-causal"])
+def test_from_host_memory_no_pass_waits_for_the_device(folders, kind):
+    kind, _, causal = kind.partition("-")
+    _, packed = both(folders[kind], bidirectional=False if causal else None)
+    with Waits() as waits:
+        expected_BD = packed(tokens(packed, MORE_TEXTS))
+    assert waits.seen == ["aten.nonzero.default"]
+    ready = packed.to_device(packed.tokenize(MORE_TEXTS))
+    with Waits() as waits:
+        embeddings_BD = packed(ready)
+        embeddings_BD.sum().backward()
+    assert waits.seen == []
+    assert torch.equal(embeddings_BD, expected_BD)
+    if device().type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            packed(ready).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_every_packable_backbone_is_tested():

@@ -3,9 +3,11 @@
 Shapes: B queries, M passages, N passages of the global batch, D dimension.
 """
 
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from inbatch.config import (
 from inbatch.data import BatchPlan, Collator, open_examples
 from inbatch.encoder import BiEncoderModel
 from inbatch.optim import build_optimizer, clip_gradients, learning_rate
-from inbatch.run_log import read_metrics
+from inbatch.run_log import Stopwatch, read_metrics
 from inbatch.train import train
 from tests.helpers import REPOSITORY, device
 from tests.tiny_models import WORDS, save_tiny
@@ -297,6 +299,24 @@ def test_an_exploding_loss_stops_the_run(folder, tmp_path):
     config = make_config(folder, tmp_path, optim={"lr": 1e30, "max_grad_norm": None, "warmup_ratio": 0.0})
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         train(config)
+
+
+def test_training_time_is_told_apart(folder, tmp_path, capsys):
+    clock = Stopwatch()
+    clock.turn_to("training")
+    with clock.during("evaluation"):
+        time.sleep(0.2)
+    clock.count(pairs=8)
+    assert clock.read()["train_s"] < 0.1 < clock.seconds["evaluation"]
+
+    train(make_config(folder, tmp_path, eval=vars(EvalConfig(data=str(folder / "beir"), every_steps=2))))
+    lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    steps_s = [line["step_ms"] / 1e3 for line in lines]  # every step is logged
+    assert [line["train_s"] for line in lines] == pytest.approx(list(itertools.accumulate(steps_s)))
+    summary = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"done, 5 steps: opening \d.* s, training {sum(steps_s):.1f} s, evaluation .* s, saving .* s", summary
+    )
 
 
 def test_learning_rate_and_decay_groups(folder):

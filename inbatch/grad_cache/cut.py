@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inbatch.grad_cache.memory import to_device
+
 Batch = Mapping[str, Tensor]
 MASK = "attention_mask"
 
@@ -62,12 +64,15 @@ def check_batches(batches: Sequence[Batch]) -> None:
 
 def spans(batch: Batch) -> Tensor:
     """[2, B] on the CPU: the first column of each row with a token and one past the last (T and 0 in an empty row)."""
-    used_BT = batch[MASK] != 0
+    used_BT = batch[MASK].bool()
     width = used_BT.shape[1]
-    columns_T = torch.arange(width, device=used_BT.device)
-    first_B = torch.where(used_BT, columns_T, width).amin(1) if width else used_BT.new_zeros(len(used_BT)).long()
-    stop_B = torch.where(used_BT, columns_T + 1, 0).amax(1) if width else torch.zeros_like(first_B)
-    return torch.stack([first_B, stop_B]).cpu()
+    if width == 0:
+        return torch.zeros(2, len(used_BT), dtype=torch.int64)
+    # Products of narrow integers: on the CPU a tenth of the time that selecting takes.
+    columns_T = torch.arange(width, dtype=torch.int32, device=used_BT.device)
+    first_B = width - (used_BT * (width - columns_T)).amax(1)
+    stop_B = (used_BT * (columns_T + 1)).amax(1)
+    return torch.stack([first_B, stop_B]).long().cpu()
 
 
 def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[MicroBatch]:
@@ -150,9 +155,12 @@ def _trimmed_shape(value: Tensor, batch: Batch, width: int) -> tuple[int, ...]:
 
 def _take_piece(batch: Batch, piece: Piece) -> dict[str, Tensor]:
     width = batch[MASK].shape[1]
+    places: dict[torch.device, Tensor] = {}
     part = {}
     for name, value in batch.items():
-        rows = piece.rows_b.to(value.device, non_blocking=True)
+        if value.device not in places:
+            places[value.device] = to_device(piece.rows_b, value.device)
+        rows = places[value.device]
         if value.ndim > 1 and value.shape[1] == width:
             value = value[:, piece.start : piece.stop].index_select(0, rows)
             if piece.left or piece.right:

@@ -56,11 +56,14 @@ class Group:
         pairs = zip(self.outputs, self.micro_batches, strict=True)
         return torch.cat([output.detach()[: micro_batch.rows] for output, micro_batch in pairs])
 
-    def backward(self, index: int, output: Tensor, gradient_RD: Tensor) -> None:
-        micro_batch = self.micro_batches[index]
-        start = sum(one.rows for one in self.micro_batches[:index])
-        gradient = gradient_RD[start : start + micro_batch.rows] if micro_batch.rows else torch.zeros_like(output)
-        output.backward(gradient)
+    def split(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
+        """By micro-batch, from rows in the order those hold them; a placeholder has none."""
+        return rows_RD.split([micro_batch.rows for micro_batch in self.micro_batches])
+
+
+def backward(output: Tensor, gradient_bD: Tensor) -> None:
+    """From a micro-batch's output; with zeros from a placeholder's."""
+    output.backward(gradient_bD if len(gradient_bD) else torch.zeros_like(output))
 
 
 def group_batches(encode: Encode | Sequence[Encode], batches: Sequence[Batch]) -> list[Group]:

@@ -19,6 +19,27 @@ def on_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without a wait: CUDA copies from pinned memory only while the CPU goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@contextmanager
+def shared_casts() -> Iterator[None]:
+    """Inside, what autocast made of a weight serves every pass until the cache is cleared, not one pass alone.
+
+    Autocast forgets its casts where the outermost of its contexts ends; this counts as one further out.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
 class RandomState:
     """The CPU's and the current CUDA device's generators as they are now."""
 

@@ -4,13 +4,14 @@ Shapes: B rows of one local batch, R rows of all batches that share an encoder, 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from inbatch.grad_cache.cut import Batch, check_batches, cut, placeholder
-from inbatch.grad_cache.group import Encode, Group, group_batches, refuse_reentrant_checkpoints
+from inbatch.grad_cache.group import Encode, Group, backward, group_batches, refuse_reentrant_checkpoints
 from inbatch.grad_cache.memory import (
     CPU_TOKENS,
     FIRST_TOKENS,
@@ -22,6 +23,8 @@ from inbatch.grad_cache.memory import (
     graph_bytes,
     on_cuda,
     restored_random_state,
+    shared_casts,
+    to_device,
     tokens_that_fit,
 )
 from inbatch.grad_cache.reduce import is_fsdp2, local_gradients, reduce_gradients, wrapped_modules
@@ -94,13 +97,15 @@ class GradCache:
         with local_gradients(self._modules, reshard=self._reshard), torch.enable_grad():
             if self._budget == "auto":
                 self._budget = self._find_budget(groups)
-            held = 0
-            for group in groups:
-                held += self._first_pass(group, held)
-            self._checked = True
-            loss, gradients = self._loss_and_gradients(groups, len(batches))
-            with restored_random_state():
-                self._second_pass(groups, gradients)
+            # Under FSDP2 a cast would outlive the gathered weight it was made of.
+            with nullcontext() if self._sharded else shared_casts():
+                held = 0
+                for group in groups:
+                    held += self._first_pass(group, held)
+                self._checked = True
+                loss, gradients = self._loss_and_gradients(groups, len(batches))
+                with restored_random_state():
+                    self._second_pass(groups, gradients)
         if reduce:
             reduce_gradients(self._modules)
         return loss
@@ -188,13 +193,13 @@ class GradCache:
         fits = -self._max(-sum(total <= budget for total in taken))
         return fits, int(taken[fits - 1]) if fits else 0
 
-    def _loss_and_gradients(self, groups: Sequence[Group], count: int) -> tuple[Tensor, list[Tensor]]:
-        """The detached loss, and for each group the gradient of its rows in the order the micro-batches hold them."""
+    def _loss_and_gradients(self, groups: Sequence[Group], count: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """The detached loss, and for each group the gradients of its micro-batches' rows."""
         leaves: list[Tensor] = [torch.empty(0)] * count
         orders = []
         for group in groups:
             rows_RD = group.rows()
-            orders.append(group.row_order().to(rows_RD.device, non_blocking=True))
+            orders.append(to_device(group.row_order(), rows_RD.device))
             in_order_RD = torch.empty_like(rows_RD).index_copy_(0, orders[-1], rows_RD)
             for number, leaf_BD in zip(group.numbers, in_order_RD.split(group.sizes), strict=True):
                 leaves[number] = leaf_BD.clone().requires_grad_(group.trainable)
@@ -209,19 +214,19 @@ class GradCache:
         for group, order_R in zip(groups, orders, strict=True):
             own = [leaves[number] for number in group.numbers]
             parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in own]
-            gradients.append(torch.cat(parts).index_select(0, order_R))
+            gradients.append(group.split(torch.cat(parts).index_select(0, order_R)))
         return loss.detach(), gradients
 
-    def _second_pass(self, groups: Sequence[Group], gradients: Sequence[Tensor]) -> None:
+    def _second_pass(self, groups: Sequence[Group], gradients: Sequence[tuple[Tensor, ...]]) -> None:
         """Backward through the kept graphs, which frees them, then encode the rest again, each with its backward."""
-        for group, gradient_RD in zip(groups, gradients, strict=True):
+        for group, gradient_bD in zip(groups, gradients, strict=True):
             for index in range(group.kept):
-                group.backward(index, group.outputs[index], gradient_RD)
+                backward(group.outputs[index], gradient_bD[index])
                 group.outputs[index] = group.outputs[index].detach()
-        for group, gradient_RD in zip(groups, gradients, strict=True):
+        for group, gradient_bD in zip(groups, gradients, strict=True):
             for index in range(group.kept, len(group.micro_batches) if group.trainable else 0):
                 group.states[index].restore()
-                group.backward(index, group.encoded(index), gradient_RD)
+                backward(group.encoded(index), gradient_bD[index])
 
 
 def _count(name: str, value, *, least: int, words: tuple = ()):
