@@ -85,9 +85,9 @@ def measure(row: Row, folder: Path, pairs: list, args) -> dict:
     for index in range(args.warm_up + args.steps):
         if index == args.warm_up and ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        if index < args.warm_up and not trial.ahead:
-            # Nothing to compile: a small batch warms up as well, and the cached steps are slow.
-            batch, _ = Tokenized(pairs, args, trial.tokenize, 64)[index]
+        if index < args.warm_up and (args.warm_up_pairs or not trial.ahead):
+            # Where nothing is compiled, a small batch warms up as well, and the cached steps are slow.
+            batch, _ = Tokenized(pairs, args, trial.tokenize, args.warm_up_pairs or 64)[index]
         else:
             batch = None
         sync()
@@ -133,6 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--row", action="append", help="repeat for several; default: " + ", ".join(DEFAULT_ROWS))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--warm-up-pairs", type=int, default=0, help="pairs of a step before; default: the whole batch")
     parser.add_argument("--workers", type=int, default=8, help="processes that tokenise for inbatch rows")
     parser.add_argument("--check-pairs", type=int, default=0, help="pairs for the gradient's error; 0 leaves it out")
     parser.add_argument("--profile", type=int, default=0, help="print the kernels of a step of so many pairs")
