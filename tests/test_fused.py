@@ -6,6 +6,7 @@ float32 on small shapes. Shapes: R rows, C columns, D dimension, B queries, M pa
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -316,29 +317,16 @@ def test_the_hopper_kernel_gives_what_the_portable_one_gives(R, C, D, keys, limi
 
 @pytest.mark.skipif(fused.hopper is None, reason="another triton than the kernel was written for")
 @pytest.mark.skipif(fused.INTERPRETED, reason="nothing compiles in the interpreter")
-@pytest.mark.parametrize(("keys", "limit", "count", "keep"), [(0, False, False, True), (2, True, True, True)])
-def test_the_hopper_kernel_compiles_and_fits(keys, limit, count, keep):
-    """Without a GPU; what it computes is tested where there is one."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.language import NVMMASharedLayout
-
-    layout, tile = NVMMASharedLayout(128, 16), fused.hopper.TILE
-    half, names = tile["BM"] // 2, fused.hopper.exp_kernel.arg_names
-    types = {"own_ptr": "*i32", "counts": "*i32", "R": "i32", "C": "i32", "D": "i32"}
-    types |= {f"{name}_ptr": "*fp32" for name in ("pivot", "scale", "limit", "partial")}
-    for name, rows, width in (("rows", half, tile["BK"]), ("columns", tile["BN"], tile["BK"]), ("exp", half, 64)):
-        types[name] = f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
-    constants = {"LIMIT": limit, "COUNT": count, "KEEP": keep, **tile}
-    signature = {name: types.get(name, "constexpr") for name in names}
-    signature["keys"] = (("*i32", "*i32", "i32", "i32"),) * keys
-    source = GluonASTSource(
-        fused.hopper.exp_kernel, signature, {(names.index(name),): value for name, value in constants.items()}, {}
-    )
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 227 * 1024
+def test_the_hopper_kernel_compiles_and_fits():
+    """Without a GPU; what it computes is tested where there is one. Another process, for triton complains at its end."""
+    script = Path(__file__).parent / "compile_hopper.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    variants = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(variants) == 3
+    for variant in variants:
+        assert variant["tensor cores"], variant
+        assert variant["shared memory"] <= 227 * 1024, variant
 
 
 @on_gpu
