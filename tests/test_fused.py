@@ -318,7 +318,7 @@ def test_the_hopper_kernel_gives_what_the_portable_one_gives(R, C, D, keys, limi
 @pytest.mark.skipif(fused.hopper is None, reason="another triton than the kernel was written for")
 @pytest.mark.skipif(fused.INTERPRETED, reason="nothing compiles in the interpreter")
 def test_the_hopper_kernel_compiles_and_fits():
-    """Without a GPU; what it computes is tested where there is one. Another process, for triton complains at its end."""
+    """Without a GPU; what it computes is tested where there is one. In another process: triton complains at its end."""
     script = Path(__file__).parent / "compile_hopper.py"
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
