@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from train_step_figures import bf16_peak, count_flops, gradient_error, plain_gradient, profile, sync
-from train_step_rows import ON_GPU, ROOT, SIZES, Row, build, collectives, model_folder, read_pairs
+from train_step_rows import ON_GPU, ROOT, SIZES, Row, build, collectives, model_folder, read_pairs, start_worker
 
 PEER_ROWS = ["st-cached mini=128", "st-cached tokens=32768", "gradcache mini=128"]
 DEFAULT_ROWS = [*PEER_ROWS, "inbatch", "inbatch packed", "inbatch packed compile"]
@@ -70,6 +70,7 @@ def measure(row: Row, folder: Path, pairs: list, args) -> dict:
     # Processes, since a tokenising thread would hold the lock that launching kernels needs; forked, to share the texts.
     count = args.workers if trial.ahead else 0
     workers = {"prefetch_factor": 2, "multiprocessing_context": "fork", "timeout": 120} if count else {}
+    workers |= {"worker_init_fn": start_worker} if count else {}
     loader = DataLoader(
         Tokenized(pairs, args, trial.tokenize, args.batch), batch_size=None, num_workers=count, **workers
     )
@@ -163,6 +164,8 @@ def main() -> None:
     if launched:
         collectives.start()
     torch.set_float32_matmul_precision("highest")
+    if ON_GPU:
+        torch.set_num_threads(1)  # as torchrun has it: torch's CPU threads would compete with those that launch kernels
     args.peak = bf16_peak()
     folder, pairs = model_folder(args), read_pairs(args.data)
     if collectives.rank() == 0:

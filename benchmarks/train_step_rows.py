@@ -14,6 +14,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
+from inbatch.batches import start_worker as start_worker  # noqa: E402
 from inbatch.grad_cache.cut import cut  # noqa: E402
 from inbatch.parallel import compile_layers, max_over_ranks, replicate, shard  # noqa: E402
 

@@ -66,6 +66,7 @@ class Batches(Dataset):
             # Forked, so that nothing is opened twice. Before the first text is tokenised here: tokenizers would switch
             # their own threads off in the workers, with a warning.
             options = {"num_workers": num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+            options["worker_init_fn"] = start_worker
         loader = DataLoader(self, sampler=range(first, last), batch_size=None, collate_fn=_as_it_is, **options)
         steps = map(_unpacked, iter(loader))
         return _received_ahead(steps) if num_workers else steps
@@ -76,6 +77,12 @@ class Batches(Dataset):
             return [(_packed(asdict(part.batch)), part.share_of_step) for part in self.step(step)]
         except Exception as error:
             return error
+
+
+def start_worker(number: int) -> None:
+    """One thread a worker, and the cores first to the process that launches kernels: the GPU waits for it alone."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.nice(10)
 
 
 def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:

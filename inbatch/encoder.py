@@ -175,8 +175,23 @@ class BiEncoderModel(nn.Module):
         if not texts:
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
         prefix = self.prompts[prompt] if prompt else ""
+        whole = [prefix + text for text in texts]
+        if limit is None or self.tokenizer.truncation_side != "right":
+            return self._padded(whole, limit)
+        # Most of the time would go into tokens that are dropped again. Tokenizers split at blanks and a word gives a
+        # token, so the first `limit` words hold the first `limit` tokens; unless some words, of control characters
+        # say, give none.
+        texts = [_first_words(text, limit) for text in whole]
+        tokens = self._padded(texts, limit)
+        short = (tokens["attention_mask"].sum(1) < limit).tolist()
+        again = [row for row in range(len(whole)) if short[row] and len(texts[row]) < len(whole[row])]
+        if again:
+            tokens = self._padded([whole[row] if row in again else text for row, text in enumerate(texts)], limit)
+        return tokens
+
+    def _padded(self, texts: list[str], limit: int | None) -> dict[str, Tensor]:
         tokens = self.tokenizer(
-            [prefix + text for text in texts],
+            texts,
             padding=True,
             truncation=limit is not None,
             max_length=limit,
@@ -225,6 +240,11 @@ class BiEncoderModel(nn.Module):
             do_lower_case=self.do_lower_case,
         )
         write_layout(folder, layout, self.embedding_dim)
+
+
+def _first_words(text: str, count: int) -> str:
+    words = text.split(maxsplit=count)
+    return text if len(words) <= count else text[: -len(words[-1])].rstrip()
 
 
 def _attended(mask_BT: Tensor) -> Tensor:

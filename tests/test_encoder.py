@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import BertTokenizerFast
 
 from inbatch import BiEncoderModel
 from inbatch._loading import BIDIRECTIONAL_DECODERS
@@ -280,3 +281,29 @@ def test_batches_that_cannot_be_encoded(folders, kind):
 def test_unknown_pooling(folders):
     with pytest.raises(ValueError, match="unknown pooling 'max'; choose one of mean, cls, last, weighted_mean"):
         BiEncoderModel.from_pretrained(folders["bert"], pooling="max")
+
+
+_WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "sat", "on", "mat", ",", ".", "##the"]
+
+
+def test_texts_are_cut_to_their_first_tokens(tmp_path):
+    """Words beyond the limit never reach the tokenizer; what comes out is what it makes of the whole texts."""
+    model = BiEncoderModel.from_pretrained(save_tiny("bert", tmp_path))
+    model.tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate(_WORDPIECES)})
+    long = "the cat sat, on the mat. " * 9
+    texts = [
+        long,
+        "cat",
+        "",
+        "  the  \t cat\n" * 8,
+        "\u200b \x00 \x01 " * 30 + "cat dog",
+        long.replace(" ", ""),
+        "\x00 " * 30,
+    ]
+    for limit in (2, 3, 5, 8, 64):
+        whole = model.tokenizer(
+            texts, padding=True, truncation=True, max_length=limit, return_tensors="pt", return_token_type_ids=False
+        )
+        actual = model.tokenize(texts, max_length=limit)
+        assert torch.equal(actual["input_ids"], whole["input_ids"])
+        assert torch.equal(actual["attention_mask"], whole["attention_mask"])
