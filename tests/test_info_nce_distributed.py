@@ -371,6 +371,11 @@ MISTAKES = {
     ),
     "temperature": (lambda a: a.update(temperature=0.0), r"rank 1.*temperature must be positive and finite"),
     "other temperature": (lambda a: a.update(temperature=0.5), r"temperature.*rank 1 has 0.5"),
+    "temperature a tensor": (
+        lambda a: a.update(temperature=torch.tensor(0.5)),
+        r"temperature: ranks 0, 2 have 0.1, rank 1 has 'a tensor of 0.5'",
+    ),
+    "stats on one rank": (lambda a: a.update(stats=LossStats()), r"stats: ranks 0, 2 have False, rank 1 has True"),
     "other margin": (lambda a: a.update(false_negatives=FalseNegatives(margin=0.1)), r"margin.*rank 1 has 0.1"),
     "ids on one rank": (
         lambda a: a.update(false_negatives=FalseNegatives(torch.arange(4, device=device()))),

@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -384,3 +385,53 @@ def test_wrong_objectives_are_explained():
     ):
         with pytest.raises(ValueError, match=message):
             Objective(**options)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+def test_second_derivatives_are_right_or_refused(impl):
+    queries, passages = (torch.randn(n, 8, dtype=torch.float64).requires_grad_() for n in (4, 8))
+    loss = info_nce(queries, passages, temperature=0.5, impl=impl)
+    if impl == "tiled":
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(loss, queries, create_graph=True)
+    else:
+        (first,) = torch.autograd.grad(loss, queries, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), queries)
+        assert second.abs().max() > 0
+
+
+def test_the_loss_inside_a_checkpoint():
+    queries, passages = (torch.randn(n, 8).requires_grad_() for n in (4, 8))
+    info_nce(queries, passages).backward()
+    expected = queries.grad.clone()
+    queries.grad = None
+    torch.utils.checkpoint.checkpoint(info_nce, queries, passages, use_reentrant=False).backward()
+    assert torch.equal(queries.grad, expected)
+
+
+def test_without_grad_mode_no_gradient_is_made():
+    queries, passages = (torch.randn(n, 8).requires_grad_() for n in (4, 8))
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("saved"), lambda x: x):
+        loss = info_nce(queries, passages)
+    assert loss.grad_fn is None
+    assert loss.item() == pytest.approx(info_nce(queries, passages).item())
+
+
+def test_an_objective_takes_lists_and_refuses_fractions():
+    objective = Objective(directions=["query_to_passage"], matryoshka_dims=[4, 8])
+    queries, passages = torch.randn(4, 8), torch.randn(8, 8)
+    assert info_nce(queries, passages, objective=objective).isfinite()
+    with pytest.raises(ValueError, match="positive integers"):
+        Objective(matryoshka_dims=(4.0,))
+
+
+def test_a_temperature_of_numpy_is_a_float():
+    queries, passages = torch.randn(4, 8), torch.randn(8, 8)
+    expected = info_nce(queries, passages, temperature=0.25)
+    assert torch.equal(info_nce(queries, passages, temperature=np.float32(0.25)), expected)
+
+
+@pytest.mark.parametrize("option", ["negatives", "impl"])
+def test_the_module_refuses_unknown_options_when_it_is_made(option):
+    with pytest.raises(ValueError, match=f'{option} must be ".* or ".*", got \'x\''):
+        InfoNCELoss(**{option: "x"})

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import math
+from numbers import Real
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from inbatch.losses._objective import CLIP, GTE, QWEN3_EMBEDDING, Objective
 from inbatch.losses._stats import LossStats
 from inbatch.losses.reference import reference_loss
 from inbatch.masking import FalseNegatives
+
+IMPLEMENTATIONS = ("auto", "reference", "tiled", "fused")
 
 __all__ = ["CLIP", "GTE", "QWEN3_EMBEDDING", "FalseNegatives", "InfoNCELoss", "LossStats", "Objective", "info_nce"]
 
@@ -51,13 +55,18 @@ def info_nce(
     chunk_mib: bound on the exponentials held at once by "tiled" and "fused"; stats: counts what the softmax saw
 
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
-    over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process.
+    over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process. They are
+    made with the loss, so it is differentiable once (twice with impl="reference").
     Raises ValueError, on every rank, for wrong or disagreeing inputs. (van den Oord et al. 2018; Karpukhin et al. 2020)
     """
+    if not torch.is_grad_enabled():  # else the gradient would be made for nothing
+        queries, passages, temperature = map(_detached, (queries, passages, temperature))
+    if isinstance(temperature, Real):
+        temperature = float(temperature)  # NumPy's, too
     extras = (positives, objective, chunk_mib, stats)
     if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
         small = importlib.import_module("inbatch.losses._small")
-        alone = negatives in ("gather", "ring", "local") and collectives.world_size(group) == 1
+        alone = negatives in _check.NEGATIVES and collectives.world_size(group) == 1
         if alone and small.usable(queries, passages, temperature, false_negatives):
             ids = None if false_negatives is None else false_negatives.passage_ids
             return small.SmallInfoNCE.apply(queries, passages, ids, temperature)
@@ -81,12 +90,16 @@ def info_nce(
     return InfoNCE.apply(queries, passages, temperature, problem)
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def _choose(impl: str, queries: Tensor) -> tuple[ModuleType | None, str | None]:
     """The module with the kernel functions (None: the reference), or what is wrong."""
     if impl == "reference":
         return None, None
-    if impl not in ("auto", "tiled", "fused"):
-        return None, f'impl must be "auto", "reference", "tiled" or "fused", got {impl!r}'
+    if impl not in IMPLEMENTATIONS:
+        return None, f"impl must be {_check.one_of(IMPLEMENTATIONS)}, got {impl!r}"
     if impl == "tiled" or (impl == "auto" and not queries.is_cuda):
         return tiled, None
     fused = importlib.import_module("inbatch.losses.fused")
@@ -117,6 +130,10 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
             raise ValueError(f"temperature must be a positive number to start from, got {temperature!r}")
+        if negatives not in _check.NEGATIVES:
+            raise ValueError(f"negatives must be {_check.one_of(_check.NEGATIVES)}, got {negatives!r}")
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl must be {_check.one_of(IMPLEMENTATIONS)}, got {impl!r}")
         self._fixed_temperature = temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
         self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (
@@ -141,6 +158,7 @@ class InfoNCELoss(nn.Module):
         false_negatives: FalseNegatives | None = None,
         stats: LossStats | None = None,
     ) -> Tensor:
+        """The loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
         return info_nce(
             queries,
             passages,

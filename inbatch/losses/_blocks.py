@@ -69,3 +69,12 @@ class Block:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, sums and gradient accumulators."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def refuse_second_derivatives() -> None:
+    """In a backward pass of gradients made beforehand: they are constants to autograd, which would take them for 0."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "info_nce is differentiable once, and this backward pass has create_graph=True; "
+            'impl="reference" has second derivatives'
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,8 @@ from inbatch.losses._objective import Objective
 from inbatch.losses._problem import Problem, every
 from inbatch.losses._stats import LossStats
 from inbatch.masking import FalseNegatives, passage_keys, row_keys, sharing
+
+NEGATIVES = ("gather", "ring", "local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
         if temperature.is_cuda:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
         return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
     return None
 
@@ -114,14 +117,16 @@ def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
             return f"FalseNegatives.{name} must be an int64 tensor {words}, got {_describe(tensor)}"
     if ids.positive_ids is not None and ids.passage_ids is None:
         return "FalseNegatives.positive_ids needs passage_ids, the ids of the passages that they are compared with"
-    if ids.margin is not None and not (isinstance(ids.margin, (int, float)) and math.isfinite(ids.margin)):
-        return f"FalseNegatives.margin must be a finite number in the units of q.p, or None, got {ids.margin!r}"
+    if ids.margin is not None and not (isinstance(ids.margin, Real) and math.isfinite(ids.margin)):
+        return (
+            f"FalseNegatives.margin must be a finite number in the units of q.p, or None, got {_describe(ids.margin)}"
+        )
     return None
 
 
 def _wrong_options(settings: Settings, dim: int) -> str | None:
-    if settings.negatives not in ("gather", "ring", "local"):
-        return f'negatives must be "gather", "ring" or "local", got {settings.negatives!r}'
+    if settings.negatives not in NEGATIVES:
+        return f"negatives must be {one_of(NEGATIVES)}, got {settings.negatives!r}"
     if not isinstance(settings.objective, Objective):
         return f"objective must be an Objective(...) or None, got {_describe(settings.objective)}"
     longest = max(settings.objective.matryoshka_dims or (0,))
@@ -135,6 +140,12 @@ def _wrong_options(settings: Settings, dim: int) -> str | None:
     if settings.stats is not None and not isinstance(settings.stats, LossStats):
         return f"stats must be a LossStats() or None, got {_describe(settings.stats)}"
     return None
+
+
+def one_of(choices: tuple[str, ...]) -> str:
+    """'"a", "b" or "c"'"""
+    *first, last = (f'"{choice}"' for choice in choices)
+    return f"{', '.join(first)} or {last}"
 
 
 def _describe(value: Any) -> str:
@@ -155,8 +166,8 @@ def agree(
         document_width = 0 if ids.positive_ids is None else ids.positive_ids.shape[1]
         fields = {"queries": queries, "passages": passages, "passage_ids": ids.passage_ids, "query_ids": ids.query_ids}
         # Row counts may differ and come back: this is how widths that differ between ranks are agreed on.
-        fields["rows sharing a positive"] = queries.new_empty(query_width, 0)
-        fields["known positives"] = queries.new_empty(document_width, 0)
+        fields["rows sharing a positive"] = torch.empty(query_width, 0, device=queries.device)
+        fields["known positives"] = torch.empty(document_width, 0, device=queries.device)
     counts = collectives.agree("info_nce", fields, group=settings.group, same=_same(settings, kernels), error=error)
     if sum(counts["queries"]) == 0:
         raise ValueError("info_nce has no queries on any rank: the mean over none is undefined; skip this batch")
@@ -197,9 +208,12 @@ def _on(device: torch.device, ids: FalseNegatives) -> FalseNegatives:
 def _same(settings: Settings, kernels: ModuleType | None) -> dict[str, int | float | str | bool | None]:
     temperature = settings.temperature
     if isinstance(temperature, Tensor):
-        temperature = "a tensor requiring grad" if temperature.requires_grad else "a tensor"
+        # Reading one that is on a GPU would make the CPU wait for it.
+        value = "" if temperature.is_cuda else f" of {temperature.item():g}"
+        temperature = f"a tensor{value}" + (" requiring grad" if temperature.requires_grad else "")
     return {
         "temperature": temperature,
+        "stats": settings.stats is not None,
         "margin": getattr(settings.false_negatives, "margin", None),
         "negatives": settings.negatives,
         "impl": "reference" if kernels is None else kernels.__name__.rpartition(".")[2],

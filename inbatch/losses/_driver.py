@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inbatch.losses import ring
-from inbatch.losses._blocks import Block, accumulator_dtype
+from inbatch.losses._blocks import Block, accumulator_dtype, refuse_second_derivatives
 from inbatch.losses._overlap import Piece, Scatter, gather_pieces
 from inbatch.losses._problem import (
     Problem,
@@ -53,14 +53,15 @@ class InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        if len(ctx.saved_tensors) > 3:
-            d_queries, d_passages, _, queries, passages, coefficient_B = ctx.saved_tensors
+        refuse_second_derivatives()
+        saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+        if len(saved) > 3:
+            d_queries, d_passages, _, queries, passages, coefficient_B = saved
             close, stride = ctx.problem.kernels.close, ctx.problem.stride
             return *close(queries, passages, stride, coefficient_B, d_queries, d_passages, grad), None, None
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if saved is None else (saved * grad).to(dtype) for saved, dtype in gradients), None
+        gradients = zip(saved, ctx.dtypes, strict=True)
+        return *(None if each is None else (each * grad).to(dtype) for each, dtype in gradients), None
 
 
 def _solve(

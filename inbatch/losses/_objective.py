@@ -39,6 +39,9 @@ class Objective:
     matryoshka_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("directions", "matryoshka_dims", "matryoshka_weights"):
+            if isinstance(getattr(self, name), list):  # as configuration files have them
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if (
             not self.directions
             or len(set(self.directions)) < len(self.directions)
@@ -48,7 +51,8 @@ class Objective:
         if self.partition not in ("joint", "per_direction"):
             raise ValueError(f'partition must be "joint" or "per_direction", got {self.partition!r}')
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
-        if dims is not None and (not dims or len(set(dims)) < len(dims) or min(dims) < 1):
+        whole = dims is None or all(isinstance(dim, int) for dim in dims)
+        if dims is not None and (not dims or not whole or len(set(dims)) < len(dims) or min(dims) < 1):
             raise ValueError(f"matryoshka_dims must be different positive integers, got {dims!r}")
         if weights is not None and (dims is None or len(weights) != len(dims) or not all(map(math.isfinite, weights))):
             raise ValueError(

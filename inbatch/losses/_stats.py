@@ -16,7 +16,7 @@ class LossStats:
 
         candidates   mean number of columns in a row's softmax, its positive included
         masked       fraction of the columns other than the positive that were left out as false negatives
-        accuracy     fraction of rows whose positive scores highest among the candidates (ties count for the positive)
+        accuracy     fraction of rows whose positive scores highest among the candidates (rounding decides ties)
 
     With several softmaxes (per_direction, Matryoshka) the first direction and the longest prefix are counted.
     """
@@ -38,7 +38,7 @@ class LossStats:
         self._group = group
 
     def result(self) -> dict[str, float]:
-        """The figures so far; ValueError if there are none."""
+        """The figures so far, from every rank of the group together; ValueError if there are none."""
         if self._totals is None:
             raise ValueError("LossStats has collected nothing yet: pass it to info_nce(..., stats=...) first")
         rows, others, masked, beaten = collectives.all_reduce(self._totals.clone(), "sum", self._group).tolist()
