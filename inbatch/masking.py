@@ -87,7 +87,8 @@ def row_keys(ids: FalseNegatives, positives: Tensor, width: int) -> Keys:
         documents = ids.passage_ids[positives].unsqueeze(1)
         if ids.positive_ids is not None:
             documents = torch.cat([documents, ids.positive_ids], dim=1)
-        documents = F.pad(documents, (0, 1 + width - documents.shape[1]), value=-1)
+        if documents.shape[1] <= width:
+            documents = F.pad(documents, (0, 1 + width - documents.shape[1]), value=-1)
     return Keys(documents=documents, queries=None if ids.query_ids is None else ids.query_ids.unsqueeze(1))
 
 
@@ -110,10 +111,12 @@ def compact(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     if columns.numel() == 0:
         return torch.full_like(rows, ROW_NOTHING, dtype=torch.int32), columns.int()
     ordered = columns.flatten().sort().values
-    column_keys = torch.searchsorted(ordered, columns.contiguous(), out_int32=True)
-    found = torch.searchsorted(ordered, rows.contiguous(), out_int32=True)
-    known = (ordered[found.clamp_max(ordered.numel() - 1)] == rows) & (rows != -1)
-    return found.masked_fill_(~known, ROW_NOTHING), column_keys.masked_fill_(columns == -1, COLUMN_NOTHING)
+    columns, rows = columns.contiguous(), rows.contiguous()
+    column_keys = torch.searchsorted(ordered, columns, out_int32=True).masked_fill_(columns == -1, COLUMN_NOTHING)
+    first = torch.searchsorted(ordered, rows, out_int32=True)
+    after = torch.searchsorted(ordered, rows, right=True, out_int32=True)
+    # A row's -1 may get the place of the columns' -1, which no column has as its key any more.
+    return torch.where(after > first, first, ROW_NOTHING), column_keys
 
 
 def match(rows: Keys, columns: Keys) -> tuple[tuple[Tensor, Tensor], ...]:
