@@ -72,6 +72,44 @@ class _Anchor(nn.Module):
 
 
 @contextmanager
+def others_refused(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, a call of a DDP or FSDP2 module that is none of `modules` nor inside one is a ValueError.
+
+    It is raised before the module's own forward, which may start a collective that other ranks do not reach.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    known = {id(inner) for module in modules for inner in module.modules()}
+    # The classes themselves, for a while, and no global forward hook: torch.compile traces such a hook into every layer
+    # compiled meanwhile and compiles them all again once it is gone.
+    wrappers = (nn.parallel.DistributedDataParallel, FSDPModule)
+    for wrapper in wrappers:
+        wrapper.__call__ = _checked_call(wrapper, known)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.__call__  # it was inherited
+
+
+def _checked_call(wrapper: type, known: set[int]) -> Callable:
+    def call(module: nn.Module, *args, **kwargs):
+        if id(module) not in known:
+            name = type(module).__name__ + (f"({type(module.module).__name__})" if is_ddp(module) else "")
+            raise ValueError(
+                f"GradCache: encode runs through {name}, which is not in modules, so it would reduce gradients in each "
+                "backward and not once a step; give modules=[...] with every DistributedDataParallel or fully_shard "
+                "root that encode calls"
+            )
+        return super(wrapper, module).__call__(*args, **kwargs)  # type: ignore[misc]
+
+    return call
+
+
+@contextmanager
 def local_gradients(modules: Sequence[nn.Module], *, reshard: bool) -> Iterator[None]:
     """Inside, forward and backward passes of the modules add to local gradients and start no reduction."""
     with ExitStack() as stack:
