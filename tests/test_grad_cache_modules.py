@@ -1,4 +1,6 @@
-"""GradCache refuses DDP and FSDP2 modules that it was not told of: their gradients would be wrong without a word."""
+"""What GradCache refuses: DDP and FSDP2 modules that it was not told of, whose gradients would be wrong without a word,
+and arguments that it could not use.
+"""
 
 import itertools
 from functools import partial
@@ -15,11 +17,14 @@ from inbatch.grad_cache import GradCache
 from tests.test_grad_cache import (
     BUDGET,
     NO_LIMIT_MIB,
+    Tower,
     assert_equal,
     build,
     count_collectives,
+    cross_entropy,
     distributed_loss,
     global_batches,
+    random_batch,
     step_gradients,
 )
 
@@ -128,3 +133,39 @@ def check_loss(rank: int):
 
 def test_a_loss_may_be_ddp(pool):
     pool.run(check_loss, 2)
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None, cross_entropy), {}, "encode must be a callable, or a sequence .* got NoneType"),
+        (("encode", cross_entropy), {}, "encode must be a callable, or a sequence .* got str"),
+        (([cross_entropy, 3], cross_entropy), {}, "encode must hold callables only, got int at place 1"),
+        ((nn.Identity(), None), {}, "loss must be a callable .* got NoneType; for example lambda q, p"),
+        ((nn.Identity(), cross_entropy), {"modules": nn.Identity()}, r"got Identity; write modules=\[module\]"),
+        ((nn.Identity(), cross_entropy), {"modules": nn.Sequential()}, r"got Sequential; write modules=\[module\]"),
+        ((nn.Identity(), cross_entropy), {"modules": None}, "modules must be a sequence .* got NoneType"),
+        ((nn.Identity(), cross_entropy), {"modules": [3]}, "modules takes .* got int"),
+    ],
+)
+def test_the_constructor_says_what_it_cannot_use(arguments, options, message):
+    with refusal(match=message):
+        GradCache(*arguments, **options)
+
+
+def test_a_batch_with_a_value_that_is_no_tensor_is_told_by_its_key():
+    batch = random_batch(2, 8, seed=1)
+    with refusal(match="batch 1 must be a mapping of tensors, got list for 'text'; leave it out"):
+        GradCache(Tower(), cross_entropy)(batch, {**batch, "text": ["a", "b"]})
+
+
+def test_inference_mode_is_named():
+    batch = random_batch(2, 8, seed=1)
+    step = GradCache(Tower(), cross_entropy)
+    with torch.inference_mode(), refusal(match=r"under torch.inference_mode\(\); call the step outside"):
+        step(batch, batch)
+    with torch.no_grad():  # which a step can undo
+        assert torch.isfinite(step(batch, batch))

@@ -5,7 +5,7 @@ which reaches every parameter and adds nothing: so it does not matter which para
 which order graphs were freed, or whether this rank had rows at all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -23,6 +23,11 @@ def is_fsdp2(module: object) -> bool:
 
 def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> list[nn.Module]:
     """The DDP and FSDP2 roots given, and those that an encode is or is a method of; ValueError for any other module."""
+    if isinstance(modules, nn.Module) or not isinstance(modules, Iterable):
+        raise ValueError(
+            f"GradCache: modules must be a sequence of DistributedDataParallel or fully_shard roots, got "
+            f"{type(modules).__name__}; write modules=[module], or leave it out for a module of one process"
+        )
     found = [getattr(encode, "__self__", encode) for encode in encodes]
     if any(is_ddp(inner) or is_fsdp2(inner) for inner in (getattr(one, "_orig_mod", None) for one in found)):
         raise ValueError(

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.grad_cache.cut import Batch, check_batches, cut, placeholder
-from inbatch.grad_cache.group import Encode, Group, backward, group_batches, refuse_reentrant_checkpoints
+from inbatch.grad_cache.group import (
+    Encode,
+    Group,
+    backward,
+    check_callables,
+    group_batches,
+    refuse_reentrant_checkpoints,
+)
 from inbatch.grad_cache.memory import (
     CPU_TOKENS,
     FIRST_TOKENS,
@@ -64,6 +71,7 @@ class GradCache:
         max_over_ranks: Callable[[int], int] | None = None,
         reshard: bool = True,
     ):
+        check_callables(encode, loss)
         self._encode = encode
         self._loss = loss
         self._modules = wrapped_modules([encode] if callable(encode) else encode, modules)
@@ -93,6 +101,8 @@ class GradCache:
         kept. reduce=False leaves gradients local, for accumulation: a later step with reduce=True reduces the sum.
         Accumulation adds no negatives: a query sees its own batch only.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("GradCache: nothing can be trained under torch.inference_mode(); call the step outside it")
         check_batches(batches)
         groups = group_batches(self._encode, batches)
         with local_gradients(self._modules, reshard=self._reshard), torch.enable_grad():
