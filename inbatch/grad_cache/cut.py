@@ -45,8 +45,14 @@ def check_batches(batches: Sequence[Batch]) -> None:
     if not batches:
         raise ValueError("GradCache: no batch given; call step(queries, passages)")
     for number, batch in enumerate(batches):
-        if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+        if not isinstance(batch, Mapping):
             raise ValueError(f"GradCache: batch {number} must be a mapping of tensors, got {type(batch).__name__}")
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"GradCache: batch {number} must be a mapping of tensors, got {type(value).__name__} for '{name}'; "
+                    "leave it out, or make it a tensor of as many rows as the others"
+                )
         mask_BT = batch.get(MASK)
         if mask_BT is None or mask_BT.ndim != 2:
             shape = "none" if mask_BT is None else str(tuple(mask_BT.shape))

@@ -66,6 +66,22 @@ def backward(output: Tensor, gradient_bD: Tensor) -> None:
     output.backward(gradient_bD if len(gradient_bD) else torch.zeros_like(output))
 
 
+def check_callables(encode: object, loss: object) -> None:
+    """ValueError unless encode is a callable or a sequence of callables, and loss a callable."""
+    if not callable(encode) and (not isinstance(encode, Sequence) or isinstance(encode, str)):
+        raise ValueError(
+            f"GradCache: encode must be a callable, or a sequence of one for each batch; got {type(encode).__name__}"
+        )
+    for number, one in enumerate(() if callable(encode) else encode):
+        if not callable(one):
+            raise ValueError(f"GradCache: encode must hold callables only, got {type(one).__name__} at place {number}")
+    if not callable(loss):
+        raise ValueError(
+            f"GradCache: loss must be a callable of the batches' embeddings, got {type(loss).__name__}; "
+            "for example lambda q, p: info_nce(q, p, temperature=0.02)"
+        )
+
+
 def group_batches(encode: Encode | Sequence[Encode], batches: Sequence[Batch]) -> list[Group]:
     if callable(encode):
         return [Group(encode=encode, batches=list(batches), numbers=list(range(len(batches))))]

@@ -5,7 +5,7 @@ which reaches every parameter and adds nothing: so it does not matter which para
 which order graphs were freed, or whether this rank had rows at all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -23,6 +23,11 @@ def is_fsdp2(module: object) -> bool:
 
 def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> list[nn.Module]:
     """The DDP and FSDP2 roots given, and those that an encode is or is a method of; ValueError for any other module."""
+    if isinstance(modules, nn.Module) or not isinstance(modules, Iterable):
+        raise ValueError(
+            f"GradCache: modules must be a sequence of DistributedDataParallel or fully_shard roots, got "
+            f"{type(modules).__name__}; write modules=[module], or leave it out for a module of one process"
+        )
     found = [getattr(encode, "__self__", encode) for encode in encodes]
     if any(is_ddp(inner) or is_fsdp2(inner) for inner in (getattr(one, "_orig_mod", None) for one in found)):
         raise ValueError(
@@ -69,6 +74,44 @@ class _Anchor(nn.Module):
 
     def forward(self, _: Tensor) -> Tensor:
         return _Touch.apply(*(p for p in self.wrapped.parameters() if p.requires_grad))  # type: ignore[return-value]
+
+
+@contextmanager
+def others_refused(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, a call of a DDP or FSDP2 module that is none of `modules` nor inside one is a ValueError.
+
+    It is raised before the module's own forward, which may start a collective that other ranks do not reach.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    known = {id(inner) for module in modules for inner in module.modules()}
+    # The classes themselves, for a while, and no global forward hook: torch.compile traces such a hook into every layer
+    # compiled meanwhile and compiles them all again once it is gone.
+    wrappers = (nn.parallel.DistributedDataParallel, FSDPModule)
+    for wrapper in wrappers:
+        wrapper.__call__ = _checked_call(wrapper, known)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.__call__  # it was inherited
+
+
+def _checked_call(wrapper: type, known: set[int]) -> Callable:
+    def call(module: nn.Module, *args, **kwargs):
+        if id(module) not in known:
+            name = type(module).__name__ + (f"({type(module.module).__name__})" if is_ddp(module) else "")
+            raise ValueError(
+                f"GradCache: encode runs through {name}, which is not in modules, so it would reduce gradients in each "
+                "backward and not once a step; give modules=[...] with every DistributedDataParallel or fully_shard "
+                "root that encode calls"
+            )
+        return super(wrapper, module).__call__(*args, **kwargs)  # type: ignore[misc]
+
+    return call
 
 
 @contextmanager

@@ -4,14 +4,21 @@ Shapes: B rows of one local batch, R rows of all batches that share an encoder, 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from inbatch.grad_cache.cut import Batch, check_batches, cut, placeholder
-from inbatch.grad_cache.group import Encode, Group, backward, group_batches, refuse_reentrant_checkpoints
+from inbatch.grad_cache.group import (
+    Encode,
+    Group,
+    backward,
+    check_callables,
+    group_batches,
+    refuse_reentrant_checkpoints,
+)
 from inbatch.grad_cache.memory import (
     CPU_TOKENS,
     FIRST_TOKENS,
@@ -27,7 +34,7 @@ from inbatch.grad_cache.memory import (
     to_device,
     tokens_that_fit,
 )
-from inbatch.grad_cache.reduce import is_fsdp2, local_gradients, reduce_gradients, wrapped_modules
+from inbatch.grad_cache.reduce import is_fsdp2, local_gradients, others_refused, reduce_gradients, wrapped_modules
 
 
 class GradCache:
@@ -40,14 +47,15 @@ class GradCache:
     loss: (embeddings of batch 0, of batch 1, ...) -> 0-d tensor; called once a step. Other inputs come by closure; a
         parameter it uses (a temperature) gets its gradient there, once.
     modules: DDP or FSDP2 (`fully_shard`) roots that encode runs through; their gradients are reduced once a step. An
-        encode that is such a module, or a method of one, is found by itself.
+        encode that is such a module, or a method of one, is found by itself; inside any other it must be given.
     micro_batch_tokens: most tokens, padding included, of one micro-batch. "auto" finds a size that fits, in the first
         step, from the longest rows; None keeps each batch whole, the plain step.
     keep_graph_mib: memory for graphs that need no second encoding; "auto" is what is free, 0 keeps none.
     width_multiple: widths are rounded up to it, as far as the batch has columns: fewer shapes to compile or tune for.
     max_over_ranks: int -> the largest over all ranks. Needed under FSDP2, where every rank must encode equally often.
     reshard: under FSDP2, False keeps gathered parameters until the step's end: faster, for the memory of the model.
-    Raises ValueError for batches, encodings or losses of the wrong shape, and where nothing is trainable.
+    Raises ValueError for batches, encodings or losses of the wrong shape, where nothing is trainable, and, in the
+        first step, for a DDP or FSDP2 module that encode calls and `modules` lacks.
     Source: Gao et al. 2021 (arXiv:2101.06983); here with length-sorted micro-batches, kept graphs, one reduction.
     """
 
@@ -63,6 +71,7 @@ class GradCache:
         max_over_ranks: Callable[[int], int] | None = None,
         reshard: bool = True,
     ):
+        check_callables(encode, loss)
         self._encode = encode
         self._loss = loss
         self._modules = wrapped_modules([encode] if callable(encode) else encode, modules)
@@ -92,16 +101,20 @@ class GradCache:
         kept. reduce=False leaves gradients local, for accumulation: a later step with reduce=True reduces the sum.
         Accumulation adds no negatives: a query sees its own batch only.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("GradCache: nothing can be trained under torch.inference_mode(); call the step outside it")
         check_batches(batches)
         groups = group_batches(self._encode, batches)
         with local_gradients(self._modules, reshard=self._reshard), torch.enable_grad():
             if self._budget == "auto":
-                self._budget = self._find_budget(groups)
+                with self._check():
+                    self._budget = self._find_budget(groups)
             # Under FSDP2 a cast would outlive the gathered weight it was made of.
             with nullcontext() if self._sharded else shared_casts():
                 held = 0
-                for group in groups:
-                    held += self._first_pass(group, held)
+                with self._check():
+                    for group in groups:
+                        held += self._first_pass(group, held)
                 self._checked = True
                 loss, gradients = self._loss_and_gradients(groups, len(batches))
                 with restored_random_state():
@@ -109,6 +122,10 @@ class GradCache:
         if reduce:
             reduce_gradients(self._modules)
         return loss
+
+    def _check(self) -> AbstractContextManager[None]:
+        """Around what encodes for the first time. Not around the loss: its modules reduce their own gradients."""
+        return nullcontext() if self._checked else others_refused(self._modules)
 
     def _find_budget(self, groups: Sequence[Group]) -> int:
         """The token budget by what the longest rows take forward and backward; fewer until they fit."""
