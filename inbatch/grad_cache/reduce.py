@@ -5,6 +5,7 @@ which reaches every parameter and adds nothing: so it does not matter which para
 which order graphs were freed, or whether this rank had rows at all.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -82,15 +83,11 @@ def others_refused(modules: Sequence[nn.Module]) -> Iterator[None]:
 
     It is raised before the module's own forward, which may start a collective that other ranks do not reach.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        yield
-        return
-    from torch.distributed.fsdp import FSDPModule
-
     known = {id(inner) for module in modules for inner in module.modules()}
     # The classes themselves, for a while, and no global forward hook: torch.compile traces such a hook into every layer
     # compiled meanwhile and compiles them all again once it is gone.
-    wrappers = (nn.parallel.DistributedDataParallel, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nobody has sharded anything
+    wrappers: list[type] = [nn.parallel.DistributedDataParallel, *([fsdp.FSDPModule] if fsdp else [])]
     for wrapper in wrappers:
         wrapper.__call__ = _checked_call(wrapper, known)  # type: ignore[method-assign]
     try:
