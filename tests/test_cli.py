@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import yaml
 
 from inbatch import cli
 from inbatch.encoder import BiEncoderModel
+from inbatch.launch import _report_killed
 from tests.helpers import REPOSITORY
 from tests.tiny_models import WORDS, save_tiny
 
@@ -133,8 +135,8 @@ def test_without_the_extra_the_remedy_is_named(home, capsys, monkeypatch):
     assert "jsonargparse is not installed: pip install 'inbatch[train]'" in only_message(capsys)
 
 
-def run_command(*command: str, cwd: Path = REPOSITORY) -> tuple[subprocess.CompletedProcess, float]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+def run_command(*command: str, cwd: Path = REPOSITORY, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     started = time.monotonic()
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
     return done, time.monotonic() - started
@@ -169,6 +171,31 @@ def test_ranks_with_different_models(home, tmp_path):
     # torchrun's report comes last; its root cause repeats the message, and nobody printed a traceback of ours.
     assert done.stderr.rstrip().splitlines()[-2].strip().startswith("traceback : the model: the ranks disagree")
     assert "inbatch/train.py" not in done.stderr
+
+
+def test_a_rank_that_is_done_does_not_finalise_the_interpreter(home, tmp_path):
+    """Where threads of torch.distributed may abort it; what was registered to run at exit does, and nothing is lost."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import atexit, os; from inbatch import cli\n"
+        "class Aborts:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "kept = Aborts()\n"
+        "atexit.register(print, 'at exit')\n"
+        "cli._train = lambda known: print('trained')\n"
+        "cli.main()\n"
+    )
+    done, _ = run_command(sys.executable, str(script), "train", str(home / "config.yaml"), RANK="0", WORLD_SIZE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["trained", "at exit", ""]
+
+
+def test_a_signal_is_named(capsys):
+    _report_killed({0: -signal.SIGKILL, 1: -signal.SIGABRT, 2: -signal.SIGTERM, 3: 1})
+    assert capsys.readouterr().err.splitlines() == [
+        "inbatch: error: rank 0 was ended by SIGKILL (memory may have run out)",
+        "inbatch: error: rank 1 was ended by SIGABRT",
+    ]
 
 
 def test_a_mistake_on_one_rank_ends_all(home, tmp_path):
