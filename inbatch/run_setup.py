@@ -10,10 +10,11 @@ from torch import nn
 
 from inbatch import checkpoint, collectives
 from inbatch.batches import Batches
-from inbatch.config import Config, LossConfig, differences, dump
+from inbatch.config import Config, EvalConfig, LossConfig, differences, dump
 from inbatch.config_file import load
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.encoder import BiEncoderModel
+from inbatch.evaluate import check as check_evaluation
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.optim import build_optimizer
 from inbatch.run_log import RunLog
@@ -104,7 +105,7 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     if on_rank_0(lambda: is_done(config, total_steps, start)):
         return None
-    evaluation = together(lambda: load_retrieval(config.eval.data, config.eval.split) if config.eval.data else None)
+    evaluation = together(lambda: open_evaluation(config.eval))
     towers = together(lambda: open_towers(config))
     model = next(iter(towers.values()))
     parameters = sum(p.numel() for p in model.parameters())
@@ -143,6 +144,15 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
             progress=config.train.progress,
         ),
     )
+
+
+def open_evaluation(config: EvalConfig) -> RetrievalData | None:
+    """The data to evaluate with, if any; what is measured is known to be possible before anything is trained."""
+    if config.data is None:
+        return None
+    data = load_retrieval(config.data, config.split)
+    check_evaluation(data, config.measures)
+    return data
 
 
 def claim_folder(config: Config) -> None:

@@ -57,8 +57,7 @@ def _train(config: Config, device: torch.device) -> dict[str, float]:
         return last_figures(config)
     try:
         loop(run, clock)
-        clock.turn_to("saving")
-        finish(run)
+        finish(run, clock)
         run.log.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")
     finally:
         run.log.close()
@@ -81,8 +80,7 @@ def loop(run: Run, clock: Stopwatch) -> None:
     for step, parts in enumerate(steps, run.first_step):
         if step == run.first_step:
             announce(run, parts)
-            if step == 0 and config.eval.at_start:
-                evaluate_now(run, clock, 0)
+            evaluate_if_due(run, clock, step)
         figures = step_function(step, parts)
         clock.count(pairs=len(run.plan.batch(step)))
         run.log.advance()
@@ -91,11 +89,12 @@ def loop(run: Run, clock: Stopwatch) -> None:
         if done == 1 or last or is_due(done, config.train.log_every):
             speed = {"peak_mib": peak_bytes(run.device) / 2**20}
             run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
-        if last or is_due(done, config.eval.every_steps):
-            evaluate_now(run, clock, done)
+        # Before the evaluation, so that one that fails or is killed costs no training.
         if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
             with clock.during("saving"):
                 save_checkpoint(run, done)
+        if not last:  # the last one waits for the model to be saved
+            evaluate_if_due(run, clock, done)
 
 
 def is_due(done: int, every: int | None) -> bool:
@@ -212,10 +211,14 @@ def announce(run: Run, parts: list[Part]) -> None:
 # ---- evaluation and saving
 
 
-def evaluate_now(run: Run, clock: Stopwatch, done: int) -> None:
-    if run.evaluation is None:
-        return
+def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
+    """Evaluates after `done` steps if the configuration says so, and a run that was interrupted there has not yet."""
     config = run.config.eval
+    due = config.at_start if done == 0 else done == run.total_steps or is_due(done, config.every_steps)
+    if run.evaluation is None or not due:
+        return
+    if done == run.first_step and on_rank_0(lambda: run.log.has_evaluation(done)):
+        return
     with clock.during("evaluation"), gathered(run.networks.values()):
         figures = evaluate(
             run.passage_network,
@@ -239,8 +242,10 @@ def save_checkpoint(run: Run, done: int) -> None:
     )
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, clock: Stopwatch) -> None:
+    clock.turn_to("saving")
     save_towers(run.towers, run.config, run.folder / "model")
+    evaluate_if_due(run, clock, run.total_steps)
     on_rank_0(lambda: checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps}))
 
 

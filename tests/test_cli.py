@@ -69,6 +69,11 @@ def only_message(capsys) -> str:
         (["--data.train={home}/broken.jsonl"], ["broken.jsonl, line 3", "not JSON"]),
         (["--data.train={home}/no_positive.jsonl"], ["no_positive.jsonl, line 2", "positive"]),
         (["--eval.data={home}/bad_qrels", "--eval.split=test"], ["bad_qrels/qrels/test.tsv, line 2", "'d9'"]),
+        (["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[foo@10]"], ["'foo@10' is no measure"]),
+        (
+            ["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[nDCG@1000]"],
+            ["nDCG@1000 looks at more documents than top_k=100 retrieves"],
+        ),
         (["--optim.learning_rate=1"], ["unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"]),
         (["--model.name_or_path={home}/beir"], ["beir is no model"]),
         (["--train.accumulation_steps=3"], ["global_batch_size 4 is not divisible by train.accumulation_steps 3"]),
