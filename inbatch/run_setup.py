@@ -112,6 +112,7 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim, "parameters": parameters})
     networks = spread(towers, config, device, bf16=computes_in_bf16(config, device))
     loss = build_loss(config.loss).to(device)
+    try_loss(loss, config.loss, model.embedding_dim, device)
     optimizer = build_optimizer([*towers.values(), loss], config.optim)
     modules = {**towers, "loss": loss}
     first_step = checkpoint.load(start, modules=modules, optimizer=optimizer) if start else 0
@@ -186,6 +187,17 @@ def build_loss(config: LossConfig) -> InfoNCELoss:
             matryoshka_dims=None if config.matryoshka_dims is None else tuple(config.matryoshka_dims),
         ),
     )
+
+
+def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torch.device) -> None:
+    """Raises what the loss says of settings that do not go with this model or device; every rank calls it.
+
+    One row shows it. Other settings go with any, and need no kernels compiled for a single row.
+    """
+    if config.matryoshka_dims is not None or config.impl == "fused":
+        row_1D = torch.ones(1, dimension, device=device)
+        with torch.no_grad():
+            loss(row_1D, row_1D)
 
 
 def build_collator(config: Config, model: BiEncoderModel) -> Collator:

@@ -74,6 +74,8 @@ def only_message(capsys) -> str:
             ["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[nDCG@1000]"],
             ["nDCG@1000 looks at more documents than top_k=100 retrieves"],
         ),
+        (["--loss.matryoshka_dims=[64]"], ["matryoshka_dims must not exceed the embeddings' dimension 32, got (64,)"]),
+        (["--loss.impl=fused"], ['impl="fused" cannot run here']),
         (["--optim.learning_rate=1"], ["unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"]),
         (["--model.name_or_path={home}/beir"], ["beir is no model"]),
         (["--train.accumulation_steps=3"], ["global_batch_size 4 is not divisible by train.accumulation_steps 3"]),
