@@ -203,8 +203,14 @@ def _load_config(known: argparse.Namespace) -> "Config":
 def _train(known: argparse.Namespace) -> None:
     config = _load_config(known)
     with _processes(config.train.device) as device:
+        import torch
+
         from inbatch.train import train
 
+        if device.type == "cuda":
+            # What torch still computes on the CPU is small. Its pool of threads would compete for the cores with the
+            # workers that tokenise and the thread that launches kernels, and then wait for its own slowest thread.
+            torch.set_num_threads(1)
         train(config, device=device)
 
 

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from inbatch import cli
@@ -122,6 +124,20 @@ def test_train_evaluate_encode(home, capsys):
 
     assert cli.run(["encode", model, str(home / "beir"), str(output), "--prompt", "poem", "--device", "cpu"]) == 1
     assert "--prompt poem: expected one of" in only_message(capsys)
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cuda", 1), ("cpu", 2)])
+def test_beside_a_gpu_torch_computes_in_one_thread(home, monkeypatch, device, threads):
+    seen = []
+    monkeypatch.setattr("inbatch.cli._processes", lambda name: nullcontext(torch.device(device)))
+    monkeypatch.setattr("inbatch.train.train", lambda config, device: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert cli.run(["train", str(home / "config.yaml")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads]
 
 
 def test_help_names_every_key(capsys):
