@@ -1,9 +1,12 @@
 """Everything before the first step: the run's folder, the data, the model, the optimizer, and where to go on from."""
 
-from collections.abc import Callable
+import errno
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -82,6 +85,38 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
     return collectives.broadcast_object(value)
 
 
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder; ValueError, on every rank, while another process is at it.
+
+    The kernel lets go of the lock when rank 0 ends, however it ends; the empty file `.lock` that stays means nothing.
+    """
+    held: list[IO] = []
+    on_rank_0(lambda: held.append(_lock(folder)))
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _lock(folder: Path) -> IO:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a")
+    try:
+        # Not flock: that lock would be shared with the forked processes that make batches, which outlive a killed rank
+        # for seconds, in which the run could not be started again.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(
+                f"{folder} is being written to by another run: wait for its end, or choose another train.output_dir"
+            ) from None
+        # A file system without locks; a run there is as good as it can be.
+    return file
+
+
 def check_folder(config: Config) -> str | None:
     """The newest checkpoint in the run's folder, if any; ValueError if it holds another run."""
     folder = Path(config.train.output_dir)
@@ -158,9 +193,7 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
 
 def claim_folder(config: Config) -> None:
     """Makes the folder this run's: last of all, so that a start that failed for a mistake claims nothing."""
-    folder = Path(config.train.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / "config.yaml", dump(config))
+    checkpoint.write_text(Path(config.train.output_dir) / "config.yaml", dump(config))
 
 
 def is_done(config: Config, total_steps: int, start: str | None) -> bool:

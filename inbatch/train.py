@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from inbatch.losses import FalseNegatives, LossStats
 from inbatch.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
 from inbatch.parallel import gathered, is_spread, max_over_ranks
 from inbatch.run_log import Stopwatch, read_metrics
-from inbatch.run_setup import Run, check_folder, on_rank_0, set_up
+from inbatch.run_setup import Run, check_folder, on_rank_0, only_writer, set_up
 from inbatch.towers import save_towers
 
 
@@ -44,12 +45,13 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
     """
     device = device or collectives.device()
     with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
-        return _train(config, device)
+        collectives.agree("train", {}, same=flatten(config))
+        with only_writer(Path(config.train.output_dir)):
+            return _train(config, device)
 
 
 def _train(config: Config, device: torch.device) -> dict[str, float]:
     clock = Stopwatch()
-    collectives.agree("train", {}, same=flatten(config))
     start = on_rank_0(lambda: check_folder(config))
     run = set_up(config, device, start)
     if run is None:

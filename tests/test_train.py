@@ -289,6 +289,33 @@ def test_a_finished_run_can_be_extended_but_not_replaced(folder, tmp_path, capsy
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_one_run_at_a_time_writes_to_a_folder(folder, tmp_path):
+    """Until its process is gone: neither its lock file nor the workers that it had started keep the next one out."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from inbatch.run_setup import only_writer\n"
+        "with only_writer(Path(sys.argv[1])):\n"
+        "    worker = os.fork()\n"
+        "    if worker: print(worker, flush=True)\n"
+        "    time.sleep(120)\n"
+    )
+    config = make_config(folder, tmp_path / "run", train={"max_steps": 1})
+    command = [sys.executable, "-c", script, config.train.output_dir]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        worker = int(other.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="run is being written to by another run: wait for its end, or choose"):
+                train(config)
+            assert not (tmp_path / "run" / "config.yaml").exists()
+            other.kill()
+            other.wait()
+            train(config)
+        finally:
+            other.kill()
+            os.kill(worker, signal.SIGKILL)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 def test_done_without_a_checkpoint_says_so(folder, tmp_path):
     config = make_config(folder, tmp_path, train={"max_steps": 2})
     train(config)
