@@ -4,6 +4,7 @@ A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRAC
 """
 
 import argparse
+import atexit
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from inbatch.launch import launch, report, show_warning
 
@@ -38,11 +39,22 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         status = 1
-    if status:
-        # Not sys.exit: a rank that failed would wait for its peers in the destructors of the process group.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if status or "RANK" in os.environ:
+        _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process without the interpreter's finalisation and C++ destructors.
+
+    A rank that failed would wait there for its peers. One that is done would at times abort: threads of
+    torch.distributed outlive the process group, and one that asks for the interpreter while it ends takes the process
+    with it. What was to run at exit still does after success, such as ending processes that compile.
+    """
+    if status == 0:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -191,8 +203,14 @@ def _load_config(known: argparse.Namespace) -> "Config":
 def _train(known: argparse.Namespace) -> None:
     config = _load_config(known)
     with _processes(config.train.device) as device:
+        import torch
+
         from inbatch.train import train
 
+        if device.type == "cuda":
+            # What torch still computes on the CPU is small. Its pool of threads would compete for the cores with the
+            # workers that tokenise and the thread that launches kernels, and then wait for its own slowest thread.
+            torch.set_num_threads(1)
         train(config, device=device)
 
 

@@ -18,7 +18,9 @@ from inbatch.metrics import (
     write_trec_run,
 )
 
-__all__ = ["embed", "evaluate", "retrieve"]
+__all__ = ["check", "embed", "evaluate", "retrieve"]
+
+TOP_K = 100
 
 
 def evaluate(
@@ -26,7 +28,7 @@ def evaluate(
     data: RetrievalData,
     *,
     measures: Sequence[str] = DEFAULT_MEASURES,
-    top_k: int = 100,
+    top_k: int = TOP_K,
     run_file: str | os.PathLike | None = None,
     group=None,
     **options,
@@ -41,7 +43,7 @@ def evaluate(
     Raises ValueError, on every rank and before anything is embedded, for an unknown measure, an empty corpus, qrels
     that share no id with the data.
     """
-    collectives.together(lambda: _check(data, measures, top_k, run_file is not None), group)
+    collectives.together(lambda: check(data, measures, top_k, run_file is not None), group)
     run = retrieve(model, data, top_k=top_k, group=group, **options)
 
     def measure() -> dict[str, float] | None:
@@ -61,7 +63,7 @@ def retrieve(
     data: RetrievalData,
     *,
     query_model: nn.Module | None = None,
-    top_k: int = 100,
+    top_k: int = TOP_K,
     query_prefix: str | None = None,
     passage_prefix: str | None = None,
     query_max_len: int | None = None,
@@ -118,15 +120,17 @@ def retrieve(
     }
 
 
-def _check(data: RetrievalData, measures: Sequence[str], top_k: int, run_file: bool) -> None:
-    """What would only be found after hours of embedding."""
+def check(data: RetrievalData, measures: Sequence[str], top_k: int = TOP_K, run_file: bool = False) -> None:
+    """Raises ValueError for what would else be found only after hours of embedding, or of training."""
     if isinstance(measures, str) or not measures:
         raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected at least 1 document a query")
     for name in measures:
         if (parse_measure(name).params.get("cutoff") or 0) > top_k:
-            raise ValueError(f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k")
+            raise ValueError(
+                f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k, or lower the cut-off"
+            )
     for count, ids, what in (
         (len(data.documents), data.doc_ids, "documents"),
         (len(data.queries), data.query_ids, "queries"),

@@ -32,9 +32,10 @@ def _report_killed(exit_codes: dict[int, int]) -> None:
     """Names the rank that a signal ended, which could not say so. SIGTERM is what torchrun sends to the others."""
     for rank, code in exit_codes.items():
         if code < 0 and -code != signal.SIGTERM:
-            name = signal.Signals(-code).name
+            hint = " (memory may have run out)" if -code == signal.SIGKILL else ""
             print(
-                f"inbatch: error: rank {rank} was ended by {name} (SIGKILL: memory may have run out)", file=sys.stderr
+                f"inbatch: error: rank {rank} was ended by {signal.Signals(-code).name}{hint}",
+                file=sys.stderr,
             )
 
 

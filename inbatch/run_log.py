@@ -26,7 +26,7 @@ class RunLog:
         self.best: dict[str, float] = {}
         if not enabled:
             return
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         for name in ("metrics.jsonl", "speed.jsonl"):
             _truncate(folder / name, first_step)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
@@ -65,6 +65,10 @@ class RunLog:
         self._keep_best({"step": step, **line})
         self._write(self._metrics, step, {**line, **self.best}, "eval")
         self.note(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the figures after `step` steps are in metrics.jsonl, on the rank that writes it."""
+        return any(line["step"] == step and "loss" not in line for line in read_metrics(self._folder))
 
     def close(self) -> None:
         if self._enabled:

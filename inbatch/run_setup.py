@@ -1,19 +1,23 @@
 """Everything before the first step: the run's folder, the data, the model, the optimizer, and where to go on from."""
 
-from collections.abc import Callable
+import errno
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
 from inbatch import checkpoint, collectives
 from inbatch.batches import Batches
-from inbatch.config import Config, LossConfig, differences, dump
+from inbatch.config import Config, EvalConfig, LossConfig, differences, dump
 from inbatch.config_file import load
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.encoder import BiEncoderModel
+from inbatch.evaluate import check as check_evaluation
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.optim import build_optimizer
 from inbatch.run_log import RunLog
@@ -81,6 +85,38 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
     return collectives.broadcast_object(value)
 
 
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder; ValueError, on every rank, while another process is at it.
+
+    The kernel lets go of the lock when rank 0 ends, however it ends; the empty file `.lock` that stays means nothing.
+    """
+    held: list[IO] = []
+    on_rank_0(lambda: held.append(_lock(folder)))
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _lock(folder: Path) -> IO:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a")
+    try:
+        # Not flock: that lock would be shared with the forked processes that make batches, which outlive a killed rank
+        # for seconds, in which the run could not be started again.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(
+                f"{folder} is being written to by another run: wait for its end, or choose another train.output_dir"
+            ) from None
+        # A file system without locks; a run there is as good as it can be.
+    return file
+
+
 def check_folder(config: Config) -> str | None:
     """The newest checkpoint in the run's folder, if any; ValueError if it holds another run."""
     folder = Path(config.train.output_dir)
@@ -104,13 +140,14 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     if on_rank_0(lambda: is_done(config, total_steps, start)):
         return None
-    evaluation = together(lambda: load_retrieval(config.eval.data, config.eval.split) if config.eval.data else None)
+    evaluation = together(lambda: open_evaluation(config.eval))
     towers = together(lambda: open_towers(config))
     model = next(iter(towers.values()))
     parameters = sum(p.numel() for p in model.parameters())
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim, "parameters": parameters})
     networks = spread(towers, config, device, bf16=computes_in_bf16(config, device))
     loss = build_loss(config.loss).to(device)
+    try_loss(loss, config.loss, model.embedding_dim, device)
     optimizer = build_optimizer([*towers.values(), loss], config.optim)
     modules = {**towers, "loss": loss}
     first_step = checkpoint.load(start, modules=modules, optimizer=optimizer) if start else 0
@@ -145,11 +182,18 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     )
 
 
+def open_evaluation(config: EvalConfig) -> RetrievalData | None:
+    """The data to evaluate with, if any; what is measured is known to be possible before anything is trained."""
+    if config.data is None:
+        return None
+    data = load_retrieval(config.data, config.split)
+    check_evaluation(data, config.measures)
+    return data
+
+
 def claim_folder(config: Config) -> None:
     """Makes the folder this run's: last of all, so that a start that failed for a mistake claims nothing."""
-    folder = Path(config.train.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / "config.yaml", dump(config))
+    checkpoint.write_text(Path(config.train.output_dir) / "config.yaml", dump(config))
 
 
 def is_done(config: Config, total_steps: int, start: str | None) -> bool:
@@ -176,6 +220,17 @@ def build_loss(config: LossConfig) -> InfoNCELoss:
             matryoshka_dims=None if config.matryoshka_dims is None else tuple(config.matryoshka_dims),
         ),
     )
+
+
+def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torch.device) -> None:
+    """Raises what the loss says of settings that do not go with this model or device; every rank calls it.
+
+    One row shows it. Other settings go with any, and need no kernels compiled for a single row.
+    """
+    if config.matryoshka_dims is not None or config.impl == "fused":
+        row_1D = torch.ones(1, dimension, device=device)
+        with torch.no_grad():
+            loss(row_1D, row_1D)
 
 
 def build_collator(config: Config, model: BiEncoderModel) -> Collator:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from inbatch.losses import FalseNegatives, LossStats
 from inbatch.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
 from inbatch.parallel import gathered, is_spread, max_over_ranks
 from inbatch.run_log import Stopwatch, read_metrics
-from inbatch.run_setup import Run, check_folder, on_rank_0, set_up
+from inbatch.run_setup import Run, check_folder, on_rank_0, only_writer, set_up
 from inbatch.towers import save_towers
 
 
@@ -44,12 +45,13 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
     """
     device = device or collectives.device()
     with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
-        return _train(config, device)
+        collectives.agree("train", {}, same=flatten(config))
+        with only_writer(Path(config.train.output_dir)):
+            return _train(config, device)
 
 
 def _train(config: Config, device: torch.device) -> dict[str, float]:
     clock = Stopwatch()
-    collectives.agree("train", {}, same=flatten(config))
     start = on_rank_0(lambda: check_folder(config))
     run = set_up(config, device, start)
     if run is None:
@@ -57,8 +59,7 @@ def _train(config: Config, device: torch.device) -> dict[str, float]:
         return last_figures(config)
     try:
         loop(run, clock)
-        clock.turn_to("saving")
-        finish(run)
+        finish(run, clock)
         run.log.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")
     finally:
         run.log.close()
@@ -81,8 +82,7 @@ def loop(run: Run, clock: Stopwatch) -> None:
     for step, parts in enumerate(steps, run.first_step):
         if step == run.first_step:
             announce(run, parts)
-            if step == 0 and config.eval.at_start:
-                evaluate_now(run, clock, 0)
+            evaluate_if_due(run, clock, step)
         figures = step_function(step, parts)
         clock.count(pairs=len(run.plan.batch(step)))
         run.log.advance()
@@ -91,11 +91,12 @@ def loop(run: Run, clock: Stopwatch) -> None:
         if done == 1 or last or is_due(done, config.train.log_every):
             speed = {"peak_mib": peak_bytes(run.device) / 2**20}
             run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
-        if last or is_due(done, config.eval.every_steps):
-            evaluate_now(run, clock, done)
+        # Before the evaluation, so that one that fails or is killed costs no training.
         if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
             with clock.during("saving"):
                 save_checkpoint(run, done)
+        if not last:  # the last one waits for the model to be saved
+            evaluate_if_due(run, clock, done)
 
 
 def is_due(done: int, every: int | None) -> bool:
@@ -212,10 +213,14 @@ def announce(run: Run, parts: list[Part]) -> None:
 # ---- evaluation and saving
 
 
-def evaluate_now(run: Run, clock: Stopwatch, done: int) -> None:
-    if run.evaluation is None:
-        return
+def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
+    """Evaluates after `done` steps if the configuration says so, and a run that was interrupted there has not yet."""
     config = run.config.eval
+    due = config.at_start if done == 0 else done == run.total_steps or is_due(done, config.every_steps)
+    if run.evaluation is None or not due:
+        return
+    if done == run.first_step and on_rank_0(lambda: run.log.has_evaluation(done)):
+        return
     with clock.during("evaluation"), gathered(run.networks.values()):
         figures = evaluate(
             run.passage_network,
@@ -239,8 +244,10 @@ def save_checkpoint(run: Run, done: int) -> None:
     )
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, clock: Stopwatch) -> None:
+    clock.turn_to("saving")
     save_towers(run.towers, run.config, run.folder / "model")
+    evaluate_if_due(run, clock, run.total_steps)
     on_rank_0(lambda: checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps}))
 
 

@@ -2,17 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from inbatch import cli
 from inbatch.encoder import BiEncoderModel
+from inbatch.launch import _report_killed
 from tests.helpers import REPOSITORY
 from tests.tiny_models import WORDS, save_tiny
 
@@ -67,6 +71,13 @@ def only_message(capsys) -> str:
         (["--data.train={home}/broken.jsonl"], ["broken.jsonl, line 3", "not JSON"]),
         (["--data.train={home}/no_positive.jsonl"], ["no_positive.jsonl, line 2", "positive"]),
         (["--eval.data={home}/bad_qrels", "--eval.split=test"], ["bad_qrels/qrels/test.tsv, line 2", "'d9'"]),
+        (["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[foo@10]"], ["'foo@10' is no measure"]),
+        (
+            ["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[nDCG@1000]"],
+            ["nDCG@1000 looks at more documents than top_k=100 retrieves"],
+        ),
+        (["--loss.matryoshka_dims=[64]"], ["matryoshka_dims must not exceed the embeddings' dimension 32, got (64,)"]),
+        (["--loss.impl=fused"], ['impl="fused" cannot run here']),
         (["--optim.learning_rate=1"], ["unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"]),
         (["--model.name_or_path={home}/beir"], ["beir is no model"]),
         (["--train.accumulation_steps=3"], ["global_batch_size 4 is not divisible by train.accumulation_steps 3"]),
@@ -115,6 +126,20 @@ def test_train_evaluate_encode(home, capsys):
     assert "--prompt poem: expected one of" in only_message(capsys)
 
 
+@pytest.mark.parametrize(("device", "threads"), [("cuda", 1), ("cpu", 2)])
+def test_beside_a_gpu_torch_computes_in_one_thread(home, monkeypatch, device, threads):
+    seen = []
+    monkeypatch.setattr("inbatch.cli._processes", lambda name: nullcontext(torch.device(device)))
+    monkeypatch.setattr("inbatch.train.train", lambda config, device: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert cli.run(["train", str(home / "config.yaml")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads]
+
+
 def test_help_names_every_key(capsys):
     for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["encode", "--help"]):
         with pytest.raises(SystemExit) as done:
@@ -133,8 +158,8 @@ def test_without_the_extra_the_remedy_is_named(home, capsys, monkeypatch):
     assert "jsonargparse is not installed: pip install 'inbatch[train]'" in only_message(capsys)
 
 
-def run_command(*command: str, cwd: Path = REPOSITORY) -> tuple[subprocess.CompletedProcess, float]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+def run_command(*command: str, cwd: Path = REPOSITORY, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     started = time.monotonic()
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
     return done, time.monotonic() - started
@@ -169,6 +194,31 @@ def test_ranks_with_different_models(home, tmp_path):
     # torchrun's report comes last; its root cause repeats the message, and nobody printed a traceback of ours.
     assert done.stderr.rstrip().splitlines()[-2].strip().startswith("traceback : the model: the ranks disagree")
     assert "inbatch/train.py" not in done.stderr
+
+
+def test_a_rank_that_is_done_does_not_finalise_the_interpreter(home, tmp_path):
+    """Where threads of torch.distributed may abort it; what was registered to run at exit does, and nothing is lost."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import atexit, os; from inbatch import cli\n"
+        "class Aborts:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "kept = Aborts()\n"
+        "atexit.register(print, 'at exit')\n"
+        "cli._train = lambda known: print('trained')\n"
+        "cli.main()\n"
+    )
+    done, _ = run_command(sys.executable, str(script), "train", str(home / "config.yaml"), RANK="0", WORLD_SIZE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["trained", "at exit", ""]
+
+
+def test_a_signal_is_named(capsys):
+    _report_killed({0: -signal.SIGKILL, 1: -signal.SIGABRT, 2: -signal.SIGTERM, 3: 1})
+    assert capsys.readouterr().err.splitlines() == [
+        "inbatch: error: rank 0 was ended by SIGKILL (memory may have run out)",
+        "inbatch: error: rank 1 was ended by SIGABRT",
+    ]
 
 
 def test_a_mistake_on_one_rank_ends_all(home, tmp_path):

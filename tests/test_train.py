@@ -33,6 +33,7 @@ from inbatch.config import (
 )
 from inbatch.data import BatchPlan, Collator, open_examples
 from inbatch.encoder import BiEncoderModel
+from inbatch.evaluate import evaluate
 from inbatch.optim import build_optimizer, clip_gradients, learning_rate
 from inbatch.run_log import Stopwatch, read_metrics
 from inbatch.train import train
@@ -288,11 +289,93 @@ def test_a_finished_run_can_be_extended_but_not_replaced(folder, tmp_path, capsy
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_one_run_at_a_time_writes_to_a_folder(folder, tmp_path):
+    """Until its process is gone: neither its lock file nor the workers that it had started keep the next one out."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from inbatch.run_setup import only_writer\n"
+        "with only_writer(Path(sys.argv[1])):\n"
+        "    worker = os.fork()\n"
+        "    if worker: print(worker, flush=True)\n"
+        "    time.sleep(120)\n"
+    )
+    config = make_config(folder, tmp_path / "run", train={"max_steps": 1})
+    command = [sys.executable, "-c", script, config.train.output_dir]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        worker = int(other.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="run is being written to by another run: wait for its end, or choose"):
+                train(config)
+            assert not (tmp_path / "run" / "config.yaml").exists()
+            other.kill()
+            other.wait()
+            train(config)
+        finally:
+            other.kill()
+            os.kill(worker, signal.SIGKILL)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 def test_done_without_a_checkpoint_says_so(folder, tmp_path):
     config = make_config(folder, tmp_path, train={"max_steps": 2})
     train(config)
     with pytest.raises(ValueError, match="done after 2 steps and kept no checkpoint"):
         train(replace(config, train=replace(config.train, max_steps=3)))
+
+
+@pytest.mark.parametrize("every_steps", [None, 3])
+def test_an_evaluation_that_fails_at_the_end_costs_no_training(folder, tmp_path, monkeypatch, every_steps):
+    def config(name: str) -> Config:
+        return make_config(
+            folder,
+            tmp_path / name,
+            eval=vars(EvalConfig(data=str(folder / "beir"), every_steps=3)),
+            checkpoint=vars(CheckpointConfig(every_steps=every_steps)),
+        )
+
+    train(config("whole"))
+    with monkeypatch.context() as patch:
+        outcomes = iter([False, False, True])  # at the start, after 3 steps, at the end
+
+        def fails_at_last(*args, **options):
+            if next(outcomes):
+                raise OSError("no space left")
+            return evaluate(*args, **options)
+
+        patch.setattr("inbatch.train.evaluate", fails_at_last)
+        with pytest.raises(OSError, match="no space left"):
+            train(config("failed"))
+    assert_close(trained(config("whole")), trained(config("failed")), atol=0)
+    if every_steps:
+        assert checkpoint.list_checkpoints(tmp_path / "failed" / "checkpoints")[-1][0] == 5
+    assert not (tmp_path / "failed" / "done.json").exists()
+
+    # The same command again evaluates what is missing, and nothing twice.
+    train(config("failed"))
+    whole, failed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "failed"))
+    assert failed.read_text() == whole.read_text()
+
+
+def test_an_evaluation_cut_off_after_its_checkpoint_is_made_up_for(folder, tmp_path, monkeypatch):
+    evaluation = vars(EvalConfig(data=str(folder / "beir"), every_steps=2))
+    checkpoints = vars(CheckpointConfig(every_steps=2))
+    whole, cut = (
+        make_config(folder, tmp_path / name, eval=evaluation, checkpoint=checkpoints) for name in ("whole", "cut")
+    )
+    train(whole)
+    with monkeypatch.context() as patch:
+        save = checkpoint.save
+
+        def interrupts(folder, step, **options):
+            save(folder, step, **options)
+            if step == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(checkpoint, "save", interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    train(cut)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
 def test_an_exploding_loss_stops_the_run(folder, tmp_path):
