@@ -30,8 +30,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from inbatch.losses._kernels import LOG2E, _count_piece, _fill_masked, _in_base_2
 from inbatch.losses._launch import launch
 
-if not (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= (3, 9):
-    raise ImportError("Gluon is experimental: this kernel compiles with triton 3.6 to 3.9")
+# Gluon is experimental, and what goes wrong in such a kernel hangs or is wrong in silence. It compiles with these
+# versions of triton; it is used with those on which a GPU gave, bit for bit, what the portable kernel gives.
+_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+if not (3, 6) <= _VERSION <= (3, 9):
+    raise ImportError(f"this kernel compiles with triton 3.6 to 3.9, not with {triton.__version__}")
+PROVEN = _VERSION == (3, 6)
 
 # BM and BN are those of `fused.HALF_TILE`, which the partial sums are laid out for.
 TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "STAGES": 4, "LEAD": 3}

@@ -163,7 +163,7 @@ def exp_scores(
     grid = min(tiles[0] * tiles[1], _multiprocessors(rows) * tile.programs)
     common = *vectors, own if counts is None else counts[start:stop], keys, R, C, D
     masks = {"LIMIT": limit is not None, "COUNT": counts is not None, "KEEP": keep}
-    if tile is HALF_TILE and hopper is not None and _device_facts(rows.device.index)[2]:
+    if tile is HALF_TILE and hopper is not None and hopper.PROVEN and _device_facts(rows.device.index)[2]:
         hopper.launch_exp(grid, rows, block.columns, exp, common, masks)
     else:
         operands = _descriptors(rows, block.columns, exp, tile) if bulk else (rows, block.columns, exp)
