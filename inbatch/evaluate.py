@@ -11,16 +11,14 @@ from inbatch.data.records import RetrievalData
 from inbatch.encode import embed, share, unwrap
 from inbatch.metrics import (
     DEFAULT_MEASURES,
+    TOP_K,
     Run,
-    check_trec_words,
-    parse_measure,
+    check_evaluation,
     retrieval_metrics,
     write_trec_run,
 )
 
-__all__ = ["check", "embed", "evaluate", "retrieve"]
-
-TOP_K = 100
+__all__ = ["embed", "evaluate", "retrieve"]
 
 
 def evaluate(
@@ -43,7 +41,7 @@ def evaluate(
     Raises ValueError, on every rank and before anything is embedded, for an unknown measure, an empty corpus, qrels
     that share no id with the data.
     """
-    collectives.together(lambda: check(data, measures, top_k, run_file is not None), group)
+    collectives.together(lambda: check_evaluation(data, measures, top_k, run_file is not None), group)
     run = retrieve(model, data, top_k=top_k, group=group, **options)
 
     def measure() -> dict[str, float] | None:
@@ -118,33 +116,3 @@ def retrieve(
         query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True)}
         for query, row, row_scores in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
     }
-
-
-def check(data: RetrievalData, measures: Sequence[str], top_k: int = TOP_K, run_file: bool = False) -> None:
-    """Raises ValueError for what would else be found only after hours of embedding, or of training."""
-    if isinstance(measures, str) or not measures:
-        raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected at least 1 document a query")
-    for name in measures:
-        if (parse_measure(name).params.get("cutoff") or 0) > top_k:
-            raise ValueError(
-                f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k, or lower the cut-off"
-            )
-    for count, ids, what in (
-        (len(data.documents), data.doc_ids, "documents"),
-        (len(data.queries), data.query_ids, "queries"),
-    ):
-        if count == 0:
-            raise ValueError(f"there are no {what} to evaluate with; expected at least one")
-        if count != len(ids):
-            raise ValueError(f"there are {count} {what} but {len(ids)} ids; expected one id each")
-        if run_file:
-            check_trec_words(ids)
-    judged = {document for documents in data.qrels.values() for document in documents}
-    for ids, known, what in ((data.query_ids, data.qrels, "query"), (data.doc_ids, judged, "document")):
-        if not any(name in known for name in ids):
-            raise ValueError(
-                f"the qrels name no {what} of this data: they have {what} ids such as {next(iter(known), None)!r}, "
-                f"the data {ids[0]!r}; are they of another collection?"
-            )

@@ -18,10 +18,13 @@ from ir_measures import Measure
 from ir_measures.measures import registry as _MEASURES
 from ir_measures.providers import registry as _PROVIDERS
 
+from inbatch.data.records import RetrievalData
+
 Run = Mapping[str, Mapping[str, float]]
 Qrels = Mapping[str, Mapping[str, int]]
 
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
+TOP_K = 100  # documents retrieved for a query
 # What users of other tools write, in lower case. ir-measures' own names are found in any case.
 _ALIASES = {"hit": "Success", "hits": "Success", "hitrate": "Success", "reciprocal_rank": "RR"}
 _NAME = re.compile(r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:@\s*(?P<cutoff>\d+))?\s*", re.ASCII)
@@ -130,3 +133,33 @@ def check_trec_words(words: Iterable[str]) -> None:
     for word in words:
         if word.split() != [word]:
             raise ValueError(f"{word!r} cannot stand in a TREC run: expected a word without white space")
+
+
+def check_evaluation(data: RetrievalData, measures: Sequence[str], top_k: int = TOP_K, run_file: bool = False) -> None:
+    """Raises ValueError for what would else be found only after hours of embedding, or of training."""
+    if isinstance(measures, str) or not measures:
+        raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected at least 1 document a query")
+    for name in measures:
+        if (parse_measure(name).params.get("cutoff") or 0) > top_k:
+            raise ValueError(
+                f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k, or lower the cut-off"
+            )
+    for count, ids, what in (
+        (len(data.documents), data.doc_ids, "documents"),
+        (len(data.queries), data.query_ids, "queries"),
+    ):
+        if count == 0:
+            raise ValueError(f"there are no {what} to evaluate with; expected at least one")
+        if count != len(ids):
+            raise ValueError(f"there are {count} {what} but {len(ids)} ids; expected one id each")
+        if run_file:
+            check_trec_words(ids)
+    judged = {document for documents in data.qrels.values() for document in documents}
+    for ids, known, what in ((data.query_ids, data.qrels, "query"), (data.doc_ids, judged, "document")):
+        if not any(name in known for name in ids):
+            raise ValueError(
+                f"the qrels name no {what} of this data: they have {what} ids such as {next(iter(known), None)!r}, "
+                f"the data {ids[0]!r}; are they of another collection?"
+            )

@@ -17,8 +17,8 @@ from inbatch.config import Config, EvalConfig, LossConfig, differences, dump
 from inbatch.config_file import load
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.encoder import BiEncoderModel
-from inbatch.evaluate import check as check_evaluation
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
+from inbatch.metrics import check_evaluation
 from inbatch.optim import build_optimizer
 from inbatch.run_log import RunLog
 from inbatch.towers import open_towers, spread
