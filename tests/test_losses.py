@@ -429,6 +429,7 @@ def test_a_temperature_of_numpy_is_a_float():
     queries, passages = torch.randn(4, 8), torch.randn(8, 8)
     expected = info_nce(queries, passages, temperature=0.25)
     assert torch.equal(info_nce(queries, passages, temperature=np.float32(0.25)), expected)
+    assert torch.equal(InfoNCELoss(np.float32(0.25))(queries, passages), expected)
 
 
 @pytest.mark.parametrize("option", ["negatives", "impl"])

@@ -128,13 +128,13 @@ class InfoNCELoss(nn.Module):
         chunk_mib: float | None = None,
     ):
         super().__init__()
-        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
             raise ValueError(f"temperature must be a positive number to start from, got {temperature!r}")
         if negatives not in _check.NEGATIVES:
             raise ValueError(f"negatives must be {_check.one_of(_check.NEGATIVES)}, got {negatives!r}")
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be {_check.one_of(IMPLEMENTATIONS)}, got {impl!r}")
-        self._fixed_temperature = temperature
+        self._fixed_temperature = temperature = float(temperature)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
         self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (
             negatives,

@@ -96,7 +96,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
         if temperature.is_cuda:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
-    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
     return None
 

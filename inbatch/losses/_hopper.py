@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from inbatch.losses._kernels import LOG2E, _count_piece, _fill_masked, _in_base_2
+from inbatch.losses._kernels import LOG2E, _count_piece, _fill_masked, _in_base_2, _place
 from inbatch.losses._launch import launch
 
 # Gluon is experimental, and what goes wrong in such a kernel hangs or is wrong in silence. It compiles with these
@@ -43,15 +43,6 @@ _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 # Their names changed in triton 3.9.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-
-@gluon.jit
-def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
-    """(row tile, column tile) of a tile: in groups of GROUP row tiles, so that tiles in flight share the L2 cache."""
-    group_tiles = GROUP * column_tiles
-    first = (tile // group_tiles) * GROUP
-    group = gl.minimum(row_tiles - first, GROUP)
-    return first + (tile % group_tiles) % group, (tile % group_tiles) // group
 
 
 @gluon.jit

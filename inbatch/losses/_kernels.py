@@ -25,6 +25,15 @@ MAX_SUM = tl.constexpr(math.exp(MAX_EXPONENT))
 
 
 @triton.jit
+def _place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of a tile: in groups of GROUP row tiles, so that tiles in flight share the L2 cache."""
+    group_tiles = GROUP * column_tiles
+    first = (tile // group_tiles) * GROUP
+    group = min(row_tiles - first, GROUP)
+    return first + (tile % group_tiles) % group, (tile % group_tiles) // group
+
+
+@triton.jit
 def _dot_tile(
     rows, columns, row0, column0, R, C, D, row_stride, column_stride,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -164,17 +173,13 @@ def exp_kernel(
 ):  # fmt: skip
     """E and its partial row sums, one persistent program for each slot of the device.
 
-    partial_ptr [column tiles, r] float32. Tiles are visited in groups of GROUP row tiles, so that the tiles in flight
-    share their rows and columns through the L2 cache. HALVES = 2 treats the tile's epilogue in two halves.
+    partial_ptr [column tiles, r] float32. HALVES = 2 treats the tile's epilogue in two halves.
     """
     row_tiles = tl.cdiv(R, BM)
     column_tiles = tl.cdiv(C, BN)
-    group_tiles = GROUP * column_tiles
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-        first = (tile // group_tiles) * GROUP
-        group = min(row_tiles - first, GROUP)
-        row0 = (first + (tile % group_tiles) % group) * BM
-        column_tile = (tile % group_tiles) // group
+        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
+        row0 = row_tile * BM
         column0 = column_tile * BN
 
         # Before the products, so that nothing waits for these loads after them.

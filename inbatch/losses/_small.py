@@ -71,17 +71,8 @@ class SmallInfoNCE(torch.autograd.Function):
         loss_B = torch.empty(B, dtype=torch.float32, device=queries.device)
         coefficient_B = torch.empty(B, dtype=torch.float32, device=queries.device)
         scale = 1 / temperature
-        arguments = (
-            dots_BN,
-            shares_BN,
-            loss_B,
-            coefficient_B,
-            loss_B if ids is None else ids,
-            N,
-            N // B,
-            scale,
-            scale / B,
-        )
+        vectors = loss_B, coefficient_B, loss_B if ids is None else ids
+        arguments = dots_BN, shares_BN, *vectors, N, N // B, scale, scale / B
         constants = {"IDS": ids is not None, "BLOCK": min(1 << (N - 1).bit_length(), 4096)}
         fused.launch(fused.row_kernels.dense_kernel, B, arguments, constants, num_warps=8)
         if any(ctx.needs_input_grad):
