@@ -406,7 +406,7 @@ def test_the_interface_is_that_of_the_tiled_path():
         "add_gradients",
         "why_not",
         "exp_itemsize",
-        "DEFAULT_CHUNK_MIB",
+        "DEFAULT_CHUNKS",
         "ROW_MULTIPLE",
     ):
         assert type(getattr(fused, name)) is type(getattr(tiled, name))

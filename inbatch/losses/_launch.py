@@ -17,28 +17,34 @@ def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], 
     """kernel[(grid,)](*arguments, **constants, **options), remembering what Triton compiles for arguments like these.
 
     Finding that again takes Triton longer than launching it. `constants` are the kernel's last parameters, in order.
-    Like: the same dtypes, alignments and descriptors' blocks, and integers that Triton takes alike.
+    Like: the same dtypes, alignments and descriptors' blocks, and integers that Triton takes alike. Tensors then go as
+    addresses, which saves asking the driver about each.
     """
-    key = (
-        id(kernel),
-        torch.cuda.current_device() if not INTERPRETED else -1,
-        *map(_kind, arguments),
-        *constants.values(),
-    )
+    kinds, values = _kinds_and_values(arguments)
+    key = id(kernel), torch.cuda.current_device() if not INTERPRETED else -1, *kinds, *constants.values()
     compiled = _launchable.get(key)
     if compiled is None:
         _launchable[key] = kernel[(grid,)](*arguments, **constants, **options)
     else:
-        compiled[(grid, 1, 1)](*arguments, *constants.values())
+        compiled[(grid, 1, 1)](*values, *constants.values())
 
 
-def _kind(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument < 2**31
-    if isinstance(argument, float):
-        return float
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
-    return argument.base.dtype, *argument.block_shape  # a tensor descriptor
+def _kinds_and_values(arguments: tuple) -> tuple[tuple, tuple]:
+    kinds: list[Any] = []
+    values: list[Any] = []
+    for argument in arguments:
+        value = argument
+        if isinstance(argument, Tensor):
+            value = argument.data_ptr()
+            kinds += argument.dtype, value % 16 == 0
+        elif isinstance(argument, int):
+            kinds += argument == 1, argument % 16 == 0, argument < 2**31
+        elif isinstance(argument, float):
+            kinds.append(float)
+        elif isinstance(argument, tuple):
+            kind, value = _kinds_and_values(argument)
+            kinds.append(kind)
+        else:  # a tensor descriptor
+            kinds += argument.base.dtype, *argument.block_shape
+        values.append(value)
+    return tuple(kinds), tuple(values)

@@ -5,6 +5,7 @@ Shapes: B local queries (rows), M local passages, D dimension (of a prefix), C c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -229,9 +230,9 @@ def schedule(objective: Objective) -> list[tuple[list[Step], float]]:
 def chunks(num_rows: int, num_columns: int, dtype: torch.dtype, problem: Problem) -> list[tuple[int, int]]:
     """Equal ranges of rows whose exponentials fit the chunk size."""
     kernels = problem.kernels
-    budget_mib = kernels.DEFAULT_CHUNK_MIB if problem.chunk_mib is None else problem.chunk_mib
-    least = kernels.DEFAULT_CHUNK_ROWS if problem.chunk_mib is None else 1
-    fitting = max(int(budget_mib * 2**20 / max(num_columns * kernels.exp_itemsize(dtype), 1)), least)
+    row_mib = max(num_columns * kernels.exp_itemsize(dtype), 1) / 2**20
+    limits = kernels.DEFAULT_CHUNKS if problem.chunk_mib is None else ((problem.chunk_mib, math.inf),)
+    fitting = max(1, *(int(min(mib / row_mib, rows)) for mib, rows in limits))
     pieces = -(-num_rows // fitting) if num_rows else 0
     size = -(-num_rows // max(pieces, 1))
     if size < num_rows and fitting >= kernels.ROW_MULTIPLE:

@@ -43,25 +43,27 @@ def finish_kernel(
 
 @triton.jit
 def weigh_kernel(
-    product_ptr, d_rows_ptr, rows_ptr, weighted_ptr, weight_ptr, R, D, product_stride, d_rows_stride, row_stride,
+    product_ptr, d_rows_ptr, rows_ptr, weighted_ptr, weight_ptr,
+    R, D, product_stride, d_rows_stride, row_stride, weighted_stride,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """ROWS: d_rows_i (+)= weight_i * product_i, which may be one tensor. COLUMNS: weighted_i = weight_i * rows_i."""
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    """ROWS: d_rows_i (+)= weight_i * product_i, which may be one tensor. COLUMNS: weighted^T_i = weight_i * rows_i."""
+    dim_tiles = tl.cdiv(D, BD)
+    i = (tl.program_id(0) // dim_tiles) * BM + tl.arange(0, BM)
+    d = (tl.program_id(0) % dim_tiles) * BD + tl.arange(0, BD)
     row = i.to(tl.int64)[:, None]
+    mask = (i < R)[:, None] & (d < D)[None, :]
     weight = tl.load(weight_ptr + i, mask=i < R, other=0.0)[:, None]
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        mask = (i < R)[:, None] & (d < D)[None, :]
-        if ROWS:
-            value = weight * tl.load(product_ptr + row * product_stride + d[None, :], mask=mask)
-            ptrs = d_rows_ptr + row * d_rows_stride + d[None, :]
-            if ADD:
-                value += tl.load(ptrs, mask=mask)
-            tl.store(ptrs, value, mask=mask)
-        if COLUMNS:
-            value = weight * tl.load(rows_ptr + row * row_stride + d[None, :], mask=mask).to(tl.float32)
-            tl.store(weighted_ptr + row * D + d[None, :], value.to(weighted_ptr.dtype.element_ty), mask=mask)
+    if ROWS:
+        value = weight * tl.load(product_ptr + row * product_stride + d[None, :], mask=mask)
+        ptrs = d_rows_ptr + row * d_rows_stride + d[None, :]
+        if ADD:
+            value += tl.load(ptrs, mask=mask)
+        tl.store(ptrs, value, mask=mask)
+    if COLUMNS:
+        value = weight * tl.load(rows_ptr + row * row_stride + d[None, :], mask=mask).to(tl.float32)
+        ptrs = weighted_ptr + d.to(tl.int64)[None, :] * weighted_stride + i[:, None]
+        tl.store(ptrs, value.to(weighted_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from inbatch.losses._blocks import MAX_EXPONENT, Block, accumulator_dtype
 
-DEFAULT_CHUNK_MIB = 32.0  # products want at least 256 rows; beyond 16 MiB speed is flat
-DEFAULT_CHUNK_ROWS = 1
+DEFAULT_CHUNKS = ((32.0, math.inf),)  # products want at least 256 rows; beyond 16 MiB speed is flat
 ROW_MULTIPLE = 16
 _WIDENED_COLUMNS = 4096
 
