@@ -28,14 +28,14 @@ def failure(problem: Exception) -> dict:
     return {"failed": words[:200]}
 
 
-def measure(loss: Callable[[], Tensor], leaves: tuple[Tensor, Tensor], timer: Callable[..., float]) -> dict:
-    """The median time of a step, and its peak memory (the second step's) above what was there: gradients included."""
+def memory(loss: Callable[[], Tensor], leaves: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """The peak memory of a step (the second: the first compiles) above what was there: gradients included."""
     for leaf in leaves:
         leaf.grad = None
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    step(loss, leaves)  # compiles
+    step(loss, leaves)
     torch.cuda.synchronize()
     for leaf in leaves:
         leaf.grad = None
@@ -44,53 +44,67 @@ def measure(loss: Callable[[], Tensor], leaves: tuple[Tensor, Tensor], timer: Ca
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     gradients = sum(leaf.nbytes for leaf in leaves)
+    for leaf in leaves:
+        leaf.grad = None
     return {
-        "ms": timer(lambda: step(loss, leaves)),
         "gib_above_inputs": (peak - before) / GIB,
         "gib_above_inputs_and_gradients": (peak - before - gradients) / GIB,
         "gib_in_all": peak / GIB,
     }
 
 
-def median_ms(run: Callable[[], object], *, warm_s: float = 0.15, measure_s: float = 0.35, most: int = 1000) -> float:
-    """Median of single runs in a row, the GPU warm: a short burst after a pause clocks higher than training does."""
-    run()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    once_s = time.perf_counter() - begin
-    for _ in range(min(int(warm_s / once_s), most)):
+def in_turns(runs: dict[str, Callable[[], object]], agree: Callable[[float], float] = float) -> dict[str, float]:
+    """Median milliseconds of each. They take turns, so that a slow spell of the host or a hot card meets all alike.
+
+    A turn warms up before it is timed: a short burst after a pause clocks higher than training does. `agree` makes one
+    number of the ranks' durations, that all may run as often.
+    """
+    once_s = {}
+    for name, run in runs.items():
         run()
-    return _median(run, max(min(int(measure_s / once_s), most), 3))
-
-
-def same_runs_ms(run: Callable[[], object]) -> float:
-    """The same with as many runs on every rank."""
-    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
         run()
-    return _median(run, 8)
+        torch.cuda.synchronize()
+        once_s[name] = agree(time.perf_counter() - begin)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(12 if max(once_s.values()) < 0.02 else 4):
+        for name, run in runs.items():
+            for _ in range(max(1, min(int(0.05 / once_s[name]), 50))):
+                run()
+            times[name] += _intervals_ms(run, max(1, min(int(0.1 / once_s[name]), 50)))
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
-def _median(run: Callable[[], object], runs: int) -> float:
+def _intervals_ms(run: Callable[[], object], runs: int) -> list[float]:
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     marks[0].record()
     for mark in marks[1:]:
         run()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def plain_products(queries: Tensor, passages: Tensor) -> dict[str, float]:
-    """TFLOP/s of S, dQ and dP at this shape (at fewer rows where S would exceed 8 GiB)."""
-    with torch.no_grad():
-        queries = queries[: max(2**32 // len(passages), 128)]
-        scores = torch.randn(len(queries), len(passages), device="cuda", dtype=torch.bfloat16)
-        d_queries, d_passages = torch.empty_like(queries), torch.empty_like(passages)
-        times = {
-            "dQ": median_ms(lambda: torch.mm(scores, passages, out=d_queries)),
-            "dP": median_ms(lambda: torch.mm(scores.T, queries, out=d_passages)),
-            "S": median_ms(lambda: torch.mm(queries, passages.T, out=scores)),
-        }
-    return {name: 2 * scores.numel() * queries.shape[1] / ms / 1e9 for name, ms in times.items()}
+def busy_ms(run: Callable[[], object], runs: int = 10) -> float:
+    """How long the GPU itself works for one run. After a profile every launch takes longer: measure times first."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(runs):
+            run()
+        torch.cuda.synchronize()
+    return sum(each.self_device_time_total for each in profile.key_averages()) / runs / 1000
+
+
+def plain_products(queries: Tensor, passages: Tensor) -> tuple[dict[str, Callable[[], object]], float]:
+    """The plain products S, dQ and dP of this shape (fewer rows where S would exceed 8 GiB), and their operations."""
+    queries, passages = queries.detach()[: max(2**32 // len(passages), 128)], passages.detach()
+    scores = torch.randn(len(queries), len(passages), device="cuda", dtype=torch.bfloat16)
+    d_queries, d_passages, out = torch.empty_like(queries), torch.empty_like(passages), torch.empty_like(scores)
+    products = {
+        "dQ": lambda: torch.mm(scores, passages, out=d_queries),
+        "dP": lambda: torch.mm(scores.T, queries, out=d_passages),
+        "S": lambda: torch.mm(queries, passages.T, out=out),
+    }
+    return products, 2 * scores.numel() * queries.shape[1]

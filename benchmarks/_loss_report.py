@@ -22,7 +22,7 @@ def facts(gpus: int) -> dict:
 
     command = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "inf-cl")
+    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "inf-cl", "quack-kernels")
     return {
         "gpu": torch.cuda.get_device_name(),
         "gpus": gpus,
@@ -48,9 +48,10 @@ def table(result: dict) -> str:
                 lines.append(f"  {row['row']:46s} {row['failed'][:60]}")
                 continue
             share = f"share {row['share']:.2f}" if "share" in row else ""
+            busy = f", GPU busy {row['busy_ms']:.3f} ms" if "busy_ms" in row else ""
             lines.append(
                 f"  {row['row']:46s} {row['ms']:9.3f} ms {row['tflops']:5.0f} TF {share:10s} "
-                f"{row['gib_above_inputs']:7.2f} GiB above the inputs"
+                f"{row['gib_above_inputs']:7.2f} GiB above the inputs{busy}"
             )
     return "\n".join(lines)
 

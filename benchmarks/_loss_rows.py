@@ -69,7 +69,8 @@ def rows() -> list[Row]:
         Row("eager", eager, largest=2**32),
         Row("eager, float32 products", float32_products, largest=2**27),
     ]
-    for package, make in (("liger-kernel", _liger), ("cut-cross-entropy", _cce), ("inf-cl", _inf_cl)):
+    peers = {"liger-kernel": _liger, "cut-cross-entropy": _cce, "inf-cl": _inf_cl, "quack-kernels": _quack}
+    for package, make in peers.items():
         try:
             found += make()
         except ImportError:
@@ -103,6 +104,15 @@ def _inf_cl() -> list[Row]:
         return cal_flash_loss(q, p, labels=y, scale=torch.tensor(1 / t, device=q.device)).mean()
 
     return [Row("Inf-CL", loss, everywhere=False)]
+
+
+def _quack() -> list[Row]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(q: Tensor, p: Tensor, y: Tensor, t: float) -> Tensor:
+        return chunked_linear_cross_entropy(q * (1 / t), p, y, chunk_size=8192)
+
+    return [Row("quack, 8192 rows a chunk", loss, largest=2**34)]
 
 
 def pairs(B: int, N: int, D: int, seed: int = 0, signal: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from _loss_measure import failure, measure, same_runs_ms, step
+from _loss_measure import failure, in_turns, memory, step
 from _loss_report import facts
 from _loss_rows import eager, error, exact, float32_scores, pairs
 from torch import Tensor
@@ -49,23 +50,31 @@ def several_gpus(save: Callable[[dict], None]) -> dict:
     for name in ("inbatch, gather", "inbatch, ring", "gather + eager"):
         result["errors"].append({"setting": f"{world} ranks", "row": name, **worst_error(compared[name], rank, world)})
     for B, M, D in SHAPES:
-        N, found = M * world, []
-        result["shapes"].append({"B": B, "N": N, "D": D, "rows": found})
+        N, found, steps = M * world, {}, {}
         for name, loss in compared.items():
             leaves = pairs(B, N if name == ALONE else M, D, seed=rank)[:2]
+            call = partial(loss, *leaves)
             try:
-                values = measure(lambda loss=loss, leaves=leaves: loss(*leaves), leaves, same_runs_ms)
-                worst = torch.tensor(list(values.values()), device="cuda", dtype=torch.float64)
-                values = dict(zip(values, collectives.all_reduce(worst, "max").tolist(), strict=True))
-                values["tflops"] = 6 * B * N * D / values["ms"] / 1e9
+                found[name] = worst(memory(call, leaves))
+                steps[name] = partial(step, call, leaves)
             except torch.OutOfMemoryError as problem:  # on every rank, since all hold the same
-                values = failure(problem)
-            found.append({"row": name, **values})
-            if rank == 0:
-                print(B, N, D, found[-1], file=sys.stderr)
-                save(result)
+                found[name] = failure(problem)
+        times = worst(in_turns(steps, agree=lambda seconds: worst({"": seconds})[""]))
+        for name, ms in times.items():
+            found[name] |= {"ms": ms, "tflops": 6 * B * N * D / ms / 1e9}
+        rows = [{"row": name, **values} for name, values in found.items()]
+        result["shapes"].append({"B": B, "N": N, "D": D, "rows": rows})
+        if rank == 0:
+            print(result["shapes"][-1], file=sys.stderr)
+            save(result)
     collectives.stop()
     return result
+
+
+def worst(values: dict[str, float]) -> dict[str, float]:
+    """Of all ranks."""
+    most = collectives.all_reduce(torch.tensor(list(values.values()), device="cuda", dtype=torch.float64), "max")
+    return dict(zip(values, most.tolist(), strict=True))
 
 
 def worst_error(loss: Loss, rank: int, world: int) -> dict[str, float]:
@@ -83,5 +92,4 @@ def worst_error(loss: Loss, rank: int, world: int) -> dict[str, float]:
         error(queries.grad / world, d_queries.split(B)[rank]),
         error(passages.grad / world, d_passages.split(M)[rank]),
     ]
-    worst = collectives.all_reduce(torch.tensor(errors, device=queries.device), "max").tolist()
-    return dict(zip(("loss_error", "dq", "dp"), worst, strict=True))
+    return worst(dict(zip(("loss_error", "dq", "dp"), errors, strict=True)))

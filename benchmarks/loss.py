@@ -5,9 +5,10 @@
     python benchmarks/loss.py --quick --json                       the main shape alone, JSON on standard output
     python benchmarks/loss.py --show benchmarks/results            table and chart of saved results; needs no GPU
 
-Peers are rows where their package is installed: liger-kernel, cut-cross-entropy, inf-cl. All rows get the same bfloat16
-inputs. TF counts 6 * B * N * D operations, whatever a row really does; its share is that rate over the mean rate of the
-plain bfloat16 products S, dQ and dP of the same shape in the same run. Errors are relative to float64, and come first.
+Peers are rows where their package is installed: liger-kernel, cut-cross-entropy, inf-cl, quack-kernels. All rows get
+the same bfloat16 inputs, and are timed in turns. TF counts 6 * B * N * D operations, whatever a row really does; its
+share is that rate over the mean rate of the plain bfloat16 products S, dQ and dP of the same shape in the same run.
+Errors are relative to float64, and come first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from _loss_measure import failure, measure, median_ms, plain_products, step
+from _loss_measure import busy_ms, failure, in_turns, memory, plain_products, step
 from _loss_report import draw, facts, table
 from _loss_rows import Row, error, exact, pairs, rows
 from _loss_several import TEMPERATURE, several_gpus
@@ -42,6 +43,7 @@ SHAPES = [  # B, N, D; those with N = 2 B and D = 1024 make the chart
     *((B, 2 * B, 1024) for B in (4096, 16384, 2048, 65536, 8192)),
     (131072, 131072, 1024),
 ]
+LAUNCHES_DOMINATE = 2**25  # scores; there the table says for how long of a step the GPU works
 SETTINGS = [  # temperature, signal: how much closer a query's positive is
     (0.05, 0.3, "T 0.05"),
     (0.02, 0.3, "T 0.02"),
@@ -75,22 +77,46 @@ def one_gpu(options: argparse.Namespace, save: Callable[[dict], None]) -> dict:
     errors(compared, result, save)
     for B, N, D in [MAIN_SHAPE] if options.quick else SHAPES:
         torch._dynamo.reset()
-        arguments = pairs(B, N, D)
-        plain, found = plain_products(*arguments[:2]), []
-        result["shapes"].append({"B": B, "N": N, "D": D, "plain_tflops": plain, "rows": found})
-        for row in compared:
-            if row.largest < B * N or not (row.everywhere or (B, N, D) == MAIN_SHAPE):
-                continue
-            try:
-                values = measure(partial(row.loss, *arguments, TEMPERATURE), arguments[:2], median_ms)
-                values["tflops"] = 6 * B * N * D / values["ms"] / 1e9
-                values["share"] = values["tflops"] / statistics.mean(plain.values())
-            except Exception as problem:
-                values = failure(problem)
-            found.append({"row": row.name, **values})
-            print(B, N, D, found[-1], file=sys.stderr)
+        asked = [row for row in compared if row.largest >= B * N and (row.everywhere or (B, N, D) == MAIN_SHAPE)]
+        result["shapes"].append(shape(asked, B, N, D))
+        print(json.dumps(result["shapes"][-1]), file=sys.stderr)
+        save(result)
+    for found in result["shapes"]:  # last, see busy_ms
+        if found["B"] * found["N"] <= LAUNCHES_DOMINATE:
+            add_busy(compared, found)
             save(result)
     return result
+
+
+def shape(asked: list[Row], B: int, N: int, D: int) -> dict:
+    """Memory of every row, then the time of those that have the memory."""
+    queries, passages, targets = pairs(B, N, D)
+    found, steps = {}, {}
+    for row in asked:
+        loss = partial(row.loss, queries, passages, targets, TEMPERATURE)
+        try:
+            found[row.name] = memory(loss, (queries, passages))
+            steps[row.name] = partial(step, loss, (queries, passages))
+        except Exception as problem:
+            found[row.name] = failure(problem)
+    products, operations = plain_products(queries, passages)
+    times = in_turns(products | steps)
+    plain = {name: operations / times[name] / 1e9 for name in products}
+    for name in steps:
+        tflops = 6 * B * N * D / times[name] / 1e9
+        found[name] |= {"ms": times[name], "tflops": tflops, "share": tflops / statistics.mean(plain.values())}
+    named = [{"row": name, **values} for name, values in found.items()]
+    return {"B": B, "N": N, "D": D, "plain_tflops": plain, "rows": named}
+
+
+def add_busy(compared: list[Row], found: dict) -> None:
+    torch._dynamo.reset()
+    queries, passages, targets = pairs(found["B"], found["N"], found["D"])
+    losses = {row.name: row.loss for row in compared}
+    for values in found["rows"]:
+        if "ms" in values:
+            loss = partial(losses[values["row"]], queries, passages, targets, TEMPERATURE)
+            values["busy_ms"] = busy_ms(partial(step, loss, (queries, passages)))
 
 
 def save_to(folder: Path | None, name: str, result: dict) -> None:
