@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -54,10 +55,11 @@ def memory(loss: Callable[[], Tensor], leaves: tuple[Tensor, Tensor]) -> dict[st
 
 
 def in_turns(runs: dict[str, Callable[[], object]], agree: Callable[[float], float] = float) -> dict[str, float]:
-    """Median milliseconds of each. They take turns, so that a slow spell of the host or a hot card meets all alike.
+    """Median milliseconds of each. They take turns, there and back, so that a slow spell of the host meets all alike.
 
-    A turn warms up before it is timed: a short burst after a pause clocks higher than training does. `agree` makes one
-    number of the ranks' durations, that all may run as often.
+    A turn warms up before it is timed, and where the GPU is what takes the time, long enough for its clock to settle:
+    after lighter work it clocks higher for a while. `agree` makes one number of the ranks' durations, that all may run
+    as often.
     """
     once_s = {}
     for name, run in runs.items():
@@ -67,12 +69,14 @@ def in_turns(runs: dict[str, Callable[[], object]], agree: Callable[[float], flo
         run()
         torch.cuda.synchronize()
         once_s[name] = agree(time.perf_counter() - begin)
+    heavy = max(once_s.values()) > 0.005
+    rounds, warm_s, turn_s = (2, 0.25, 0.25) if heavy else (12, 0.02, 0.04)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(12 if max(once_s.values()) < 0.02 else 4):
-        for name, run in runs.items():
-            for _ in range(max(1, min(int(0.05 / once_s[name]), 50))):
-                run()
-            times[name] += _intervals_ms(run, max(1, min(int(0.1 / once_s[name]), 50)))
+    for number in range(rounds):
+        for name in list(runs) if number % 2 == 0 else reversed(runs):
+            for _ in range(math.ceil(warm_s / once_s[name])):
+                runs[name]()
+            times[name] += _intervals_ms(runs[name], math.ceil(turn_s / once_s[name]))
     return {name: statistics.median(each) for name, each in times.items()}
 
 
