@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -99,6 +100,25 @@ def busy_ms(run: Callable[[], object], runs: int = 10) -> float:
             run()
         torch.cuda.synchronize()
     return sum(each.self_device_time_total for each in profile.key_averages()) / runs / 1000
+
+
+def card_under(run: Callable[[], object]) -> dict[str, str]:
+    """What nvidia-smi says of the card while it does nothing but this; empty where there is no nvidia-smi."""
+    fields = "power.draw.instant,power.limit,clocks.sm,clocks.max.sm,clocks_event_reasons.sw_power_cap"
+    uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
+    command = ["nvidia-smi", "-i", uuid, f"--query-gpu={fields}", "--format=csv,noheader"]
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:
+        run()
+        torch.cuda.synchronize()
+    try:
+        query = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        return {}
+    while query.poll() is None:
+        run()
+        torch.cuda.synchronize()
+    return dict(zip(fields.split(","), (value.strip() for value in query.communicate()[0].split(",")), strict=False))
 
 
 def plain_products(queries: Tensor, passages: Tensor) -> tuple[dict[str, Callable[[], object]], float]:

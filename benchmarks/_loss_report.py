@@ -43,6 +43,10 @@ def table(result: dict) -> str:
             "",
             f"{shape['B']} x {shape['N']} x {shape['D']}" + (f"   plain products, TFLOP/s: {plain}" if plain else ""),
         ]
+        if shape.get("card"):
+            lines.append(
+                f"  {'while inbatch runs, the card':46s} " + " ".join(f"{k}={v}" for k, v in shape["card"].items())
+            )
         for row in shape["rows"]:
             if "failed" in row:
                 lines.append(f"  {row['row']:46s} {row['failed'][:60]}")

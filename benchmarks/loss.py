@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from _loss_measure import busy_ms, failure, in_turns, memory, plain_products, step
+from _loss_measure import busy_ms, card_under, failure, in_turns, memory, plain_products, step
 from _loss_report import draw, facts, table
 from _loss_rows import Row, error, exact, pairs, rows
 from _loss_several import TEMPERATURE, several_gpus
@@ -105,8 +105,9 @@ def shape(asked: list[Row], B: int, N: int, D: int) -> dict:
     for name in steps:
         tflops = 6 * B * N * D / times[name] / 1e9
         found[name] |= {"ms": times[name], "tflops": tflops, "share": tflops / statistics.mean(plain.values())}
+    card = card_under(steps["inbatch"]) if (B, N, D) == MAIN_SHAPE and "inbatch" in steps else {}
     named = [{"row": name, **values} for name, values in found.items()]
-    return {"B": B, "N": N, "D": D, "plain_tflops": plain, "rows": named}
+    return {"B": B, "N": N, "D": D, "plain_tflops": plain, "card": card, "rows": named}
 
 
 def add_busy(compared: list[Row], found: dict) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the fused path needs triton")
 
 from inbatch import info_nce
-from inbatch.losses import CLIP, GTE, FalseNegatives, LossStats, fused, tiled
+from inbatch.losses import CLIP, GTE, FalseNegatives, LossStats, _launch, fused, tiled
 from inbatch.losses._blocks import Block
 
 CUDA = torch.cuda.is_available() and not fused.INTERPRETED
@@ -396,6 +397,43 @@ def test_unusable_inputs_are_refused_by_name():
     if not fused.INTERPRETED:
         with pytest.raises(ValueError, match="CUDA"):
             info_nce(queries.float().cpu(), passages.float(), impl="fused")
+
+
+class RecordedKernel:
+    """Stands for a kernel and for what Triton compiles of it: notes how it was called."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def __getitem__(self, grid: tuple):
+        def call(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            return self
+
+        return call
+
+    def run(self, *arguments):
+        self.calls.append(arguments)
+
+
+def test_a_launch_like_an_earlier_one_asks_triton_for_nothing(monkeypatch):
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: "stream"))
+    monkeypatch.setattr(_launch, "driver", driver)
+    monkeypatch.setattr(_launch, "INTERPRETED", True)  # asks no GPU for its number
+    kernel, first, second = RecordedKernel(), torch.zeros(4), torch.ones(4)
+    keys = torch.zeros(2, dtype=torch.int32)
+    for tensor, size in ((first, 7), (second, 9), (second, 16)):
+        _launch.launch(kernel, 3, (tensor, (keys,), size, 0.5), {"BM": 8}, num_warps=4)
+    compiled, again, another_kind = kernel.calls
+    assert compiled == ((3,), (first, (keys,), 7, 0.5), {"BM": 8, "num_warps": 4})
+    values = second.data_ptr(), (keys.data_ptr(),), 9, 0.5, 8
+    assert again == (3, 1, 1, "stream", "function", "metadata", None, None, None, *values)
+    assert another_kind[0] == (3,)  # Triton compiles another kernel for a size that 16 divides
+    monkeypatch.setattr(_launch.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    _launch.launch(kernel, 3, (second, (keys,), 9, 0.5), {"BM": 8}, num_warps=4)
+    assert kernel.calls[-1] == ((3, 1, 1), values, {})  # whoever set a hook is told
 
 
 def test_the_interface_is_that_of_the_tiled_path():
