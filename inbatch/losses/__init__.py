@@ -52,7 +52,9 @@ def info_nce(
     temperature: positive float, or a 0-d tensor that may require grad
     negatives: "gather", "ring" (never gathers: memory independent of the number of ranks) or "local" (this rank's only)
     impl: "auto", "reference" (dense), "tiled" (plain PyTorch, bounded memory) or "fused" (Triton)
-    chunk_mib: bound on the exponentials held at once by "tiled" and "fused"; stats: counts what the softmax saw
+    chunk_mib: bound on the exponentials held at once by "tiled" (default 32) and "fused" (default 1024, or 4096 rows up
+        to 2048, but 2048 rows at least)
+    stats: counts what the softmax saw
 
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process. They are
