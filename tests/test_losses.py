@@ -2,12 +2,14 @@
 
 import math
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 from inbatch.losses import (
     CLIP,
@@ -415,6 +417,18 @@ def test_without_grad_mode_no_gradient_is_made():
         loss = info_nce(queries, passages)
     assert loss.grad_fn is None
     assert loss.item() == pytest.approx(info_nce(queries, passages).item())
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_fake_tensors_leave_nothing_behind(impl):
+    """What is kept from call to call must not be kept from a call that only traces."""
+    queries, passages = torch.randn(5, 8), torch.randn(15, 8)
+    expected = F.cross_entropy(queries @ passages.T / 0.7, torch.arange(5) * 3)
+    with FakeTensorMode(), suppress(DynamicOutputShapeException):
+        info_nce(torch.randn(5, 8), torch.randn(15, 8), temperature=0.7, impl=impl)
+    found = info_nce(queries, passages, temperature=0.7, impl=impl)
+    assert not isinstance(found, FakeTensor)
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_objective_takes_lists_and_refuses_fractions():

@@ -21,7 +21,7 @@ from inbatch.masking import Keys
 
 T = TypeVar("T")
 MAX_PIECES = 4
-SMALLEST_PIECE_BYTES = 2**24  # of one rank; below it a collective costs about as much as it could hide
+SMALLEST_PIECE_BYTES = 2**25  # from the other ranks; below it a collective costs about as much as it could hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +71,8 @@ def gather_pieces(queries: Tensor, passages: Tensor, problem: Problem) -> list[P
         def gather(cuts: list[tuple[int, int]] = cuts, also: Tensor | None = None if number else queries):
             start, stop = cuts[position]
             keys, counts = _part(problem.passage_keys, start, stop), [b - a for a, b in cuts]
-            positives = problem.positives - start
-            part = replace(problem, passage_counts=counts, passage_keys=keys, positives=positives, stride=None)
-            columns = gather_columns(also, passages[start:stop], part)
-            elsewhere = (part.positives < 0) | (part.positives >= stop - start)
-            columns = replace(columns, own_passage=columns.own_passage.masked_fill(elsewhere, -1))
+            part = replace(problem, passage_counts=counts, passage_keys=keys)
+            columns = gather_columns(also, passages[start:stop], part, cuts[position])
             return columns, match_all(problem, columns)
 
         (columns, keys), ready = beside(passages.device, gather)
@@ -88,8 +85,8 @@ def _count(passages: Tensor, problem: Problem) -> int:
     ranks = len(problem.passage_counts)
     if problem.negatives == "local" or ranks == 1 or problem.objective.matryoshka_dims:
         return 1
-    bytes_per_rank = sum(problem.passage_counts) * passages.shape[1] * passages.itemsize // ranks
-    return max(1, min(MAX_PIECES, bytes_per_rank // SMALLEST_PIECE_BYTES))
+    received = sum(problem.passage_counts) * passages.shape[1] * passages.itemsize * (ranks - 1) // ranks
+    return max(1, min(MAX_PIECES, received // SMALLEST_PIECE_BYTES))
 
 
 def _part(keys: Keys, start: int, stop: int) -> Keys:

@@ -6,14 +6,16 @@ Shapes: B local queries (rows), M local passages, D dimension (of a prefix), C c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from inbatch import collectives
 from inbatch.losses._blocks import accumulator_dtype
@@ -67,16 +69,41 @@ class Problem:
             passages.index_add_(0, self.positives, values)
 
 
-@lru_cache(maxsize=64)
+def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Remembers the tensors that `make` made, because making one costs a kernel launch. They are never written to.
+
+    Not while a mode is on that changes what tensors are, such as FakeTensorMode: its tensors are no use after it.
+    """
+    remembering = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def get(*arguments: Any) -> Tensor:
+        return (remembering if _get_current_dispatch_mode() is None else make)(*arguments)
+
+    return get
+
+
+@kept
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-d tensor, kept because making one costs a kernel launch. Never written to, never saved for a backward."""
+    """A 0-d tensor. Never saved for a backward."""
     return torch.full((), value, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def every(step: int, start: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """start, start + step, ...: `count` integers, kept for the same reason and as little written to."""
+    """start, start + step, ...: `count` integers."""
     return torch.arange(start, start + step * count, step, dtype=dtype, device=device)
+
+
+@kept
+def _every_within(step: int, count: int, cut: tuple[int, int], before: int, device: torch.device) -> Tensor:
+    """The place of 0, step, 2 * step, ... (`count` of them) among those in `cut`, plus `before`; -1 for the others."""
+    return _within(torch.arange(0, step * count, step, device=device), cut, before)
+
+
+def _within(places: Tensor, cut: tuple[int, int], before: int) -> Tensor:
+    outside = (places < cut[0]) | (places >= cut[1])
+    return (places + (before - cut[0])).masked_fill_(outside, -1).int()
 
 
 def rows_of(embeddings: Tensor) -> Tensor:
@@ -121,16 +148,27 @@ class Columns:
         return replace(self, passages=prefix(self.passages, dim), queries=queries)
 
 
-def own_column(problem: Problem, kind: str, before: int) -> Tensor:
-    """Each row's own column, `before` columns of other ranks standing in front of this rank's."""
+def own_column(problem: Problem, kind: str, before: int, cut: tuple[int, int] | None = None) -> Tensor:
+    """Each row's own column, `before` columns of other ranks standing in front of this rank's.
+
+    cut: only these of this rank's passages are columns, and -1 is the own column of a row whose positive is another.
+    """
+    count, device = problem.positives.shape[0], problem.positives.device
     if kind == "passage" and problem.stride is None:
-        return (problem.positives + before).int()
+        return (problem.positives + before).int() if cut is None else _within(problem.positives, cut, before)
     step = 1 if kind == "query" else problem.stride or 1
-    return every(step, before, problem.positives.shape[0], torch.int32, problem.positives.device)
+    if cut is None:
+        return every(step, before, count, torch.int32, device)
+    return _every_within(step, count, cut, before, device)
 
 
-def gather_columns(queries: Tensor | None, passages: Tensor, problem: Problem) -> Columns:
-    """All ranks' columns; with negatives="local" this rank's. queries None: passages only. Differentiable."""
+def gather_columns(
+    queries: Tensor | None, passages: Tensor, problem: Problem, cut: tuple[int, int] | None = None
+) -> Columns:
+    """All ranks' columns; with negatives="local" this rank's. queries None: passages only. Differentiable.
+
+    cut: `passages` and the problem's keys and counts are of a piece, here passages cut[0] to cut[1] of this rank's.
+    """
     local, position = problem.negatives == "local", collectives.rank(problem.group)
 
     def gather(tensor: Tensor, counts: list[int]) -> Tensor:
@@ -144,7 +182,7 @@ def gather_columns(queries: Tensor | None, passages: Tensor, problem: Problem) -
     columns = Columns(
         passages=gather(passages, problem.passage_counts),
         passage_keys=gather_keys(problem.passage_keys, problem.passage_counts),
-        own_passage=own_column(problem, "passage", before),
+        own_passage=own_column(problem, "passage", before, cut),
     )
     if queries is None or not problem.objective.query_columns:
         return columns

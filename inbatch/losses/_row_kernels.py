@@ -4,7 +4,7 @@ Shapes: R rows, C columns, D dimension, B queries, M passages.
 """
 
 # Kernel code is Python for Triton's compiler; its types are not Python's.
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -23,22 +23,27 @@ def _log_sum(total, rise):
 
 
 @triton.jit
-def finish_kernel(
-    sum_ptr, pivot_ptr, positive_ptr, factor_ptr, loss_ptr, weight_ptr, coefficient_ptr, R, BLOCK: tl.constexpr
-):
-    """loss = log(Z) - positive, weight = factor exp(pivot) / Z, coefficient = -factor (1 - exp(positive) / Z).
+def finish_kernel(blocks, positive_ptr, factor_ptr, loss_ptr, coefficient_ptr, weights_ptr, R, BLOCK: tl.constexpr):
+    """loss = log(Z) - positive, coefficient = -factor (1 - exp(positive) / Z), weights_b = factor exp(pivot_b) / Z.
 
-    In float64, which costs nothing here: a row's loss may be 1e-9 or 200 and keeps its digits either way.
+    blocks: a pair (sums, pivots) for each block of the softmax. In float64, which costs nothing here: a row's loss may
+    be 1e-9 or 200 and keeps its digits either way.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(sum_ptr + i, mask=i < R, other=0.0).to(tl.float64)
     positive = tl.load(positive_ptr + i, mask=i < R, other=0.0).to(tl.float64)
-    rise = tl.load(pivot_ptr + i, mask=i < R, other=0.0).to(tl.float64) - positive
-    factor = tl.load(factor_ptr).to(tl.float64)
-    z = total + tl.exp(-rise)
-    tl.store(loss_ptr + i, _log_sum(total, rise).to(tl.float32), mask=i < R)
-    tl.store(weight_ptr + i, (factor / z).to(tl.float32), mask=i < R)
-    tl.store(coefficient_ptr + i, (-factor * (total / z)).to(tl.float32), mask=i < R)
+    top = tl.load(blocks[0][1] + i, mask=i < R, other=0.0).to(tl.float64) - positive
+    for b in tl.static_range(1, len(blocks)):
+        top = tl.maximum(top, tl.load(blocks[b][1] + i, mask=i < R, other=0.0).to(tl.float64) - positive)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for b in tl.static_range(len(blocks)):
+        rise = tl.load(blocks[b][1] + i, mask=i < R, other=0.0).to(tl.float64) - positive
+        total += tl.load(blocks[b][0] + i, mask=i < R, other=0.0).to(tl.float64) * tl.exp(rise - top)
+    share = tl.load(factor_ptr).to(tl.float64) / (total + tl.exp(-top))
+    tl.store(loss_ptr + i, _log_sum(total, top).to(tl.float32), mask=i < R)
+    tl.store(coefficient_ptr + i, (-share * total).to(tl.float32), mask=i < R)
+    for b in tl.static_range(len(blocks)):
+        rise = tl.load(blocks[b][1] + i, mask=i < R, other=0.0).to(tl.float64) - positive
+        tl.store(weights_ptr + b * R + i, (share * tl.exp(rise - top)).to(tl.float32), mask=i < R)
 
 
 @triton.jit

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.losses import tiled
 from inbatch.losses._blocks import Block
 from inbatch.losses._launch import INTERPRETED, launch
 
@@ -181,13 +180,14 @@ def exp_scores(
 def finish(
     sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, factor: Tensor
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    if len(sums) != 1:
-        return tiled.finish(sums, pivots, positive_r, factor)
-    loss, weight, coefficient = torch.empty((3, positive_r.shape[0]), dtype=torch.float32, device=positive_r.device)
-    if positive_r.shape[0]:
-        arguments = (sums[0], pivots[0], positive_r, factor, loss, weight, coefficient, positive_r.shape[0])
-        launch(row_kernels.finish_kernel, _pieces(positive_r.shape[0], 256), arguments, {"BLOCK": 256})
-    return loss, [weight], coefficient
+    R = positive_r.shape[0]
+    loss, coefficient, *weights = torch.empty((2 + len(sums), R), dtype=torch.float32, device=positive_r.device)
+    if R:
+        blocks = tuple(zip(sums, pivots, strict=True))
+        # The weights of all blocks lie one after the other.
+        arguments = (blocks, positive_r, factor, loss, coefficient, weights[0], R)
+        launch(row_kernels.finish_kernel, _pieces(R, 256), arguments, {"BLOCK": 256})
+    return loss, weights, coefficient
 
 
 def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
