@@ -71,7 +71,7 @@ def in_turns(runs: dict[str, Callable[[], object]], agree: Callable[[float], flo
         torch.cuda.synchronize()
         once_s[name] = agree(time.perf_counter() - begin)
     heavy = max(once_s.values()) > 0.005
-    rounds, warm_s, turn_s = (2, 0.25, 0.25) if heavy else (12, 0.02, 0.04)
+    rounds, warm_s, turn_s = (2, 0.2, 0.2) if heavy else (10, 0.02, 0.04)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs) if number % 2 == 0 else reversed(runs):

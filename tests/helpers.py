@@ -12,8 +12,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def device() -> torch.device:
-    """Where this process's tensors go: the CPU, or with INBATCH_TEST_BACKEND=nccl the GPU of this rank."""
-    return torch.device("cuda", torch.cuda.current_device()) if BACKEND == "nccl" else torch.device("cpu")
+    """Where tensors go: the CPU, or in a job of the pool with INBATCH_TEST_BACKEND=nccl the GPU of this rank."""
+    on_gpu = BACKEND == "nccl" and torch.distributed.is_initialized()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def data_dir(name: str) -> Path:
