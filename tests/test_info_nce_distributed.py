@@ -4,6 +4,7 @@
 TRITON_INTERPRET=1 it covers impl="fused" on the CPU.
 """
 
+import copy
 import os
 import random
 import re
@@ -375,6 +376,19 @@ MISTAKES = {
         lambda a: a.update(temperature=torch.tensor(0.5)),
         r"temperature: ranks 0, 2 have 0.1, rank 1 has 'a tensor of 0.5'",
     ),
+    "temperature not a scalar": (
+        lambda a: a.update(temperature=torch.tensor([0.1, 0.2])),
+        r"rank 1: temperature must be a float or a 0-d floating-point tensor, got \(2,\) float32",
+    ),
+    "temperature empty": (lambda a: a.update(temperature=torch.ones(0)), r"rank 1: temperature must .* got \(0,\)"),
+    "temperature on meta": (
+        lambda a: a.update(temperature=torch.tensor(0.1, device="meta")),
+        "rank 1: temperature is on the meta device",
+    ),
+    "float8": (
+        lambda a: a.update(inputs=tuple(each.detach().to(torch.float8_e4m3fn) for each in _inputs())),
+        r"rank 1: queries must be .* of float16, .* got \(2, 3\) float8_e4m3fn",
+    ),
     "stats on one rank": (lambda a: a.update(stats=LossStats()), r"stats: ranks 0, 2 have False, rank 1 has True"),
     "other margin": (lambda a: a.update(false_negatives=FalseNegatives(margin=0.1)), r"margin.*rank 1 has 0.1"),
     "ids on one rank": (
@@ -419,6 +433,29 @@ def test_a_mistake_on_one_rank_is_told_on_every_rank(pool):
         for rank, messages in enumerate(answers):
             assert messages[name] is not None, f"{name}: rank {rank} was told nothing"
             assert re.search(pattern, messages[name]), f"{name}: rank {rank} was told {messages[name]!r}"
+
+
+# ---- copies
+
+
+def copy_body(rank: int) -> bool:
+    """Whether a copy of the loss, and of what it counted, goes on in the same group as the original."""
+    group, (queries, passages), stats = dist.new_group([0, 1]), _inputs(), LossStats()
+    loss = torch.nn.Sequential(InfoNCELoss(0.2, learnable=True, group=group)).to(device())
+    twin = copy.deepcopy(loss)
+    value = loss[0](queries, passages, stats=stats)
+    counted = copy.deepcopy(stats)
+    stats.reset()
+    return (
+        twin[0].group is group
+        and twin[0].log_temperature is not loss[0].log_temperature
+        and torch.equal(twin[0](queries, passages), value)
+        and counted.result()["candidates"] == 8
+    )
+
+
+def test_a_copy_shares_the_process_group(pool):
+    assert pool.run(copy_body, 2) == [True, True]
 
 
 # ---- a learnable temperature under data parallelism

@@ -325,6 +325,7 @@ def test_module_holds_the_options():
     assert [name for name, _ in learnable.named_parameters()] == ["log_temperature"]
     assert learnable.temperature.item() == pytest.approx(0.07)
     assert "learnable" in repr(learnable)
+    assert "temperature=learnable" in repr(learnable.to("meta"))
     for wrong in (0, -1.0, math.inf, math.nan, "0.1"):
         with pytest.raises(ValueError, match="temperature must be a positive number"):
             InfoNCELoss(wrong)
@@ -332,7 +333,7 @@ def test_module_holds_the_options():
 
 Q, P = torch.zeros(2, 3), torch.zeros(4, 3)
 WRONG = [
-    ((Q[0], P), {}, r"queries must be a floating-point tensor \[rows, dimension\], got \(3,\) float32"),
+    ((Q[0], P), {}, r"queries must be a floating-point tensor \[rows, dimension\] of float16, .*, got \(3,\) float32"),
     ((Q, P.long()), {}, "passages must be a floating-point tensor"),
     ((Q, [1]), {}, "passages must be a floating-point tensor.*got list"),
     ((Q, P[:, :2]), {}, r"same dimension, dtype and device, got \(2, 3\) float32"),
@@ -383,7 +384,15 @@ def test_wrong_objectives_are_explained():
         ({"partition": "each"}, "partition must be"),
         ({"matryoshka_dims": (4, 4)}, "different positive integers"),
         ({"matryoshka_dims": (0,)}, "different positive integers"),
-        ({"matryoshka_weights": (1.0,)}, "one number for each"),
+        ({"matryoshka_weights": (1.0,)}, "one finite number for each"),
+        ({"directions": {"query_to_passage", "passage_to_query"}}, "directions must be a tuple or a list, got set"),
+        ({"directions": None}, "directions must be a tuple or a list, got NoneType"),
+        ({"directions": (["query_to_passage"],)}, "directions must be different ones"),
+        ({"matryoshka_dims": {4, 8}}, "matryoshka_dims must be a tuple or a list, got set"),
+        ({"matryoshka_dims": (4, True)}, "different positive integers"),
+        ({"matryoshka_dims": (4,), "matryoshka_weights": {1.0}}, "matryoshka_weights must be a tuple or a list"),
+        ({"matryoshka_dims": (4,), "matryoshka_weights": (None,)}, "one finite number for each"),
+        ({"matryoshka_dims": (4,), "matryoshka_weights": ("1",)}, "one finite number for each"),
     ):
         with pytest.raises(ValueError, match=message):
             Objective(**options)

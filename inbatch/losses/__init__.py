@@ -5,6 +5,7 @@ Shapes: B local queries, M local passages, D dimension.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from numbers import Real
@@ -46,7 +47,7 @@ def info_nce(
 
     C(i): the passages of all ranks less the false negatives of i. `Objective`: other sums of such terms.
 
-    queries [B, D], passages [M, D]: one floating dtype; B and M may differ between ranks and may be 0
+    queries [B, D], passages [M, D]: both float16, bfloat16, float32 or float64; B, M may differ by rank and may be 0
     positives [B] int64: column of each query's positive among the local passages; default: equal groups, positive first
         (on a GPU it is checked there; on the CPU it costs no synchronisation)
     temperature: positive float, or a 0-d tensor that may require grad
@@ -175,7 +176,17 @@ class InfoNCELoss(nn.Module):
             stats=stats,
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> InfoNCELoss:
+        # A process group cannot be copied, and a copy (a moving average of the weights, say) is for the same processes.
+        memo[id(self.group)] = self.group
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
     def extra_repr(self) -> str:
         fixed, learnt = self._fixed_temperature, self.log_temperature
-        temperature = f"{fixed:g}" if learnt is None else f"{math.exp(learnt.item()):g}, learnable"
+        if learnt is None:
+            temperature = f"{fixed:g}"
+        else:  # which has no value while it is on the meta device
+            temperature = "learnable" if learnt.is_meta else f"{math.exp(learnt.item()):g}, learnable"
         return f"temperature={temperature}, negatives={self.negatives!r}, impl={self.impl!r}"

@@ -22,6 +22,8 @@ from inbatch.losses._stats import LossStats
 from inbatch.masking import FalseNegatives, passage_keys, row_keys, sharing
 
 NEGATIVES = ("gather", "ring", "local")
+# float8 is floating-point to torch too, but nothing here is defined on it: its backward would fail.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,11 @@ def find_error(queries: Tensor, passages: Tensor, settings: Settings) -> str | N
 
 def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
     for name, tensor in (("queries", queries), ("passages", passages)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
-            return f"{name} must be a floating-point tensor [rows, dimension], got {_describe(tensor)}"
+        if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.dtype not in DTYPES:
+            return (
+                f"{name} must be a floating-point tensor [rows, dimension] of float16, bfloat16, float32 or float64, "
+                f"got {_describe(tensor)}"
+            )
     if queries.shape[1] != passages.shape[1] or queries.dtype != passages.dtype or queries.device != passages.device:
         return (
             "queries and passages must have the same dimension, dtype and device, got "
@@ -91,8 +96,10 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
 
 def _wrong_temperature(temperature: Any) -> str | None:
     if isinstance(temperature, Tensor):
-        if temperature.ndim or not temperature.is_floating_point():
+        if temperature.ndim or temperature.dtype not in DTYPES:
             return f"temperature must be a float or a 0-d floating-point tensor, got {_describe(temperature)}"
+        if temperature.is_meta:
+            return "temperature is on the meta device, where it has no value: pass a float or move it to the embeddings"
         if temperature.is_cuda:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
@@ -168,7 +175,9 @@ def agree(
         # Row counts may differ and come back: this is how widths that differ between ranks are agreed on.
         fields["rows sharing a positive"] = torch.empty(query_width, 0, device=queries.device)
         fields["known positives"] = torch.empty(document_width, 0, device=queries.device)
-    counts = collectives.agree("info_nce", fields, group=settings.group, same=_same(settings, kernels), error=error)
+    # What is wrong cannot be relied on to describe itself, and a failure here would leave the other ranks waiting.
+    same = _same(settings, kernels) if error is None else None
+    counts = collectives.agree("info_nce", fields, group=settings.group, same=same, error=error)
     if sum(counts["queries"]) == 0:
         raise ValueError("info_nce has no queries on any rank: the mean over none is undefined; skip this batch")
     query_width, document_width = max(counts["rows sharing a positive"]), max(counts["known positives"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 # direction -> (what the rows are, what the columns are); "positive" is the row's positive passage.
 DIRECTIONS = {
@@ -30,7 +31,8 @@ class Objective:
         is taken as it is); weights default to 1 (Kusupati et al. 2022)
 
     Settings: CLIP (Radford et al. 2021), GTE (Li et al. 2023) and QWEN3_EMBEDDING (Zhang et al. 2025, which also masks
-    by FalseNegatives(margin=0.1)). Raises ValueError for unknown or repeated names and for wrong dimensions.
+    by FalseNegatives(margin=0.1)). Each takes a list, too. Raises ValueError for unknown or repeated names, for wrong
+    dimensions or weights, and for other collections.
     """
 
     directions: tuple[str, ...] = ("query_to_passage",)
@@ -40,10 +42,15 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name in ("directions", "matryoshka_dims", "matryoshka_weights"):
-            if isinstance(getattr(self, name), list):  # as configuration files have them
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, list):  # as configuration files have them
+                object.__setattr__(self, name, tuple(value))
+            elif not isinstance(value, tuple) and (value is not None or name == "directions"):
+                # The order of a set differs between processes, and so would what they compute.
+                raise ValueError(f"{name} must be a tuple or a list, got {type(value).__name__} {value!r}")
         if (
             not self.directions
+            or not all(isinstance(direction, str) for direction in self.directions)
             or len(set(self.directions)) < len(self.directions)
             or set(self.directions) - set(DIRECTIONS)
         ):
@@ -51,12 +58,13 @@ class Objective:
         if self.partition not in ("joint", "per_direction"):
             raise ValueError(f'partition must be "joint" or "per_direction", got {self.partition!r}')
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
-        whole = dims is None or all(isinstance(dim, int) for dim in dims)
+        whole = dims is None or all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims)
         if dims is not None and (not dims or not whole or len(set(dims)) < len(dims) or min(dims) < 1):
             raise ValueError(f"matryoshka_dims must be different positive integers, got {dims!r}")
-        if weights is not None and (dims is None or len(weights) != len(dims) or not all(map(math.isfinite, weights))):
+        numbers = weights is None or all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights)
+        if not numbers or (weights is not None and (dims is None or len(weights) != len(dims))):
             raise ValueError(
-                f"matryoshka_weights must give one number for each of matryoshka_dims {dims!r}, got {weights!r}"
+                f"matryoshka_weights must give one finite number for each of matryoshka_dims {dims!r}, got {weights!r}"
             )
 
     def softmaxes(self) -> list[tuple[tuple[str, ...], float]]:

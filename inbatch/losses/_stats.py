@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -28,6 +31,12 @@ class LossStats:
         """Forgets what was collected."""
         self._totals: Tensor | None = None
         self._group: ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LossStats:
+        other = type(self)()
+        other._totals = copy.deepcopy(self._totals, memo)
+        other._group = self._group  # which cannot be copied
+        return other
 
     def add(self, counts_B: Tensor, others: int, group: ProcessGroup | None) -> None:
         """counts [B, 2]: masked columns, columns that beat the positive; others: columns besides the positive."""
