@@ -47,8 +47,10 @@ def embed(
     text is cut to; None is the model's. batch_tokens: padded tokens per batch, of texts of similar length. precision:
     "fp32", or "bf16" autocast. dtype: what is kept. progress: the label of a progress bar; None shows none.
 
-    Raises ValueError for batch_tokens < 1 or an unknown precision.
+    Raises ValueError for batch_tokens < 1, an unknown precision, or one string in place of a list.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"embed: texts is one string; expected a sequence of them: pass [{texts[:40]!r}]")
     module = unwrap(model)
     rows = range(len(texts)) if rows is None else rows
     embeddings = torch.empty(len(rows), module.embedding_dim, dtype=dtype)

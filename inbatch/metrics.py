@@ -6,6 +6,7 @@ break ties by document id, and not all in the same direction, so what they are g
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,11 +28,11 @@ DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 TOP_K = 100  # documents retrieved for a query
 # What users of other tools write, in lower case. ir-measures' own names are found in any case.
 _ALIASES = {"hit": "Success", "hits": "Success", "hitrate": "Success", "reciprocal_rank": "RR"}
-_NAME = re.compile(r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:@\s*(?P<cutoff>\d+))?\s*", re.ASCII)
+_NAME = re.compile(r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:@\s*(?P<cutoff>\d+(?:\.\d+)?))?\s*", re.ASCII)
 
 
 def parse_measure(name: str) -> Measure:
-    """The ir-measures Measure of a name such as "nDCG@10", "recall@100", "MRR@10", "MAP" or "P(rel=2)@5".
+    """The ir-measures Measure of a name such as "nDCG@10", "recall@100", "MRR@10", "MAP", "P(rel=2)@5", "IPrec@0.1".
 
     Raises ValueError for a name that is unknown (with the nearest known one), a cut-off that is missing or 0, or a
     measure that no installed package computes.
@@ -44,13 +45,15 @@ def parse_measure(name: str) -> Measure:
         meant = f"{known[near[0]]}{name.strip()[len(base) :] if match else '@10'}" if near else "nDCG@10"
         raise ValueError(f"{name!r} is no measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
     cutoff = f"@{match['cutoff']}" if match["cutoff"] else ""
-    if cutoff and int(match["cutoff"]) < 1:
-        raise ValueError(f"measure {name!r} has a cut-off of 0; expected at least 1, such as {known[base]}@10")
+    at_recall = _MEASURES[known[base]].AT_PARAM == "recall"  # a fraction, where others count documents
+    example = f"{known[base]}@{0.1 if at_recall else 10}"
+    if cutoff and not at_recall and float(match["cutoff"]) < 1:
+        raise ValueError(f"measure {name!r} has a cut-off of {match['cutoff']}; expected at least 1, such as {example}")
     try:
         measure = ir_measures.parse_measure(f"{known[base]}{match['options'] or ''}{cutoff}")
         measure.validate_params()
     except (AssertionError, NameError, SyntaxError, TypeError, ValueError) as error:
-        hint = str(error) if cutoff else f"it may need a cut-off, as in {known[base]}@10"
+        hint = str(error) if cutoff else f"it may need a cut-off, as in {example}"
         raise ValueError(f"measure {name!r} is not complete or has an option it does not take: {hint}") from error
     if not any(provider.is_available() and provider.supports(measure) for provider in _PROVIDERS.values()):
         raise ValueError(f"measure {name!r} needs a package that is not installed: see ir-measures' list of providers")
@@ -95,7 +98,7 @@ def _calculate(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> Any:
         )
     # Positions instead of scores: small integers that every tool sorts alike, whatever precision it keeps scores in.
     positions = {
-        query: {document: float(-place) for place, (document, _) in enumerate(_ranked(documents))}
+        query: {document: float(-place) for place, (document, _) in enumerate(_ranked(query, documents))}
         for query, documents in run.items()
         if query in qrels
     }
@@ -103,7 +106,13 @@ def _calculate(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> Any:
     return ir_measures.calc(list(dict.fromkeys(parsed.values())), judged, positions)
 
 
-def _ranked(documents: Mapping[str, float]) -> list[tuple[str, float]]:
+def _ranked(query: str, documents: Mapping[str, float]) -> list[tuple[str, float]]:
+    for document, score in documents.items():
+        if math.isnan(score):  # which is neither above nor below others: a sort would misplace those, too
+            raise ValueError(
+                f"the score of document {document!r} for query {query!r} is NaN, which has no rank; expected a number: "
+                "look at the model, or leave the document out"
+            )
     return sorted(documents.items(), key=lambda item: -item[1])  # a stable sort
 
 
@@ -112,18 +121,25 @@ def write_trec_run(path: str | os.PathLike, run: Run, tag: str = "inbatch") -> N
 
     Scores are float32 with all their digits. Those tools sort by score again and break ties in ways of their own, so a
     score that does not lie below the one before it is lowered to the next float32: the order in the file is the order
-    they see. Written beside and then renamed. Raises ValueError for an id or tag that is empty or has white space.
+    they see. Written beside and then renamed. Raises ValueError for an id or tag that is empty or has white space, and
+    for a score of NaN or of -infinity (in float32), below which there is no other.
     """
     path = Path(path)
     check_trec_words([tag])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
+    # A score beyond float32 becomes infinite: told below, or lowered to the largest float32.
+    with np.errstate(over="ignore"), unfinished.open("w", encoding="utf-8") as file:
         for query, documents in run.items():
             check_trec_words([query, *documents])
             below = np.float32(np.inf)
-            for rank, (document, score) in enumerate(_ranked(documents), start=1):
+            for rank, (document, score) in enumerate(_ranked(query, documents), start=1):
                 below = min(np.float32(score), np.nextafter(below, np.float32(-np.inf)))
+                if below == -np.inf:
+                    raise ValueError(
+                        f"the score {score!r} of document {document!r} for query {query!r} is -infinity in float32: no "
+                        "score of a run file can lie below it; leave the document out, or scale the scores"
+                    )
                 file.write(f"{query} Q0 {document} {rank} {below!s} {tag}\n")
     unfinished.replace(path)
 

@@ -48,8 +48,8 @@ def top_k(
     and any chunks; min(k, all documents) columns. A score is the float64 product rounded to float32, whatever the input
     dtype. Memory beyond the inputs: about 3 * query_chunk * document_chunk * 4 bytes. No gradient.
 
-    Raises ValueError, on every rank, for k < 1, no documents at all, NaN or infinity in an embedding, or ranks that
-    disagree on dimension, dtype, k or similarity.
+    Raises ValueError, on every rank, for what is no float matrix, k < 1, no documents at all, NaN or infinity in an
+    embedding, or ranks that disagree on dimension, dtype, k or similarity.
     """
     error = _misuse(queries, documents, k, similarity, query_chunk, document_chunk)
     norms = None
@@ -57,15 +57,12 @@ def top_k(
         with torch.no_grad(), _full_precision(queries.device):
             norms = _norms(documents, document_chunk, queries.device), _norms(queries, document_chunk, queries.device)
             error = _unusable(*norms)
-    # Documents never travel, so they may be where the group does not communicate: agree on a view without columns.
-    shares = documents[:, :0].to(queries.device) if error is None else None
-    rows = collectives.agree(
-        "top_k",
-        {"queries": queries, "documents": shares},
-        group=group,
-        same={"k": k, "similarity": similarity, "number of queries": len(queries), "query_chunk": query_chunk},
-        error=error,
-    )["documents"]
+    fields, same = {}, {}
+    if error is None:  # else they may not be tensors
+        # Documents never travel, so they may be where the group does not communicate: agree on a view without columns.
+        fields = {"queries": queries, "documents": documents[:, :0].to(queries.device)}
+        same = {"k": k, "similarity": similarity, "number of queries": len(queries), "query_chunk": query_chunk}
+    rows = collectives.agree("top_k", fields, group=group, same=same, error=error)["documents"]
     assert norms is not None
     if sum(rows) == 0:
         raise ValueError("top_k: there are no documents on any rank; expected at least one")
@@ -105,6 +102,8 @@ def _misuse(queries: Tensor, documents: Tensor, k: int, similarity: str, *chunks
     if min(chunks) < 1:
         return f"top_k: query_chunk and document_chunk are {chunks}; expected at least 1"
     for name, tensor in (("queries", queries), ("documents", documents)):
+        if not isinstance(tensor, Tensor):
+            return f"top_k: {name} are of type {type(tensor).__name__}; expected a float tensor, one embedding a row"
         if tensor.ndim != 2 or not tensor.is_floating_point():
             return (
                 f"top_k: {name} are {tuple(tensor.shape)} {tensor.dtype}; expected a float matrix, one embedding a row"

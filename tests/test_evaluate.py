@@ -150,6 +150,8 @@ def test_ties_keep_the_order_given_in_every_measure_and_in_the_file(tmp_path):
         ("precision@3", "P@3"),
         ("Hit@3", "Success@3"),
         ("P(rel=2)@5", "P(rel=2)@5"),
+        ("iprec@0.1", "IPrec@0.1"),
+        ("IPrec@0.0", "IPrec@0.0"),
     ],
 )
 def test_names_of_measures(name, known_as):
@@ -163,6 +165,9 @@ def test_names_of_measures(name, known_as):
         ("recal@100", "did you mean Recall@100"),
         ("recall@0", "cut-off of 0"),
         ("recall", "it may need a cut-off, as in Recall@10"),
+        ("IPrec", "it may need a cut-off, as in IPrec@0.1"),
+        ("recall@0.5", "cut-off of 0.5; expected at least 1"),
+        ("recall@1.5", "invalid param"),
         ("P(bogus=3)@5", "option it does not take"),
         ("", "no measure"),
     ],
@@ -181,6 +186,16 @@ def test_a_wrong_run(tmp_path):
         metrics.retrieval_metrics({"1": {"a": 1.0}}, {"1": {"a": 1}}, "nDCG@10")
     with pytest.raises(ValueError, match="'a b' cannot stand in a TREC run"):
         metrics.write_trec_run(tmp_path / "a.run", {"q": {"a b": 1.0}})
+    for scores, message in (
+        ({"a": 2.0, "b": math.nan, "c": 3.0}, "document 'b' for query 'q' is NaN"),
+        ({"a": 2.0, "b": -math.inf}, "-inf of document 'b' for query 'q' is -infinity in float32"),
+        ({"a": -1e39}, "document 'a' for query 'q' is -infinity in float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.write_trec_run(tmp_path / "a.run", {"q": scores})
+    with pytest.raises(ValueError, match="document 'b' for query 'q' is NaN"):
+        metrics.retrieval_metrics({"q": {"a": 2.0, "b": math.nan, "c": 3.0}}, {"q": {"c": 1}})
+    assert metrics.retrieval_metrics({"q": {"a": -math.inf, "c": math.inf}}, {"q": {"c": 1}}, ["RR"]) == {"RR": 1}
     assert not (tmp_path / "a.run").exists()
     assert metrics.retrieval_metrics({}, {"q": {"a": 1}}) == {"nDCG@10": 0, "R@100": 0, "RR@10": 0}
 
@@ -232,6 +247,8 @@ def test_embed_options():
     assert embed(model, texts, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="batch_tokens is 0"):
         embed(model, texts, batch_tokens=0)
+    with pytest.raises(ValueError, match=r"texts is one string.*pass \['abc'\]"):
+        embed(model, "abc")
     with pytest.raises(ValueError, match="'fp8'; expected one of fp32, bf16"):
         embed(model, texts, precision="fp8")
 

@@ -151,6 +151,8 @@ def test_property_any_split_any_ties(pool, data):
         ({"documents": torch.tensor([[0, 0, 0, 0], [0, 0, torch.nan, 0]])}, "NaN or infinity, the first in row 1"),
         ({"queries": torch.full((1, 4), torch.inf)}, "1 of 1 queries on this rank hold NaN or infinity"),
         ({"queries": torch.zeros(2, 4, dtype=torch.int64)}, "expected a float matrix"),
+        ({"queries": [[1.0]]}, "queries are of type list; expected a float tensor"),
+        ({"documents": None}, "documents are of type NoneType"),
         ({"queries": torch.full((1, 4), 1e30), "documents": torch.full((1, 4), 1e30)}, "overflow float32"),
         ({"document_chunk": 0}, "expected at least 1"),
     ],
@@ -165,7 +167,7 @@ def _misuse_on_one_rank(rank, dimension, value, k):
     try:
         search.top_k(
             torch.ones(2, dimension[rank]).to(device()),
-            torch.full((3, dimension[rank]), value[rank]).to(device()),
+            None if value[rank] is None else torch.full((3, dimension[rank]), value[rank]).to(device()),
             k[rank],
         )
     except ValueError as error:
@@ -178,6 +180,7 @@ def _misuse_on_one_rank(rank, dimension, value, k):
     [
         ((4, 8), (1.0, 1.0), (2, 2), "rank 0 has (rows, 4) float32, rank 1 has (rows, 8) float32"),
         ((4, 4), (1.0, float("nan")), (2, 2), "rank 1: top_k: 3 of 3 documents on this rank hold NaN"),
+        ((4, 4), (1.0, None), (2, 2), "rank 1: top_k: documents are of type NoneType"),
         ((4, 4), (1.0, 1.0), (2, 3), "k: rank 0 has 2, rank 1 has 3"),
         ((4, 4), (1.0, 1.0), (0, 3), "rank 0: top_k: k is 0"),
     ],
