@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from inbatch._first_words import first_words, holds_last_word, splits_at_blanks
 from inbatch._loading import length_limit, load_backbone, load_tokenizer, local_folder, position_table, set_attention
 from inbatch._st_format import Layout, read_layout, write_layout
 from inbatch.grad_cache.memory import to_device
@@ -107,7 +108,9 @@ class BiEncoderModel(nn.Module):
             saved,
             l2_normalize=saved.l2_normalize if l2_normalize is None else l2_normalize,
             prompts={**saved.prompts, **(prompts or {})},
-            max_seq_length=max_seq_length or length_limit(saved.max_seq_length, tokenizer, backbone),
+            max_seq_length=(
+                length_limit(saved.max_seq_length, tokenizer, backbone) if max_seq_length is None else max_seq_length
+            ),
         )
         return cls(backbone, tokenizer, layout, packed=packed)
 
@@ -167,30 +170,40 @@ class BiEncoderModel(nn.Module):
         Args:
             prompt: the name of one of `prompts`, put in front of every text; None is none.
             max_length: tokens to cut to, special tokens included; None is `max_seq_length`.
+
+        Raises:
+            ValueError: one string in place of a sequence, an unknown prompt, a length that is no positive integer or
+                more than the backbone's positions.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"tokenize: texts is one string; expected a sequence of them: pass [{texts[:40]!r}]")
         if prompt is not None and prompt not in self.prompts:
             raise ValueError(f"unknown prompt {prompt!r}; this model has {sorted(self.prompts)}")
-        limit = max_length or self.max_seq_length
+        limit = self.max_seq_length if max_length is None else max_length
         self._check_length(limit)
         if not texts:
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
         prefix = self.prompts[prompt] if prompt else ""
-        whole = [prefix + text for text in texts]
-        if limit is None or self.tokenizer.truncation_side != "right":
-            return self._padded(whole, limit)
-        # Most of the time would go into tokens that are dropped again. Tokenizers split at blanks and a word gives a
-        # token, so the first `limit` words hold the first `limit` tokens; unless some words, of control characters
-        # say, give none.
-        texts = [_first_words(text, limit) for text in whole]
-        tokens = self._padded(texts, limit)
-        short = (tokens["attention_mask"].sum(1) < limit).tolist()
-        again = [row for row in range(len(whole)) if short[row] and len(texts[row]) < len(whole[row])]
-        if again:
-            tokens = self._padded([whole[row] if row in again else text for row, text in enumerate(texts)], limit)
-        return tokens
+        tokens = self._cut_and_padded([prefix + text for text in texts], limit)
+        return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
 
-    def _padded(self, texts: list[str], limit: int | None) -> dict[str, Tensor]:
-        tokens = self.tokenizer(
+    def _cut_and_padded(self, whole: list[str], limit: int | None) -> BatchEncoding:
+        if limit is None or self.tokenizer.truncation_side != "right" or not splits_at_blanks(self.tokenizer):
+            return self._padded(whole, limit)
+        # A word mostly gives a token, so the first `limit` words hold the first `limit` tokens.
+        cut = [first_words(text, limit) for text in whole]
+        tokens = self._padded([text for text, _ in cut], limit)
+        short = (tokens["attention_mask"].sum(1) < limit).tolist()
+        texts = [
+            whole[row] if short[row] or holds_last_word(tokens, row, last, len(text)) else text
+            for row, (text, last) in enumerate(cut)
+        ]
+        if all(len(text) == len(first) for text, (first, _) in zip(texts, cut, strict=True)):
+            return tokens
+        return self._padded(texts, limit)
+
+    def _padded(self, texts: list[str], limit: int | None) -> BatchEncoding:
+        return self.tokenizer(
             texts,
             padding=True,
             truncation=limit is not None,
@@ -198,10 +211,13 @@ class BiEncoderModel(nn.Module):
             return_tensors="pt",
             return_token_type_ids=False,
         )
-        return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
 
     def _check_length(self, length: int | None) -> None:
-        if length and self.position_limit and length > self.position_limit:
+        if length is None:
+            return
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"a length of {length!r} tokens; expected an integer of at least 1, or None")
+        if self.position_limit and length > self.position_limit:
             raise ValueError(f"a length of {length} tokens exceeds the {self.position_limit} positions of the backbone")
 
     def gradient_checkpointing_enable(self) -> None:
@@ -240,11 +256,6 @@ class BiEncoderModel(nn.Module):
             do_lower_case=self.do_lower_case,
         )
         write_layout(folder, layout, self.embedding_dim)
-
-
-def _first_words(text: str, count: int) -> str:
-    words = text.split(maxsplit=count)
-    return text if len(words) <= count else text[: -len(words[-1])].rstrip()
 
 
 def _attended(mask_BT: Tensor) -> Tensor:
