@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 from inbatch import collectives
 from inbatch.grad_cache import GradCache
-from inbatch.grad_cache.cut import cut, take
+from inbatch.grad_cache.cut import cut, placeholder, take
 from inbatch.losses import info_nce
 from tests.helpers import device
 
@@ -308,6 +308,23 @@ def test_cuts_hold_every_token_once_within_the_budget(shapes, budget, multiple, 
     assert sorted(found) == sorted(expected)
     widths = [part.width for part in parts]
     assert multiple > 1 or widths == sorted(widths, reverse=True)
+
+
+def test_only_tensors_of_tokens_are_trimmed():
+    batch = random_batch(9, 12, 0)
+    mask_BT = batch["attention_mask"]
+    per_token = {**batch, "inputs_embeds": torch.randn(9, 12, 4), "boxes": torch.ones(9, 12, 2, dtype=torch.int64)}
+    per_row = {"prices": torch.randn(9, 12), "images": torch.randn(9, 12, 2), "labels": torch.arange(9)}
+    # A mask of floating-point numbers is one still, and a placeholder has the shapes of a micro-batch.
+    group = [{**per_token, **per_row, "attention_mask": mask_BT.float(), "seen": mask_BT.bool()}]
+    for part in [*cut(group, budget=24, multiple=1), placeholder(1)]:
+        taken = take(group, part)
+        assert {taken[name].shape[1] for name in (*per_token, "seen")} == {part.width}
+        for name, value in per_row.items():
+            assert taken[name].shape[1:] == value.shape[1:]
+            if part.pieces:
+                assert torch.equal(taken[name], value[part.pieces[0].rows_b])
+    assert part.width < 12
 
 
 def check_error(message: str, *batches, encode=None, loss=cross_entropy, **options):

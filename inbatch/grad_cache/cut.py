@@ -13,6 +13,7 @@ from inbatch.grad_cache.memory import to_device
 
 Batch = Mapping[str, Tensor]
 MASK = "attention_mask"
+EMBEDDINGS = "inputs_embeds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +140,10 @@ def _micro_batch(batches, spans_2B, chosen, multiple: int) -> MicroBatch:
 
 
 def take(batches: Sequence[Batch], micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """The micro-batch's tensors: rows selected, tensors as long as the mask trimmed along dim 1, new padding 0."""
+    """The micro-batch's tensors: rows selected, those of tokens trimmed along dim 1, new padding 0."""
     if not micro_batch.pieces:
         return {
-            name: torch.full(_trimmed_shape(value, batches[0], micro_batch.width), int(name == MASK)).to(value)
+            name: torch.full(_trimmed_shape(name, value, batches[0], micro_batch.width), int(name == MASK)).to(value)
             for name, value in batches[0].items()
         }
     parts = [_take_piece(batches[piece.batch], piece) for piece in micro_batch.pieces]
@@ -154,20 +155,26 @@ def take(batches: Sequence[Batch], micro_batch: MicroBatch) -> dict[str, Tensor]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _trimmed_shape(value: Tensor, batch: Batch, width: int) -> tuple[int, ...]:
-    trims = value.ndim > 1 and value.shape[1] == batch[MASK].shape[1]
-    return (1, width, *value.shape[2:]) if trims else (1, *value.shape[1:])
+def _of_tokens(name: str, value: Tensor, batch: Batch) -> bool:
+    """Whether dim 1 counts tokens. A floating-point feature of a row may happen to be as wide as the mask."""
+    if value.ndim < 2 or value.shape[1] != batch[MASK].shape[1]:
+        return False
+    floating = value.is_floating_point() or value.is_complex()
+    return not floating or name == MASK or (name == EMBEDDINGS and value.ndim == 3)
+
+
+def _trimmed_shape(name: str, value: Tensor, batch: Batch, width: int) -> tuple[int, ...]:
+    return (1, width, *value.shape[2:]) if _of_tokens(name, value, batch) else (1, *value.shape[1:])
 
 
 def _take_piece(batch: Batch, piece: Piece) -> dict[str, Tensor]:
-    width = batch[MASK].shape[1]
     places: dict[torch.device, Tensor] = {}
     part = {}
     for name, value in batch.items():
         if value.device not in places:
             places[value.device] = to_device(piece.rows_b, value.device)
         rows = places[value.device]
-        if value.ndim > 1 and value.shape[1] == width:
+        if _of_tokens(name, value, batch):
             value = value[:, piece.start : piece.stop].index_select(0, rows)
             if piece.left or piece.right:
                 pad = (0, 0) * (value.ndim - 2) + (piece.left, piece.right)

@@ -43,7 +43,9 @@ class GradCache:
         e = encode(batch) in parts, without graph;  g = d loss(e) / d e, once;  g . d encode(batch), in parts
 
     encode: dict of tensors -> [b, D] (or any shape after b); one callable for all batches, or a sequence with one each.
-        Batches that share a callable share micro-batches. A micro-batch lies on the device of its batch.
+        Batches that share a callable share micro-batches. A micro-batch lies on the device of its batch. With
+        "attention_mask" [B, T], integer and bool tensors [B, T, ...] and a floating-point "inputs_embeds" [B, T, D]
+        are of tokens: cut to the micro-batch's width. Other tensors, floating-point [B, T] too, have whole rows.
     loss: (embeddings of batch 0, of batch 1, ...) -> 0-d tensor; called once a step. Other inputs come by closure; a
         parameter it uses (a temperature) gets its gradient there, once.
     modules: DDP or FSDP2 (`fully_shard`) roots that encode runs through; their gradients are reduced once a step. An
