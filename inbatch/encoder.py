@@ -39,6 +39,7 @@ class BiEncoderModel(nn.Module):
         super().__init__()
         self.backbone: PreTrainedModel = backbone
         self.tokenizer = tokenizer
+        self._cuts_of: tuple[tuple[int, int], bool] | None = None  # see _may_cut
         self.pooling = check_pooling(layout.pooling)
         self.l2_normalize = layout.l2_normalize
         self.prompts = dict(layout.prompts)
@@ -188,7 +189,7 @@ class BiEncoderModel(nn.Module):
         return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
 
     def _cut_and_padded(self, whole: list[str], limit: int | None) -> BatchEncoding:
-        if limit is None or self.tokenizer.truncation_side != "right" or not splits_at_blanks(self.tokenizer):
+        if limit is None or self.tokenizer.truncation_side != "right" or not self._may_cut():
             return self._padded(whole, limit)
         # A word mostly gives a token, so the first `limit` words hold the first `limit` tokens.
         cut = [first_words(text, limit) for text in whole]
@@ -201,6 +202,13 @@ class BiEncoderModel(nn.Module):
         if all(len(text) == len(first) for text, (first, _) in zip(texts, cut, strict=True)):
             return tokens
         return self._padded(texts, limit)
+
+    def _may_cut(self) -> bool:
+        """splits_at_blanks, asked again for another tokenizer or after tokens were added: asking takes a millisecond."""
+        asked = id(self.tokenizer), len(self.tokenizer)
+        if self._cuts_of is None or self._cuts_of[0] != asked:
+            self._cuts_of = asked, splits_at_blanks(self.tokenizer)
+        return self._cuts_of[1]
 
     def _padded(self, texts: list[str], limit: int | None) -> BatchEncoding:
         return self.tokenizer(
