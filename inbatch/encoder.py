@@ -204,7 +204,7 @@ class BiEncoderModel(nn.Module):
         return self._padded(texts, limit)
 
     def _may_cut(self) -> bool:
-        """splits_at_blanks, asked again for another tokenizer or after tokens were added: asking takes a millisecond."""
+        """splits_at_blanks: asking takes a millisecond, so again only for another tokenizer or added tokens."""
         asked = id(self.tokenizer), len(self.tokenizer)
         if self._cuts_of is None or self._cuts_of[0] != asked:
             self._cuts_of = asked, splits_at_blanks(self.tokenizer)
