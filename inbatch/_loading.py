@@ -64,6 +64,7 @@ def load_tokenizer(folder: Path, lower_case: bool) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{folder}: its tokenizer cannot be opened: {error}") from error
+    _require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"{folder}: the tokenizer has neither a pad token nor an eos token to pad with")
@@ -77,6 +78,20 @@ def load_tokenizer(folder: Path, lower_case: bool) -> PreTrainedTokenizerBase:
         elif backend.normalizer.normalize_str("A") != "a":
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
     return tokenizer
+
+
+def _require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError where transformers made up an empty vocabulary, to which a text is nothing but unknown tokens."""
+    # Merges or settings alone hold no tokens. Tokenizers of bytes or characters need no file.
+    other = ("merges_file", "normalizer_file", "tokenizer_config_file")
+    names = sorted(name for kind, name in tokenizer.vocab_files_names.items() if kind not in other)
+    # Under these names transformers finds a vocabulary too, whatever the class of the tokenizer.
+    anywhere = [*folder.glob("*.model"), *folder.glob("*tekken*.json"), *folder.glob("tokenizer.*.json")]
+    if names and not anywhere and not any((folder / name).is_file() for name in names):
+        raise ValueError(
+            f"{folder} has no vocabulary for its tokenizer ({type(tokenizer).__name__}): expected one of the files "
+            f"{', '.join(names)}; copy the tokenizer's files there from the model it was trained from"
+        )
 
 
 def set_attention(backbone: PreTrainedModel, bidirectional: bool | None, default: bool) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_models
+from transformers import CanineTokenizer
 
 from inbatch import BiEncoderModel
-from inbatch._loading import BIDIRECTIONAL_DECODERS
+from inbatch._loading import BIDIRECTIONAL_DECODERS, load_tokenizer
 from inbatch.pooling import POOLINGS
 from tests.tiny_models import TEXTS, gradients, minilm, save_all, save_tiny, tiny_tokenizer
 
@@ -213,6 +214,20 @@ def test_missing_weights_are_not_made_up(folders, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights of LlamaModel are missing.*layers\.1\.mlp\.up_proj"):
         BiEncoderModel.from_pretrained(tmp_path)
+
+
+def test_a_vocabulary_is_not_made_up(folders, tmp_path):
+    shutil.copytree(folders["minilm"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab.txt"))
+    with pytest.raises(ValueError, match=r"no vocabulary .*BertTokenizer.*of the files tokenizer\.json, vocab\.txt"):
+        BiEncoderModel.from_pretrained(tmp_path / "bare")
+    # Either file will do, and characters need none.
+    vocabulary = json.loads((folders["minilm"] / "tokenizer.json").read_text())["model"]["vocab"]
+    (tmp_path / "bare" / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)))
+    texts = ["the cat sat"]
+    opened = BiEncoderModel.from_pretrained(tmp_path / "bare")
+    torch.testing.assert_close(ours(opened, texts), ours(BiEncoderModel.from_pretrained(folders["minilm"]), texts))
+    CanineTokenizer().save_pretrained(tmp_path / "characters")
+    assert load_tokenizer(tmp_path / "characters", lower_case=False)("cat")["input_ids"][1:-1] == [*map(ord, "cat")]
 
 
 def test_encoder_decoders_are_refused(tmp_path):
