@@ -84,11 +84,26 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     return _parse(None if path is None else Path(path), arguments)
 
 
+class _DistinctKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of equal keys and says nothing of the others; YAML itself does not allow them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            first = seen.setdefault((key.tag, key.value), key)
+            if first is not key:
+                problem = f"the key {key.value!r} stands in line {first.start_mark.line + 1} already; keep one of them"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

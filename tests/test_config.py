@@ -102,6 +102,12 @@ def test_mistakes_in_the_file_itself(tmp_path):
     bad.write_text("optim:\n  lr: [1\n")
     with pytest.raises(ValueError, match=r"bad\.yaml line 3 is not YAML"):
         load(bad)
+    bad.write_text("optim:\n  lr: 1\n  eps: 1\n  'lr': 2\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml line 4 .*the key 'lr' stands in line 2 already"):
+        load(bad)
+    bad.write_text("optim: {lr: 1}\neval: {split: dev}\noptim: {eps: 1}\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml line 3 .*the key 'optim' stands in line 1 already"):
+        load(bad)
     bad.write_text("optimizer:\n  lr: 1\n")
     with pytest.raises(ValueError, match="unknown group 'optimizer'; did you mean 'optim'"):
         load(bad)
