@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -161,40 +160,55 @@ def encode_to_file(
     output + ".ids.txt", one a line. dtype: "float32", "float16" or, in .safetensors, "bfloat16". Else as `embed`.
 
     Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
-    a rank holds no more than a window of 4096 texts. The file appears under its name when it is complete.
-    Raises ValueError on every rank for a source or output that cannot be used.
+    a rank holds no more than a window of 4096 texts. The files appear under their names when all is complete, and
+    ids of an earlier run go. Raises ValueError on every rank for a source or output that cannot be used, and for
+    embeddings with NaN or infinity.
     """
     output = Path(output)
-    unfinished = output.with_name(f"{output.name}.tmp")
+    unfinished = _beside(output, ".tmp")
     module = unwrap(model)
     collectives.agree("encode_to_file", {}, group=group, same={"dimension": module.embedding_dim, "dtype": dtype})
     texts, ids = collectives.together(lambda: _open_source(Path(source)), group)
     shape = len(texts), module.embedding_dim
     first = collectives.rank(group) == 0
     header = collectives.together(lambda: _header(output, dtype, shape), group)
-    collectives.together(lambda: _create(unfinished, header, shape, DTYPES[dtype], ids) if first else None, group)
     options = {"prefix": prefix, "max_length": max_length, "batch_tokens": batch_tokens, "precision": precision}
     label = f"encode {Path(source).name}" if progress and first else None
 
     def fill() -> None:
         width = shape[1] * DTYPES[dtype].itemsize
-        file = np.memmap(unfinished, np.uint8, "r+", offset=len(header), shape=(shape[0], width))
         rows = share(shape[0], group)
-        for start, window in _embed_windows(module, texts, rows, progress=label, **options):
-            place = rows.start + start
-            file[place : place + len(window)] = window.to("cpu", DTYPES[dtype]).view(torch.uint8).numpy()
-        file.flush()
+        # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
+        with unfinished.open("r+b") as file:
+            file.seek(len(header) + rows.start * width)
+            for start, window in _embed_windows(module, texts, rows, progress=label, **options):
+                kept = window.to("cpu", DTYPES[dtype])
+                _require_finite(kept, rows.start + start, source)
+                file.write(kept.view(torch.uint8).numpy())
 
     try:
+        collectives.together(lambda: _create(output, header, shape, DTYPES[dtype], ids) if first else None, group)
         collectives.together(fill, group)
+        collectives.together(lambda: _finish(output) if first else None, group)
     except BaseException:
         if first:
             unfinished.unlink(missing_ok=True)
+            _beside(output, ".ids.txt.tmp").unlink(missing_ok=True)
         raise
-    if first:
-        unfinished.replace(output)
-    collectives.barrier(group)
     return shape
+
+
+def _beside(output: Path, ending: str) -> Path:
+    return output.with_name(f"{output.name}{ending}")
+
+
+def _require_finite(window: Tensor, start: int, source: str | os.PathLike) -> None:
+    bad = (~window.isfinite()).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{source}: the embedding of text {start + int(bad[0]) + 1} holds NaN or infinity as {window.dtype}; "
+            "expected finite numbers: look at the model's weights, or try float32 and precision fp32"
+        )
 
 
 class _TextLines(Lines):
@@ -226,6 +240,8 @@ def _header(output: Path, dtype: str, shape: tuple[int, int]) -> bytes:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if output.suffix not in formats:
         raise ValueError(f"the output is {output.name!r}; expected a name ending in .npy or .safetensors")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; expected the name of a file to write")
     names = formats[output.suffix]
     if DTYPES[dtype] not in names:
         raise ValueError(f"{output.suffix} files cannot hold {dtype}; expected float32 or float16, or .safetensors")
@@ -240,16 +256,27 @@ def _header(output: Path, dtype: str, shape: tuple[int, int]) -> bytes:
     return size.to_bytes(8, "little") + description.encode().ljust(size)
 
 
-def _create(unfinished: Path, header: bytes, shape: tuple[int, int], dtype: torch.dtype, ids: Documents | None) -> None:
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.open("wb") as file:
+def _create(output: Path, header: bytes, shape: tuple[int, int], dtype: torch.dtype, ids: Documents | None) -> None:
+    """The files under their temporary names: the embeddings' at its full size, and the ids', if there are any."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(output, ".tmp").open("wb") as file:
         file.write(header)
         file.truncate(len(header) + shape[0] * shape[1] * dtype.itemsize)
+    unfinished_ids = _beside(output, ".ids.txt.tmp")
     if ids is None:
+        unfinished_ids.unlink(missing_ok=True)  # of a run that was killed
         return
-    output = unfinished.with_name(unfinished.name.removesuffix(".tmp"))
-    with output.with_name(f"{output.name}.ids.txt").open("w", encoding="utf-8") as file:
+    with unfinished_ids.open("w", encoding="utf-8") as file:
         for doc_id in ids.own_ids():
             if len(doc_id.splitlines()) != 1:
                 raise ValueError(f"the id {doc_id!r} does not fit on a line of its own")
             file.write(f"{doc_id}\n")
+
+
+def _finish(output: Path) -> None:
+    """Gives the files their names, so that at no time the ids of other embeddings lie beside these."""
+    ids, unfinished_ids = _beside(output, ".ids.txt"), _beside(output, ".ids.txt.tmp")
+    ids.unlink(missing_ok=True)
+    _beside(output, ".tmp").replace(output)
+    if unfinished_ids.exists():
+        unfinished_ids.replace(ids)

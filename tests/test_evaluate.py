@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import ir_measures
@@ -421,6 +423,55 @@ def test_misuse_of_encode_to_file(tmp_path, source, output, options, message):
     with pytest.raises(ValueError, match=message):
         encode_to_file(LetterEncoder(), tmp_path / source, tmp_path / output, **options)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_failed_or_another_encoding_leaves_no_ids_beside_embeddings_that_are_not_theirs(tmp_path):
+    records = [
+        json.dumps({"_id": name, "text": text}) + "\n" for name, text in (("d0", "bc"), ("d1", "cb"), ("d2", "a"))
+    ]
+    for name, lines in (
+        ("good", records[:2]),
+        ("nan", records),
+        ("bad_id", [*records[:2], '{"_id": "x\\ny", "text": "b"}']),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "texts.txt").write_text("b\nc\n")
+    model, output, ids = LetterEncoder(), tmp_path / "out" / "e.npy", tmp_path / "out" / "e.npy.ids.txt"
+    model.letters.weight.data[ord("a")] = torch.nan
+    encode_to_file(model, tmp_path / "good.jsonl", output)
+    before = output.read_bytes(), ids.read_bytes()
+    for source, options, message in (
+        ("bad_id.jsonl", {}, r"'x\\ny' does not fit on a line"),
+        ("nan.jsonl", {}, r"nan\.jsonl: the embedding of text 3 holds NaN or infinity as torch.float32"),
+        ("good.jsonl", {"batch_tokens": 0}, "batch_tokens is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_to_file(model, tmp_path / source, output, **options)
+        assert (output.read_bytes(), ids.read_bytes()) == before
+        assert sorted(output.parent.iterdir()) == [output, ids]
+    (tmp_path / "out" / "e.npy.ids.txt.tmp").write_text("what a killed run left\n")
+    encode_to_file(model, tmp_path / "texts.txt", output)
+    assert list(output.parent.iterdir()) == [output]
+    (tmp_path / "out.npy").mkdir()
+    with pytest.raises(ValueError, match=r"out\.npy is a folder"):
+        encode_to_file(model, tmp_path / "texts.txt", tmp_path / "out.npy")
+
+
+@contextmanager
+def no_file_above(size: int):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_encoding_for_which_there_is_no_room_leaves_nothing(tmp_path):
+    (tmp_path / "texts.txt").write_text("b\n" * 500)
+    with no_file_above(4096), pytest.raises(OSError, match="File too large"):
+        encode_to_file(LetterEncoder(), tmp_path / "texts.txt", tmp_path / "e.npy")
+    assert list(tmp_path.iterdir()) == [tmp_path / "texts.txt"]
 
 
 # ---- a real encoder on real data
