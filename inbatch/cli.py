@@ -243,13 +243,14 @@ def _evaluate(known: argparse.Namespace) -> None:
         data = collectives.together(lambda: load_retrieval(known.data, known.split))
         towers = [Path(known.model) / name for name in ("passage", "query")]
         separate = all(tower.is_dir() for tower in towers)
-        figures = evaluate(
+        evaluate(
             _open_model(str(towers[0]) if separate else known.model, device),
             data,
             query_model=_open_model(str(towers[1]), device) if separate else None,
             measures=known.measures or DEFAULT_MEASURES,
             top_k=known.top_k,
             run_file=known.run_file,
+            report=lambda figures: print(json.dumps(figures), flush=True),
             similarity=known.similarity,
             query_prefix=known.query_prefix,
             passage_prefix=known.passage_prefix,
@@ -257,8 +258,6 @@ def _evaluate(known: argparse.Namespace) -> None:
             passage_max_len=known.passage_max_len,
             **_encoding(known, device),
         )
-        if collectives.rank() == 0:
-            print(json.dumps(figures))
 
 
 def _encode(known: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Retrieval evaluation: embed queries and corpus, search exactly, measure. The same figures for any number of ranks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ def evaluate(
     measures: Sequence[str] = DEFAULT_MEASURES,
     top_k: int = TOP_K,
     run_file: str | os.PathLike | None = None,
+    report: Callable[[dict[str, float]], object] | None = None,
     group=None,
     **options,
 ) -> dict[str, float]:
@@ -35,25 +37,60 @@ def evaluate(
 
     model, options: as `retrieve`. measures: names as ir-measures or other tools write them, such as "nDCG@10",
     "recall@100", "MRR@10"; they are the keys of the result. top_k: how many documents are retrieved for a query, at
-    least the largest cut-off. run_file: where rank 0 writes a TREC run.
+    least the largest cut-off. run_file: where rank 0 writes a TREC run. report: called on rank 0 with the figures,
+    before the run is written: they are known even where that fails.
 
     Every rank returns the same numbers. They do not depend on the number of ranks, but for rounding in the encoder.
     Raises ValueError, on every rank and before anything is embedded, for an unknown measure, an empty corpus, qrels
-    that share no id with the data.
+    that share no id with the data or call nothing relevant, a run file that cannot be written.
     """
-    collectives.together(lambda: check_evaluation(data, measures, top_k, run_file is not None), group)
+
+    def check() -> None:
+        check_evaluation(data, measures, top_k, run_file is not None)
+        if run_file is not None and collectives.rank(group) == 0:
+            _check_writable(Path(run_file))
+
+    collectives.together(check, group)
     run = retrieve(model, data, top_k=top_k, group=group, **options)
 
     def measure() -> dict[str, float] | None:
         if collectives.rank(group) != 0:
             return None
+        figures = retrieval_metrics(run, data.qrels, measures)
+        if report is not None:
+            report(figures)
         if run_file is not None:
-            write_trec_run(run_file, run)
-        return retrieval_metrics(run, data.qrels, measures)
+            _write_run(Path(run_file), run)
+        return figures
 
     figures = collectives.broadcast_object(collectives.together(measure, group), group=group)
     assert figures is not None
     return figures
+
+
+def _check_writable(path: Path) -> None:
+    """ValueError where no file of this name can be written; makes the folder it goes into."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"the run cannot be written to {path}, which is no file: name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _unfinished(path).touch()
+        _unfinished(path).unlink()
+    except OSError as error:
+        raise ValueError(f"the run cannot be written to {path}: {error}; name a file in another folder") from None
+
+
+def _write_run(path: Path, run: Run) -> None:
+    try:
+        write_trec_run(path, run)
+    except BaseException:
+        _unfinished(path).unlink(missing_ok=True)
+        raise
+
+
+def _unfinished(path: Path) -> Path:
+    """The name under which `write_trec_run` writes before it renames."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 def retrieve(

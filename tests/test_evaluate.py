@@ -56,6 +56,16 @@ class LetterEncoder(nn.Module):
         return states.sum(1) / weights.sum(1).clamp_min(1)
 
 
+@contextmanager
+def no_file_above(size: int):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def some_texts(count: int, seed: int) -> list[str]:
     chance = random.Random(seed)
     return ["".join(chance.choices("abcdefgh", k=chance.randint(1, 40))) for _ in range(count)]
@@ -338,6 +348,24 @@ def test_misuse_of_evaluate(change, options, message):
         evaluate(LetterEncoder(), data, **options)
 
 
+def test_a_run_file_that_cannot_be_written_is_known_before_anything_is_embedded(tmp_path):
+    model = LetterEncoder()
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.run"):
+        with pytest.raises(ValueError, match=f"the run cannot be written to {path}"):
+            evaluate(model, small_data(), run_file=path)
+    assert not model.seen
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_the_figures_are_known_where_the_run_finds_no_room(tmp_path):
+    figures = []
+    with no_file_above(1000), pytest.raises(OSError, match="File too large"):
+        evaluate(LetterEncoder(), small_data(), run_file=tmp_path / "a.run", report=figures.append)
+    assert figures == [evaluate(LetterEncoder(), small_data())]
+    assert not list(tmp_path.iterdir())
+
+
 def _evaluate_with_trouble(rank, trouble):
     model = LetterEncoder(dimension=8 if trouble == "size" and rank == 1 else 16).to(device())
     if trouble == "nan":
@@ -455,16 +483,6 @@ def test_a_failed_or_another_encoding_leaves_no_ids_beside_embeddings_that_are_n
     (tmp_path / "out.npy").mkdir()
     with pytest.raises(ValueError, match=r"out\.npy is a folder"):
         encode_to_file(model, tmp_path / "texts.txt", tmp_path / "out.npy")
-
-
-@contextmanager
-def no_file_above(size: int):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_encoding_for_which_there_is_no_room_leaves_nothing(tmp_path):
