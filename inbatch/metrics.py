@@ -179,3 +179,5 @@ def check_evaluation(data: RetrievalData, measures: Sequence[str], top_k: int = 
                 f"the qrels name no {what} of this data: they have {what} ids such as {next(iter(known), None)!r}, "
                 f"the data {ids[0]!r}; are they of another collection?"
             )
+    if not any(grade > 0 for grades in data.qrels.values() for grade in grades.values()):
+        raise ValueError("no score of the qrels is above 0, so nothing is relevant: expected at least one that is")

@@ -340,6 +340,7 @@ def _evaluate_tiny(rank):
         ({"documents": ["x"]}, {}, "1 documents but 60 ids"),
         ({"qrels": {"q1": {"doc7": 1}}}, {}, "name no document of this data: they have document ids such as 'doc7'"),
         ({"qrels": {"Q1": {"d7": 1}}}, {}, "name no query of this data"),
+        ({"qrels": {"q1": {"d7": 0, "d8": -1}}}, {}, "no score of the qrels is above 0, so nothing is relevant"),
     ],
 )
 def test_misuse_of_evaluate(change, options, message):
