@@ -103,7 +103,7 @@ def export(source: str | Path, output: str | Path) -> Path:
         raise ValueError(f"{output} exists already: name a folder that does not")
     newest = checkpoint.latest(Path(source) / "checkpoints")
     path = newest[1] if newest else Path(source).resolve()
-    run = path.parents[1]
+    run = path.parent.parent
     if not (run / "config.yaml").is_file():
         raise ValueError(
             f"{source} is neither a run with checkpoints nor a checkpoint in one: expected RUN or "

@@ -95,6 +95,12 @@ def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, exp
     assert all(part in message for part in expected), message
 
 
+@pytest.mark.parametrize("source", ["/absent-run", "/"])
+def test_nothing_to_export(tmp_path, capsys, source):
+    assert cli.run(["export", source, str(tmp_path / "model")]) == 1
+    assert f"{source} is neither a run with checkpoints nor a checkpoint in one" in only_message(capsys)
+
+
 def test_train_evaluate_encode(home, capsys):
     assert cli.run(["train", str(home / "config.yaml")]) == 0
     printed = capsys.readouterr().err
