@@ -177,7 +177,9 @@ def _plain_errors(what: str) -> Iterator[None]:
         except CheckpointException as error:
             rank, failure = next(iter(error.failures.items()))
             reason = failure[0] if isinstance(failure, tuple) else failure
-            raise OSError(f"{what}, rank {rank}: {reason}") from error
+            if "DataLoader worker" in str(reason):  # a signal that arrived here, and is not of the files
+                raise reason from error
+            raise OSError(f"{what}, rank {rank}: {str(reason) or type(reason).__name__}") from error
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:

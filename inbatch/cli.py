@@ -15,13 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from inbatch.launch import launch, report, show_warning
+from inbatch.launch import INTERRUPTED, launch, no_fault_of_this_process, report, show_warning
 
 if TYPE_CHECKING:
     import torch
 
     from inbatch.config import Config
     from inbatch.encoder import BiEncoderModel
+
+# A rank that dies ends the others at once, its connections being closed. The limit finds ranks that hang, and must not
+# find those that wait while another embeds the longer texts of a corpus or writes a large model.
+PATIENCE_S = 12 * 3600
 
 TRAIN_HELP = """\
 Train the encoder that the YAML file CONFIG describes. Every key can be set as an option, over the file:
@@ -58,7 +62,10 @@ def _leave(status: int) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command: 0, or 1 after a mistake in files or settings; wrong usage is SystemExit(2), as in argparse."""
+    """Runs one command: 0, 1 after a mistake in files or settings or the end of another process, 130 after Ctrl-C.
+
+    Wrong usage is SystemExit(2), as in argparse.
+    """
     arguments = list(arguments)
     known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
     try:
@@ -75,6 +82,11 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         report(str(error))
         return 1
+    except (RuntimeError, KeyboardInterrupt) as error:
+        if (words := no_fault_of_this_process(error)) is None:
+            raise
+        report(words)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
@@ -187,7 +199,7 @@ def _processes(device: str) -> Generator["torch.device"]:
     transformers_logging.disable_progress_bar()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no GPU: set it to auto or cpu")
-    yield collectives.start("gloo" if device == "cpu" else None)
+    yield collectives.start("gloo" if device == "cpu" else None, timeout_s=PATIENCE_S)
     collectives.stop()
 
 

@@ -7,9 +7,11 @@ import sys
 import traceback
 from pathlib import Path
 
+INTERRUPTED = 128 + signal.SIGINT  # the status that shells know
+
 
 def launch(arguments: list[str], processes: int) -> int:
-    """Starts the command `inbatch ARGUMENTS` in several processes on this machine; returns 1 if one fails."""
+    """Starts the command `inbatch ARGUMENTS` in several processes on this machine; 1 if one fails, 130 after Ctrl-C."""
     import logging
 
     from torch.distributed import run
@@ -24,7 +26,7 @@ def launch(arguments: list[str], processes: int) -> int:
             raise
         if isinstance(failures := getattr(error, "failures", None), dict):
             _report_killed({rank: failure.exitcode for rank, failure in failures.items()})
-        return 1
+        return INTERRUPTED if getattr(error, "sigval", None) == signal.SIGINT else 1
     return 0
 
 
@@ -37,6 +39,18 @@ def _report_killed(exit_codes: dict[int, int]) -> None:
                 f"inbatch: error: rank {rank} was ended by {signal.Signals(-code).name}{hint}",
                 file=sys.stderr,
             )
+
+
+def no_fault_of_this_process(error: BaseException) -> str | None:
+    """What to say of an end that came from outside, whose traceback would tell nothing; None for any other error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if "DataLoader worker" in text:
+        return f"a process that makes batches was killed: free memory, or lower data.num_workers ({text[:120]})"
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in text:
+        return f"another rank failed, and says why if it could: its connection is lost ({text[:160]})"
+    return None
 
 
 def report(message: str) -> None:

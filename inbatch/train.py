@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from inbatch import checkpoint, collectives, notes
 from inbatch.batches import Part
@@ -31,6 +32,8 @@ from inbatch.run_log import Stopwatch, read_metrics
 from inbatch.run_setup import Run, check_folder, on_rank_0, only_writer, set_up
 from inbatch.towers import save_towers
 
+_REMEDY = "lower optim.lr, raise loss.temperature or set train.precision to fp32"
+
 
 def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
     """Trains the run that `config` describes, or goes on with it where `train.output_dir` holds a part of it.
@@ -41,7 +44,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
 
     Returns the last figures of metrics.jsonl by name. A run that is done already is left as it is.
     Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
-    another run; FloatingPointError where the loss is no longer finite.
+    another run; FloatingPointError where the loss or the weights are no longer finite.
     """
     device = device or collectives.device()
     with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
@@ -94,6 +97,7 @@ def loop(run: Run, clock: Stopwatch) -> None:
         # Before the evaluation, so that one that fails or is killed costs no training.
         if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
             with clock.during("saving"):
+                check_finite(run, done)
                 save_checkpoint(run, done)
         if not last:  # the last one waits for the model to be saved
             evaluate_if_due(run, clock, done)
@@ -181,9 +185,7 @@ def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) 
     """The figures of a step as numbers, over all ranks; waits for the device, so only logged steps call it."""
     mean = float(collectives.all_reduce(loss.clone())) / collectives.world_size()
     if not math.isfinite(mean):
-        raise FloatingPointError(
-            f"the loss is {mean}: lower optim.lr, raise loss.temperature or set train.precision to fp32"
-        )
+        raise FloatingPointError(f"the loss is {mean}: {_REMEDY}")
     counted = stats.result()
     return {
         "loss": mean,
@@ -234,6 +236,17 @@ def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
     run.log.evaluation(done, figures)
 
 
+def check_finite(run: Run, done: int) -> None:
+    """Raises FloatingPointError, on every rank, if training left the finite numbers: that must replace nothing good."""
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in run.parameters]
+    finite = torch.stack([p.detach().isfinite().all() for p in mine]).all()
+    if collectives.all_reduce(1 - finite.float(), "max").item():
+        raise FloatingPointError(
+            f"the weights are no longer finite after step {done}, so they are not saved, and what was saved before "
+            f"stays: {_REMEDY}"
+        )
+
+
 def save_checkpoint(run: Run, done: int) -> None:
     checkpoint.save(
         run.folder / "checkpoints",
@@ -246,6 +259,7 @@ def save_checkpoint(run: Run, done: int) -> None:
 
 def finish(run: Run, clock: Stopwatch) -> None:
     clock.turn_to("saving")
+    check_finite(run, run.total_steps)
     save_towers(run.towers, run.config, run.folder / "model")
     evaluate_if_due(run, clock, run.total_steps)
     on_rank_0(lambda: checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps}))

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -93,6 +94,26 @@ def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, exp
     assert status == 1
     assert not (tmp_path / "config.yaml").exists(), "a run that could not start must not claim its folder"
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("[x/gloo/pair.cc:547] Connection closed by peer [1.2.3.4]:5"), 1, "another rank failed"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "lower data.num_workers"),
+    ],
+)
+def test_an_end_that_came_from_outside_is_one_line(capsys, monkeypatch, error, status, expected):
+    monkeypatch.setattr(cli, "_export", mock.Mock(side_effect=error))
+    assert cli.run(["export", "run", "model"]) == status
+    assert expected in only_message(capsys)
+
+
+def test_an_unknown_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_export", mock.Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(["export", "run", "model"])
 
 
 @pytest.mark.parametrize("source", ["/absent-run", "/"])

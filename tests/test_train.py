@@ -384,6 +384,23 @@ def test_an_exploding_loss_stops_the_run(folder, tmp_path):
         train(config)
 
 
+@pytest.mark.parametrize("every_steps", [1, None])
+def test_weights_that_diverged_are_not_saved(folder, tmp_path, every_steps):
+    """Neither on steps whose loss nobody reads, nor at the end, where no loss would show it any more."""
+    config = make_config(
+        folder,
+        tmp_path,
+        optim={"lr": 1e38, "max_grad_norm": None, "warmup_ratio": 0.0, "schedule": "constant"},
+        train={"max_steps": 1},
+        checkpoint={"every_steps": every_steps},
+    )
+    with pytest.raises(FloatingPointError, match="the weights are no longer finite after step 1, so they are not"):
+        train(config)
+    assert not list(tmp_path.rglob("model.safetensors"))
+    assert not checkpoint.list_checkpoints(tmp_path / "checkpoints")
+    assert not list(tmp_path.rglob("done.json"))
+
+
 def test_training_time_is_told_apart(folder, tmp_path, capsys):
     clock = Stopwatch()
     clock.turn_to("training")
