@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from inbatch._st_format import read_object
+
 # transformers marks "no limit" with a huge model_max_length.
 _NO_LIMIT = 10**9
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -44,6 +46,7 @@ def local_folder(name: str) -> Path:
 def load_backbone(folder: Path, dtype: str | torch.dtype | None, attn_implementation: str | None) -> PreTrainedModel:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it into its base model first")
+    read_object(folder / "config.json")
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     options = {key: value for key, value in options.items() if value is not None}
     try:

@@ -40,20 +40,36 @@ class Layout:
     bidirectional: bool = False  # what a decoder is whose config says nothing: sentence-transformers runs it causal
 
 
-def _json(path: Path, default: Any = None) -> Any:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is no such file."""
     if not path.is_file():
-        return default
+        return None
+    value = _read(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _read_modules(path: Path) -> list[dict[str, str]]:
+    modules = _read(path)
+    objects = isinstance(modules, list) and all(isinstance(module, dict) for module in modules)
+    if not objects or not all(isinstance(module.get(key), str) for module in modules for key in ("type", "path")):
+        raise ValueError(f"{path} is no list of modules: expected objects, each with a type and a path")
+    return modules
 
 
 def read_layout(folder: Path) -> Layout | None:
     """The layout of `folder`, or None when it has no modules.json; ValueError for modules that we do not have."""
-    modules = _json(folder / "modules.json")
-    if modules is None:
+    if not (folder / "modules.json").is_file():
         return None
+    modules = _read_modules(folder / "modules.json")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     for kind, module in zip(kinds, modules, strict=True):
         if kind not in ("Transformer", "Pooling", "Normalize"):
@@ -62,10 +78,10 @@ def read_layout(folder: Path) -> Layout | None:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(f"{folder}: modules {kinds} are not supported; expected {_SUPPORTED}, in this order")
     backbone = folder / modules[0]["path"]
-    transformer = _json(backbone / "sentence_bert_config.json", {})
+    transformer = read_object(backbone / "sentence_bert_config.json") or {}
     _check_transformer(folder, transformer)
     processor = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
-    top = _json(folder / "config_sentence_transformers.json", {})
+    top = read_object(folder / "config_sentence_transformers.json") or {}
     return Layout(
         pooling=_read_pooling(folder / modules[1]["path"] / "config.json"),
         l2_normalize="Normalize" in kinds,
@@ -92,7 +108,9 @@ def _check_transformer(folder: Path, transformer: dict[str, Any]) -> None:
 
 
 def _read_pooling(path: Path) -> str:
-    config = _json(path, {})
+    config = read_object(path)
+    if config is None:
+        raise ValueError(f"{path} is missing, which says how the model pools: copy it from the model's source")
     modes = config.get("pooling_mode") or [mode for mode, flag in _FLAGS.items() if config.get(flag)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _POOLING:

@@ -184,6 +184,33 @@ def test_sentence_transformers_modules_that_we_do_not_have(folders, tmp_path):
         BiEncoderModel.from_pretrained(folder)
 
 
+def test_files_of_a_folder_that_say_nothing(folders, tmp_path):
+    BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / "whole")
+    for number, (name, content, message) in enumerate(
+        (
+            ("1_Pooling/config.json", None, r"1_Pooling.config\.json is missing, which says how"),
+            ("1_Pooling/config.json", "[]", r"1_Pooling.config\.json holds a list; expected a JSON object"),
+            ("config.json", "[]", r"config\.json holds a list"),
+            ("config.json", "null", r"config\.json holds a NoneType"),
+            ("config_sentence_transformers.json", "[]", r"config_sentence_transformers\.json holds a list"),
+            (
+                "sentence_bert_config.json",
+                '{"max_seq_length": "\xe9"}',
+                r"sentence_bert_config\.json is not valid JSON",
+            ),
+            ("modules.json", "{}", r"modules\.json is no list of modules"),
+            ("modules.json", '[{"type": "Transformer"}]', r"modules\.json is no list of modules"),
+        )
+    ):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match=message) as error:
+            BiEncoderModel.from_pretrained(folder)
+        assert "\n" not in str(error.value)
+
+
 def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "adapter").mkdir()
