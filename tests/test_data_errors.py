@@ -151,6 +151,13 @@ def test_bad_beir_folder(tmp_path, change, message):
             load_retrieval(folder, "train")
 
 
+def test_a_first_line_with_a_number_is_no_header(tmp_path):
+    folder = write_beir(tmp_path / "set", header=False, qrels={"test": [("q0", "d0", "1.0"), ("q1", "d1", 1)]})
+    with pytest.raises(ValueError, match=r"test\.tsv, line 1: .*an integer score, found 'q0\\td0\\t1\.0'") as error:
+        load_retrieval(folder)
+    one_line(error)
+
+
 def test_incomplete_beir_folder(tmp_path):
     folder = write_beir(tmp_path / "set")
     (folder / "queries.jsonl").unlink()

@@ -118,8 +118,8 @@ def read_qrels(path: Path) -> tuple[Qrels, dict[tuple[str, str], int]]:
             cells = line.rstrip("\r\n").split("\t")
             score = _integer(cells[2]) if len(cells) == 3 else None
             if score is None:
-                if number == 1 and len(cells) == 3:
-                    continue
+                if number == 1 and len(cells) == 3 and not _is_number(cells[2]):
+                    continue  # the header
                 raise ValueError(
                     f"{path}, line {number}: expected three tab-separated cells, query-id, corpus-id and an integer "
                     f"score, found {line.rstrip()[:80]!r}"
@@ -136,6 +136,14 @@ def _integer(cell: str) -> int | None:
         return int(cell)
     except ValueError:
         return None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _known(documents: Documents, doc_id: str) -> int:
