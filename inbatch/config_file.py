@@ -104,6 +104,8 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"config file {path} does not exist")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

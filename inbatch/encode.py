@@ -213,7 +213,11 @@ def _require_finite(window: Tensor, start: int, source: str | os.PathLike) -> No
 
 class _TextLines(Lines):
     def _read(self, index: int) -> str:
-        return self._bytes[self._starts[index] : self._stops[index]].decode("utf-8").strip()
+        line = self._bytes[self._starts[index] : self._stops[index]]
+        try:
+            return line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.where(index)} is not UTF-8 ({error}): save the file in that encoding") from None
 
 
 def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
@@ -230,6 +234,8 @@ def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
     lines = _TextLines(source)
     if not len(lines):
         raise ValueError(f"{source} is empty: expected one text a line")
+    for _ in lines:  # as records are: what cannot be read is said before hours of encoding
+        pass
     return lines, None
 
 

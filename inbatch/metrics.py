@@ -151,17 +151,25 @@ def check_trec_words(words: Iterable[str]) -> None:
             raise ValueError(f"{word!r} cannot stand in a TREC run: expected a word without white space")
 
 
-def check_evaluation(data: RetrievalData, measures: Sequence[str], top_k: int = TOP_K, run_file: bool = False) -> None:
-    """Raises ValueError for what would else be found only after hours of embedding, or of training."""
+def check_evaluation(
+    data: RetrievalData, measures: Sequence[str], top_k: int | None = None, run_file: bool = False
+) -> None:
+    """Raises ValueError for what would else be found only after hours of embedding, or of training.
+
+    top_k: None is that of training, which cannot be set.
+    """
     if isinstance(measures, str) or not measures:
         raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
-    if top_k < 1:
+    if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected at least 1 document a query")
     for name in measures:
-        if (parse_measure(name).params.get("cutoff") or 0) > top_k:
-            raise ValueError(
-                f"{name} looks at more documents than top_k={top_k} retrieves; raise top_k, or lower the cut-off"
+        if (parse_measure(name).params.get("cutoff") or 0) > (top_k or TOP_K):
+            where = (
+                f"the {TOP_K} that training retrieves; lower the cut-off, or measure it by `inbatch evaluate --top-k`"
             )
+            if top_k is not None:
+                where = f"top_k={top_k} retrieves; raise top_k, or lower the cut-off"
+            raise ValueError(f"{name} looks at more documents than {where}")
     for count, ids, what in (
         (len(data.documents), data.doc_ids, "documents"),
         (len(data.queries), data.query_ids, "queries"),

@@ -101,7 +101,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> IO:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"train.output_dir {folder} is a file or lies below one: choose a folder, new or not"
+        ) from None
     file = (folder / ".lock").open("a")
     try:
         # Not flock: that lock would be shared with the forked processes that make batches, which outlive a killed rank

@@ -75,10 +75,11 @@ def only_message(capsys) -> str:
         (["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[foo@10]"], ["'foo@10' is no measure"]),
         (
             ["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[nDCG@1000]"],
-            ["nDCG@1000 looks at more documents than top_k=100 retrieves"],
+            ["nDCG@1000 looks at more documents than the 100 that training retrieves; lower the cut-off"],
         ),
         (["--loss.matryoshka_dims=[64]"], ["matryoshka_dims must not exceed the embeddings' dimension 32, got (64,)"]),
         (["--loss.impl=fused"], ['impl="fused" cannot run here']),
+        (["--train.output_dir={home}/good.jsonl"], ["train.output_dir", "good.jsonl is a file or lies below one"]),
         (["--optim.learning_rate=1"], ["unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"]),
         (["--model.name_or_path={home}/beir"], ["beir is no model"]),
         (["--train.accumulation_steps=3"], ["global_batch_size 4 is not divisible by train.accumulation_steps 3"]),

@@ -102,6 +102,9 @@ def test_mistakes_in_the_file_itself(tmp_path):
     bad.write_text("optim:\n  lr: [1\n")
     with pytest.raises(ValueError, match=r"bad\.yaml line 3 is not YAML"):
         load(bad)
+    bad.write_text("data: {query_prefix: '\xe9'}\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not UTF-8 .*byte 0xe9 in position 22"):
+        load(bad)
     bad.write_text("optim:\n  lr: 1\n  eps: 1\n  'lr': 2\n")
     with pytest.raises(ValueError, match=r"bad\.yaml line 4 .*the key 'lr' stands in line 2 already"):
         load(bad)

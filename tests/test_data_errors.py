@@ -1,5 +1,7 @@
 """Whatever can be wrong with the data: one clear message each, naming file and line, when it is opened."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,6 +86,11 @@ def text_file(tmp_path):
     return tmp_path / "a.csv"
 
 
+def one_object(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"query": "q", "positive": "p"}, indent=2))
+    return tmp_path / "a.json"
+
+
 def null_positive(tmp_path):
     pq.write_table(pa.table({"anchor": ["a", "b"], "positive": ["p", None]}), tmp_path / "a.parquet")
     return tmp_path / "a.parquet"
@@ -97,6 +104,10 @@ def null_positive(tmp_path):
         (bad_parquet, r"a\.parquet is not a Parquet file"),
         (bad_gzip, r"a\.jsonl\.gz is not a whole gzip file"),
         (plain_folder, r"not a BEIR folder: .*found a folder with \['x\.jsonl'\]"),
+        (
+            one_object,
+            r"one object over several lines, .*\['query', 'positive'\]: expected one JSON object a line, a list",
+        ),
         (text_file, r"a\.csv is of no known kind"),
         (null_positive, r"a\.parquet, row 2: the record has no positive"),
     ],

@@ -442,11 +442,13 @@ def test_encode_to_file(pool, tmp_path, world_size):
         ("texts.txt", "a.npy", {"dtype": "int8"}, "dtype is 'int8'"),
         ("texts.txt", "a.npy", {"precision": "int8"}, "precision is 'int8'"),
         ("bad.jsonl", "a.npy", {}, "line 2"),
+        ("latin.txt", "a.npy", {}, r"latin\.txt, line 3 is not UTF-8 .*byte 0xe9"),
     ],
 )
 def test_misuse_of_encode_to_file(tmp_path, source, output, options, message):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "texts.txt").write_text("a\n")
+    (tmp_path / "latin.txt").write_text("a\n\ncaf\xe9\n", encoding="latin-1")
     (tmp_path / "bad.jsonl").write_text('{"_id": 1, "text": "a"}\n{"_id":\n')
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):

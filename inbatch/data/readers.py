@@ -80,6 +80,11 @@ def _open_json(path: Path, columns: GivenColumns, corpora: Corpora) -> Examples:
         content = lines[0]
     except ValueError:  # laid out over several lines
         content = lines.whole()
+        if isinstance(content, dict) and not content.keys() >= {"corpus", "data"}:
+            raise ValueError(
+                f"{path} is one object over several lines, with the keys {list(content)[:20]}: expected one JSON "
+                f"object a line, a list of records, or {SHAPE}"
+            ) from None
     if isinstance(content, dict) and not content.keys() >= {"corpus", "data"}:
         return _inline(lines, columns)
     if isinstance(content, list):
