@@ -184,7 +184,7 @@ def encode_to_file(
             for start, window in _embed_windows(module, texts, rows, progress=label, **options):
                 kept = window.to("cpu", DTYPES[dtype])
                 _require_finite(kept, rows.start + start, source)
-                file.write(kept.view(torch.uint8).numpy())
+                file.write(kept.view(torch.uint8).numpy().data)
 
     try:
         collectives.together(lambda: _create(output, header, shape, DTYPES[dtype], ids) if first else None, group)

@@ -145,6 +145,7 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     if on_rank_0(lambda: is_done(config, total_steps, start)):
         return None
+    on_rank_0(lambda: check_data(config, len(examples)))
     evaluation = together(lambda: open_evaluation(config.eval))
     towers = together(lambda: open_towers(config))
     model = next(iter(towers.values()))
@@ -164,7 +165,7 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
         world_size=collectives.world_size(),
         accumulation_steps=config.train.accumulation_steps,
     )
-    on_rank_0(lambda: claim_folder(config))
+    on_rank_0(lambda: claim_folder(config, len(examples)))
     return Run(
         config=config,
         device=device,
@@ -196,9 +197,22 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
     return data
 
 
-def claim_folder(config: Config) -> None:
+def check_data(config: Config, examples: int) -> None:
+    """ValueError if the run in the folder began with more or fewer examples: its batches would be others."""
+    known = Path(config.train.output_dir) / "data.json"
+    before = checkpoint.read_json(known)["examples"] if known.exists() else examples
+    if before != examples:
+        raise ValueError(
+            f"{config.data.train} holds {examples} examples, but the run in {known.parent} began with {before}, and "
+            "would repeat some and skip others: bring the data back, or choose another train.output_dir"
+        )
+
+
+def claim_folder(config: Config, examples: int) -> None:
     """Makes the folder this run's: last of all, so that a start that failed for a mistake claims nothing."""
-    checkpoint.write_text(Path(config.train.output_dir) / "config.yaml", dump(config))
+    folder = Path(config.train.output_dir)
+    checkpoint.write_json(folder / "data.json", {"examples": examples})
+    checkpoint.write_text(folder / "config.yaml", dump(config))
 
 
 def is_done(config: Config, total_steps: int, start: str | None) -> bool:

@@ -289,6 +289,21 @@ def test_a_finished_run_can_be_extended_but_not_replaced(folder, tmp_path, capsy
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_run_goes_on_with_the_data_it_began_with(folder, tmp_path):
+    records = tmp_path / "records.jsonl"
+    records.write_text((folder / "records.jsonl").read_text())
+    data = {"train": str(records)}
+    config = make_config(folder, tmp_path / "run", data=data, checkpoint={"every_steps": 1}, train={"max_steps": 1})
+    train(config)
+    before = records.read_text()
+    records.write_text(before.partition("\n")[2])
+    longer = replace(config, train=replace(config.train, max_steps=2))
+    with pytest.raises(ValueError, match=f"holds {QUERIES - 1} examples, but the run in .* began with {QUERIES}"):
+        train(longer)
+    records.write_text(before)
+    train(longer)
+
+
 def test_one_run_at_a_time_writes_to_a_folder(folder, tmp_path):
     """Until its process is gone: neither its lock file nor the workers that it had started keep the next one out."""
     script = (
