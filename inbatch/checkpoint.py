@@ -7,6 +7,7 @@ model of it. Nothing random is saved: batches and dropout are functions of (seed
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -159,7 +160,10 @@ def load(path: str | Path, *, modules: Mapping[str, nn.Module], optimizer: torch
 def _check_fits(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     if not (path / ".metadata").is_file():
         raise ValueError(f"{path} is no checkpoint: it has no .metadata")
-    known = FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        known = FileSystemReader(path).read_metadata().state_dict_metadata
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no whole checkpoint: its .metadata cannot be read ({error})") from None
     for key, tensor in state.items():
         size = getattr(known.get(f"model.{key}"), "size", None)
         if size != tensor.shape:

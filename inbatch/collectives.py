@@ -245,6 +245,10 @@ def all_reduce(tensor: Tensor, op: str = "sum", group: ProcessGroup | None = Non
 # ---- the ring
 
 
+class OtherRankError(RuntimeError):
+    """What `together` raises for a failure of another rank that was no ValueError."""
+
+
 class RingShift:
     """A shift under way: `wait()` returns the tensors that came from the previous rank."""
 
@@ -315,7 +319,8 @@ def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
     """Calls function() on every rank and returns its value; if it raises on any rank, every rank raises.
 
     A rank whose own call failed raises its own exception. The others raise one that names the failed ranks and their
-    messages: a ValueError if the first failure was one, else a RuntimeError. The function must not communicate.
+    messages: a ValueError if the first failure was one, else a RuntimeError (OtherRankError). The function must not
+    communicate.
     """
     if world_size(group) == 1:
         return function()
@@ -332,5 +337,5 @@ def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
             raise failure
         failures = {r: report for r, report in enumerate(reports) if report is not None}
         message = "; ".join(f"rank {r}: {text}" for r, (_, text) in failures.items())
-        raise ValueError(message) if next(iter(failures.values()))[0] else RuntimeError(message)
+        raise ValueError(message) if next(iter(failures.values()))[0] else OtherRankError(message)
     return value  # pyright: ignore[reportReturnType]

@@ -194,7 +194,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile for each transformer layer; takes minutes at the start"""
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
-    """padded tokens encoded at a time; null encodes the batch whole; results are the same"""
+    """padded tokens encoded at a time; null encodes the batch whole; the same gradient, but other dropout masks"""
     keep_graph_mib: int | Literal["auto"] = "auto"
     """memory for activations kept between the two passes, so that less is encoded twice"""
     log_every: int = field(default=10, metadata=MAY_CHANGE)

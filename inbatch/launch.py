@@ -46,6 +46,8 @@ def no_fault_of_this_process(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if type(error).__name__ == "OtherRankError":
+        return text
     if "DataLoader worker" in text:
         return f"a process that makes batches was killed: free memory, or lower data.num_workers ({text[:120]})"
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in text:

@@ -54,6 +54,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoint.load(tmp_path, modules={"model": torch.nn.Linear(2, 2)})
 
 
+def test_a_checkpoint_cut_short_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    path = checkpoint.save(
+        tmp_path, 1, modules={"model": model}, optimizer=torch.optim.AdamW(model.parameters()), keep_last=1
+    )
+    (path / ".metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-00000001 is no whole checkpoint: its \.metadata cannot be read"):
+        checkpoint.load(path, modules={"model": model})
+
+
 def test_newest_are_kept_and_found(tmp_path):
     assert checkpoint.latest(tmp_path / "absent") is None
     for step in (5, 10, 15):

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from inbatch import cli
+from inbatch.collectives import OtherRankError
 from inbatch.encoder import BiEncoderModel
 from inbatch.launch import _report_killed
 from tests.helpers import REPOSITORY
@@ -102,6 +103,7 @@ def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, exp
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("[x/gloo/pair.cc:547] Connection closed by peer [1.2.3.4]:5"), 1, "another rank failed"),
+        (OtherRankError("rank 1: OSError: No space left on device"), 1, "rank 1: OSError: No space left"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "lower data.num_workers"),
     ],
 )
