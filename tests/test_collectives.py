@@ -329,7 +329,7 @@ def test_together_raises_everywhere_and_keeps_own_errors(pool):
     zero, one, two = pool.run(together_body, 3)
     assert zero == [
         ("ValueError", "rank 1: broken at 1"),
-        ("RuntimeError", "rank 1: RuntimeError: broken at 1; rank 2: broken at 2"),
+        ("OtherRankError", "rank 1: RuntimeError: broken at 1; rank 2: broken at 2"),
     ]
     assert one == [("ValueError", "broken at 1"), ("RuntimeError", "broken at 1")]
     assert two == [("ValueError", "rank 1: broken at 1"), ("ValueError", "broken at 2")]
