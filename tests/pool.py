@@ -5,6 +5,7 @@ default group of exactly the wanted size (file rendezvous) and a time limit: wor
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ import time
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,21 +23,20 @@ import torch.distributed as dist
 
 BACKEND = os.environ.get("INBATCH_TEST_BACKEND", "gloo")
 GO = b"go"
-
-
 START_S = 180  # a new worker imports torch and the test module, on a busy machine
 
 
-def _serve(connection) -> None:
+def _serve(connection, stacks: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the session, which then ends its workers
+    file = stacks.open("w")
+    faulthandler.register(signal.SIGUSR1, file)  # tells where a worker hangs
     torch.set_num_threads(1)
     while True:
         try:
             group, call = pickle.loads(connection.recv_bytes())
             try:
-                body, args = pickle.loads(
-                    call
-                )  # imports the test module, so that the job's time limit does not count it
+                # Imports the test module, so that the job's time limit does not count it.
+                body, args = pickle.loads(call)
             except BaseException:
                 connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
                 continue
@@ -99,17 +100,17 @@ class Pool:
         failed = [rank for rank, (ok, _) in answers.items() if not ok]
         missing = [rank for rank in range(world_size) if rank not in answers]
         if failed or missing:
+            reports = {rank: answers[rank][1] for rank in failed}
+            reports |= {rank: self._fate(rank, f"{timeout_s if ready else START_S:g} s") for rank in missing}
             self._replace(missing)
-            report = "\n".join(f"--- rank {rank} ---\n{answers[rank][1]}" for rank in sorted(failed))
-            lost = f"ranks {missing} died or hung (limit {timeout_s:g} s)\n" if missing else ""
-            raise AssertionError(f"{lost}{report}")
+            raise AssertionError("\n".join(f"--- rank {rank} ---\n{reports[rank]}" for rank in sorted(reports)))
         return [answers[rank][1] for rank in range(world_size)]
 
     def _hire(self, count: int) -> None:
         self._replace([rank for rank, (process, _) in enumerate(self._workers) if not process.is_alive()])
         while len(self._workers) < count:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = self._context.Process(target=_serve, args=(theirs, self._stacks(ours)), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -126,6 +127,19 @@ class Pool:
                 if not answers.get(rank, (False,))[0]:
                     deadline = min(deadline, time.monotonic() + 10)  # its peers will hardly get further
         return answers
+
+    def _stacks(self, connection) -> Path:
+        return Path(self._folder.name, f"stacks-{connection.fileno()}")
+
+    def _fate(self, rank: int, limit: str) -> str:
+        process, connection = self._workers[rank]
+        process.join(0.1)
+        if not process.is_alive():
+            return f"died with exit code {process.exitcode}"
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        stacks = self._stacks(connection)
+        return f"no answer within {limit}:\n{stacks.read_text() if stacks.exists() else 'it was still starting'}"
 
     def _replace(self, ranks: list[int]) -> None:
         for rank in sorted(ranks, reverse=True):
