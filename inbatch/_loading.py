@@ -65,8 +65,9 @@ def load_backbone(folder: Path, dtype: str | torch.dtype | None, attn_implementa
 def load_tokenizer(folder: Path, lower_case: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be opened: {error}") from error
+    except Exception as error:  # transformers checks no tokenizer.json: a wrong one raises whatever it runs into
+        reason = str(error) if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
+        raise ValueError(f"{folder}: its tokenizer cannot be opened: {reason}") from error
     _require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

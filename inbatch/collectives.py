@@ -245,10 +245,6 @@ def all_reduce(tensor: Tensor, op: str = "sum", group: ProcessGroup | None = Non
 # ---- the ring
 
 
-class OtherRankError(RuntimeError):
-    """What `together` raises for a failure of another rank that was no ValueError."""
-
-
 class RingShift:
     """A shift under way: `wait()` returns the tensors that came from the previous rank."""
 
@@ -313,6 +309,10 @@ def barrier(group: ProcessGroup | None = None) -> None:
     """Returns once every rank has come here."""
     if world_size(group) > 1:
         _exchange([0], group)
+
+
+class OtherRankError(RuntimeError):
+    """What `together` raises for a failure of another rank that was no ValueError."""
 
 
 def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:

@@ -50,6 +50,8 @@ def no_fault_of_this_process(error: BaseException) -> str | None:
         return text
     if "DataLoader worker" in text:
         return f"a process that makes batches was killed: free memory, or lower data.num_workers ({text[:120]})"
+    if "gloo" in text and "Timed out" in text:
+        return f"another rank hangs, or does something else than this one, which waited too long for it ({text[:160]})"
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in text:
         return f"another rank failed, and says why if it could: its connection is lost ({text[:160]})"
     return None

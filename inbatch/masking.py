@@ -31,7 +31,8 @@ class FalseNegatives:
     passage_ids   [M]     a column with the id of the row's positive is no negative
     query_ids     [B]     a passage that is the positive of another row with the same query id is no negative
     positive_ids  [B, K]  every known positive of the query, padded with -1 (needs passage_ids; K may vary by rank)
-    margin        a column with q.p above (q.positive + margin) is no negative; in units of q.p, not of scaled scores
+    margin        a column with q.p above (q.positive + margin) is no negative; in units of q.p, not of scaled scores;
+                  rounding decides about one that equals it, so 0 drops some copies of the positive and keeps others
 
     Every rank passes the same ones. Masked columns leave the sum exactly. A row's own hard negatives follow the same
     rules. A query as a column is no negative of rows with its query id or with a known positive in common.

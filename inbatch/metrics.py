@@ -37,12 +37,13 @@ def parse_measure(name: str) -> Measure:
     Raises ValueError for a name that is unknown (with the nearest known one), a cut-off that is missing or 0, or a
     measure that no installed package computes.
     """
-    known = {known_name.lower(): known_name for known_name in _MEASURES} | _ALIASES
+    # In reverse, since nDCG comes before its other name NDCG.
+    known = {known_name.lower(): known_name for known_name in reversed(list(_MEASURES))} | _ALIASES
     match = _NAME.fullmatch(name)
     base = match["name"].lower() if match else name.split("@")[0].lower()
     if match is None or base not in known:
-        near = difflib.get_close_matches(base, known, n=1, cutoff=0.4)
-        meant = f"{known[near[0]]}{name.strip()[len(base) :] if match else '@10'}" if near else "nDCG@10"
+        near = difflib.get_close_matches(base.rstrip("0123456789"), known, n=1, cutoff=0.4)
+        meant = f"{known[near[0]]}{_rest(name, base)}" if near else "nDCG@10"
         raise ValueError(f"{name!r} is no measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
     cutoff = f"@{match['cutoff']}" if match["cutoff"] else ""
     at_recall = _MEASURES[known[base]].AT_PARAM == "recall"  # a fraction, where others count documents
@@ -58,6 +59,12 @@ def parse_measure(name: str) -> Measure:
     if not any(provider.is_available() and provider.supports(measure) for provider in _PROVIDERS.values()):
         raise ValueError(f"measure {name!r} needs a package that is not installed: see ir-measures' list of providers")
     return measure
+
+
+def _rest(name: str, base: str) -> str:
+    """The options and cut-off behind a measure that is misspelt, "@10" for the digits of "ndcg10" too."""
+    digits = base[len(base.rstrip("0123456789")) :]
+    return name.strip()[len(base) :] or (f"@{digits}" if digits else "")
 
 
 def retrieval_metrics(run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES) -> dict[str, float]:

@@ -145,7 +145,8 @@ def set_up(config: Config, device: torch.device, start: str | None) -> Run | Non
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     if on_rank_0(lambda: is_done(config, total_steps, start)):
         return None
-    on_rank_0(lambda: check_data(config, len(examples)))
+    if start:
+        on_rank_0(lambda: check_data(config, len(examples)))
     evaluation = together(lambda: open_evaluation(config.eval))
     towers = together(lambda: open_towers(config))
     model = next(iter(towers.values()))
@@ -198,7 +199,7 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
 
 
 def check_data(config: Config, examples: int) -> None:
-    """ValueError if the run in the folder began with more or fewer examples: its batches would be others."""
+    """ValueError if the run to go on with began with more or fewer examples: its batches would be others."""
     known = Path(config.train.output_dir) / "data.json"
     before = checkpoint.read_json(known)["examples"] if known.exists() else examples
     if before != examples:

@@ -103,6 +103,7 @@ def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, exp
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("[x/gloo/pair.cc:547] Connection closed by peer [1.2.3.4]:5"), 1, "another rank failed"),
+        (RuntimeError("[x/gloo/unbound_buffer.cc:81] Timed out waiting 1000ms for recv"), 1, "another rank hangs"),
         (OtherRankError("rank 1: OSError: No space left on device"), 1, "rank 1: OSError: No space left"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "lower data.num_workers"),
     ],

@@ -219,6 +219,8 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
     shutil.copytree(folders["bert"], tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").unlink()
+    shutil.copytree(folders["bert"], tmp_path / "no-tokens")
+    (tmp_path / "no-tokens" / "tokenizer.json").write_text("[]")
     for path, message in (
         (tmp_path / "missing", "missing is no model: there is no such folder"),
         (tmp_path, "no model: the folder has neither config.json"),
@@ -227,6 +229,7 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
         (tmp_path / "adapter", "LoRA adapter"),
         (tmp_path / "broken", "cannot be opened as a transformers model"),
         (tmp_path / "bare", "cannot be opened as a transformers model"),
+        (tmp_path / "no-tokens", "no-tokens: its tokenizer cannot be opened: TypeError"),
     ):
         with pytest.raises(ValueError, match=message):
             BiEncoderModel.from_pretrained(path)

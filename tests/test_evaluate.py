@@ -173,7 +173,10 @@ def test_names_of_measures(name, known_as):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nDGC@10", "did you mean NDCG@10"),
+        ("nDGC@10", r"did you mean nDCG@10\?"),
+        ("ndcg10", r"did you mean nDCG@10\?"),
+        ("nDCG-10", r"did you mean nDCG@10\?"),
+        ("nDGC(dcg='exp-log2')@5", r"did you mean nDCG\(dcg='exp-log2'\)@5\?"),
         ("recal@100", "did you mean Recall@100"),
         ("recall@0", "cut-off of 0"),
         ("recall", "it may need a cut-off, as in Recall@10"),
@@ -330,7 +333,7 @@ def _evaluate_tiny(rank):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"measures": ["nDGC@10"]}, "did you mean NDCG@10"),
+        ({}, {"measures": ["nDGC@10"]}, "did you mean nDCG@10"),
         ({}, {"measures": ["R@1000"]}, "R@1000 looks at more documents than top_k=100"),
         ({}, {"top_k": 0, "measures": ["AP"]}, "top_k is 0; expected at least 1"),
         ({"query_ids": ["a b", *"cdefghijkl"]}, {"run_file": "never.run"}, "'a b' cannot stand in a TREC run"),

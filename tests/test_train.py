@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -302,6 +303,14 @@ def test_a_run_goes_on_with_the_data_it_began_with(folder, tmp_path):
         train(longer)
     records.write_text(before)
     train(longer)
+
+    # What left no checkpoint to go on from begins again, with whatever there is.
+    stopped = replace(config, train=replace(config.train, output_dir=str(tmp_path / "stopped")))
+    with mock.patch("inbatch.train.save_checkpoint", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    records.write_text(before.partition("\n")[2])
+    train(stopped)
+    assert json.loads((tmp_path / "stopped" / "data.json").read_text()) == {"examples": QUERIES - 1}
 
 
 def test_one_run_at_a_time_writes_to_a_folder(folder, tmp_path):
