@@ -206,7 +206,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, wor
 
     pool.run(train_body, world_size, config("whole"))
     (tmp_path / "killed.yaml").write_text(dump(config("killed")).replace("num_workers: 0", "num_workers: 1"))
-    kill_at = random.randint(5, 30)
+    # The first checkpoint is whole once step 5 is logged, the sixth line: the evaluation of step 0 is one, too.
+    kill_at = random.randint(6, 30)
     start_and_kill(tmp_path / "killed.yaml", tmp_path / "killed", world_size, kill_at)
     assert not (tmp_path / "killed" / "done.json").exists()
     assert checkpoint.latest(tmp_path / "killed" / "checkpoints") is not None
