@@ -32,6 +32,11 @@ def rank(group: ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
+def global_rank(group_rank: int, group: ProcessGroup | None) -> int:
+    """The position in the default group of the group's rank `group_rank`."""
+    return group_rank if group is None else dist.get_global_rank(group, group_rank)
+
+
 def device_types(group: ProcessGroup | None = None) -> list[str]:
     """The types of device whose tensors the group can send."""
     return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]

@@ -10,7 +10,7 @@ from tests.helpers import REPOSITORY
 
 TOP, MIDDLE, LEAF = 3, 1, 0
 LAYERS = {"cli": TOP, "__main__": TOP, "train": 2, "evaluate": 2, "mine": 2}  # all others are MIDDLE
-LAYERS |= {"collectives": LEAF, "processes": LEAF, "_agreement": LEAF, "masking": LEAF}
+LAYERS |= {"collectives": LEAF, "control": LEAF, "processes": LEAF, "_agreement": LEAF, "masking": LEAF}
 # What is no collective operation: types, sharding and launching.
 ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "run", "tensor"}
 
@@ -64,7 +64,7 @@ def test_only_collectives_names_the_operations_of_torch_distributed():
             parts = imported.split(".")
             if parts[:2] == ["torch", "distributed"] and (len(parts) == 2 or parts[2] not in ALLOWED_DISTRIBUTED):
                 found.append((name, imported))
-    assert {name for name, _ in found} <= {"collectives", "processes"}, found
+    assert {name for name, _ in found} <= {"collectives", "control", "processes"}, found
 
 
 def _loaded_after(code: str) -> set[str]:
