@@ -43,7 +43,7 @@ def parse_measure(name: str) -> Measure:
     base = match["name"].lower() if match else name.split("@")[0].lower()
     if match is None or base not in known:
         near = difflib.get_close_matches(base.rstrip("0123456789"), known, n=1, cutoff=0.4)
-        meant = f"{known[near[0]]}{_rest(name, base)}" if near else "nDCG@10"
+        meant = f"{known[near[0]]}{_rest(name, base, match is not None)}" if near else "nDCG@10"
         raise ValueError(f"{name!r} is no measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
     cutoff = f"@{match['cutoff']}" if match["cutoff"] else ""
     at_recall = _MEASURES[known[base]].AT_PARAM == "recall"  # a fraction, where others count documents
@@ -61,10 +61,13 @@ def parse_measure(name: str) -> Measure:
     return measure
 
 
-def _rest(name: str, base: str) -> str:
-    """The options and cut-off behind a measure that is misspelt, "@10" for the digits of "ndcg10" too."""
-    digits = base[len(base.rstrip("0123456789")) :]
-    return name.strip()[len(base) :] or (f"@{digits}" if digits else "")
+def _rest(name: str, base: str, readable: bool) -> str:
+    """Options and cut-off to suggest behind a measure that is misspelt: its own, else the digits of "ndcg10"."""
+    if readable and (rest := name.strip()[len(base) :]):
+        return rest
+    if digits := base[len(base.rstrip("0123456789")) :]:
+        return f"@{digits}"
+    return "" if readable else "@10"
 
 
 def retrieval_metrics(run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES) -> dict[str, float]:

@@ -26,10 +26,10 @@ GO = b"go"
 START_S = 180  # a new worker imports torch and the test module, on a busy machine
 
 
-def _serve(connection, stacks: Path) -> None:
+def _serve(connection, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the session, which then ends its workers
-    file = stacks.open("w")
-    faulthandler.register(signal.SIGUSR1, file)  # tells where a worker hangs
+    stacks = _stacks(folder, os.getpid()).open("w")
+    faulthandler.register(signal.SIGUSR1, stacks)  # tells where a worker hangs
     torch.set_num_threads(1)
     while True:
         try:
@@ -45,6 +45,10 @@ def _serve(connection, stacks: Path) -> None:
                 connection.send_bytes(_run_job(group, body, args))
         except EOFError:
             return
+
+
+def _stacks(folder: str, pid: int | None) -> Path:
+    return Path(folder, f"stacks-{pid}")
 
 
 def _run_job(group: dict, body, args: tuple) -> bytes:
@@ -110,7 +114,7 @@ class Pool:
         self._replace([rank for rank, (process, _) in enumerate(self._workers) if not process.is_alive()])
         while len(self._workers) < count:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs, self._stacks(ours)), daemon=True)
+            process = self._context.Process(target=_serve, args=(theirs, self._folder.name), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -129,17 +133,14 @@ class Pool:
             left_s -= min(time.monotonic() - since, 1)  # a virtual machine may stand still: that is no test's time
         return answers
 
-    def _stacks(self, connection) -> Path:
-        return Path(self._folder.name, f"stacks-{connection.fileno()}")
-
     def _fate(self, rank: int, limit: str) -> str:
-        process, connection = self._workers[rank]
+        process, _ = self._workers[rank]
         process.join(0.1)
         if not process.is_alive():
             return f"died with exit code {process.exitcode}"
         os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.5)
-        stacks = self._stacks(connection)
+        stacks = _stacks(self._folder.name, process.pid)
         return f"no answer within {limit}:\n{stacks.read_text() if stacks.exists() else 'it was still starting'}"
 
     def _replace(self, ranks: list[int]) -> None:

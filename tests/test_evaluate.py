@@ -175,7 +175,8 @@ def test_names_of_measures(name, known_as):
     [
         ("nDGC@10", r"did you mean nDCG@10\?"),
         ("ndcg10", r"did you mean nDCG@10\?"),
-        ("nDCG-10", r"did you mean nDCG@10\?"),
+        ("nDCG-5", r"did you mean nDCG@5\?"),
+        ("nDCG@ten", r"did you mean nDCG@10\?"),
         ("nDGC(dcg='exp-log2')@5", r"did you mean nDCG\(dcg='exp-log2'\)@5\?"),
         ("recal@100", "did you mean Recall@100"),
         ("recall@0", "cut-off of 0"),
