@@ -14,9 +14,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from inbatch.data import load_retrieval
-from inbatch.metrics import retrieval_metrics
-from inbatch.run_log import read_metrics
-from inbatch.search import top_k
+from inbatch.retrieval.metrics import retrieval_metrics
+from inbatch.retrieval.search import top_k
+from inbatch.train.run_log import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

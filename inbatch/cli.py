@@ -20,8 +20,8 @@ from inbatch.launch import INTERRUPTED, launch, no_fault_of_this_process, report
 if TYPE_CHECKING:
     import torch
 
-    from inbatch.config import Config
-    from inbatch.encoder import BiEncoderModel
+    from inbatch.encoder.model import BiEncoderModel
+    from inbatch.train.config import Config
 
 # A rank that dies ends the others at once, its connections being closed. The limit finds ranks that hang, and must not
 # find those that wait while another embeds the longer texts of a corpus or writes a large model.
@@ -99,7 +99,7 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("-h", "--help", action="store_true")
     known, overrides = parser.parse_known_args(arguments)
     if known.help:
-        from inbatch.config_file import build_parser as build_config_parser
+        from inbatch.train.config_file import build_parser as build_config_parser
 
         # Without jsonargparse's usage, which repeats every key.
         print(TRAIN_HELP + "\n\n" + build_config_parser().format_help().split("\n\n", 2)[2], end="")
@@ -207,7 +207,7 @@ def _processes(device: str) -> Generator["torch.device"]:
 
 
 def _load_config(known: argparse.Namespace) -> "Config":
-    from inbatch.config_file import load
+    from inbatch.train.config_file import load
 
     return load(known.config, known.overrides)
 
@@ -217,7 +217,7 @@ def _train(known: argparse.Namespace) -> None:
     with _processes(config.train.device) as device:
         import torch
 
-        from inbatch.train import train
+        from inbatch.train.loop import train
 
         if device.type == "cuda":
             # What torch still computes on the CPU is small. Its pool of threads would compete for the cores with the
@@ -231,7 +231,7 @@ def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
     import torch
 
     from inbatch import collectives
-    from inbatch.encoder import BiEncoderModel
+    from inbatch.encoder.model import BiEncoderModel
 
     model = collectives.together(lambda: BiEncoderModel.from_pretrained(name, dtype=torch.float32))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
@@ -249,8 +249,8 @@ def _evaluate(known: argparse.Namespace) -> None:
     with _processes(known.device) as device:
         from inbatch import collectives
         from inbatch.data import load_retrieval
-        from inbatch.evaluate import evaluate
-        from inbatch.metrics import DEFAULT_MEASURES
+        from inbatch.retrieval.evaluate import evaluate
+        from inbatch.retrieval.metrics import DEFAULT_MEASURES
 
         data = collectives.together(lambda: load_retrieval(known.data, known.split))
         towers = [Path(known.model) / name for name in ("passage", "query")]
@@ -275,7 +275,7 @@ def _evaluate(known: argparse.Namespace) -> None:
 def _encode(known: argparse.Namespace) -> None:
     with _processes(known.device) as device:
         from inbatch import collectives
-        from inbatch.encode import encode_to_file
+        from inbatch.retrieval.embed import encode_to_file
 
         model = _open_model(known.model, device)
         if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
@@ -298,7 +298,7 @@ def _encode(known: argparse.Namespace) -> None:
 
 def _export(known: argparse.Namespace) -> None:
     with _processes("cpu"):
-        from inbatch.towers import export
+        from inbatch.train.towers import export
 
         path = export(known.source, known.output)
         print(f"{known.output}: the model of {path}")

@@ -17,7 +17,7 @@ import yaml
 
 from inbatch import cli
 from inbatch.collectives import OtherRankError
-from inbatch.encoder import BiEncoderModel
+from inbatch.encoder.model import BiEncoderModel
 from inbatch.launch import _report_killed
 from tests.helpers import REPOSITORY
 from tests.tiny_models import WORDS, save_tiny
@@ -161,7 +161,7 @@ def test_train_evaluate_encode(home, capsys):
 def test_beside_a_gpu_torch_computes_in_one_thread(home, monkeypatch, device, threads):
     seen = []
     monkeypatch.setattr("inbatch.cli._processes", lambda name: nullcontext(torch.device(device)))
-    monkeypatch.setattr("inbatch.train.train", lambda config, device: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("inbatch.train.loop.train", lambda config, device: seen.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -184,7 +184,7 @@ def test_help_names_every_key(capsys):
 
 def test_without_the_extra_the_remedy_is_named(home, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    monkeypatch.delitem(sys.modules, "inbatch.config_file")
+    monkeypatch.delitem(sys.modules, "inbatch.train.config_file")
     assert cli.run(["train", str(home / "config.yaml")]) == 1
     assert "jsonargparse is not installed: pip install 'inbatch[train]'" in only_message(capsys)
 

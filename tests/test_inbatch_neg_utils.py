@@ -9,8 +9,8 @@ from inbatch.inbatch_neg_utils import (
     dist_gather_tensor_with_dim1_padding,
     mask_gathered_passages_same_doc_as_positive,
 )
+from tests.collectives.test_collectives import nan_in_fresh_buffers, raised, rank_tensor
 from tests.helpers import device
-from tests.test_collectives import nan_in_fresh_buffers, raised, rank_tensor
 
 GATHERS = [_all_gather_tensor, dist_gather_tensor, dist_gather_tensor_with_dim1_padding]
 

@@ -4,7 +4,8 @@ from inbatch.data.beir import load_retrieval
 from inbatch.data.collator import Collator
 from inbatch.data.plan import BatchPlan
 from inbatch.data.readers import open_examples
-from inbatch.data.records import Example, Passage, RetrievalData, TrainBatch, stable_id
+from inbatch.data.records import Example, Passage, RetrievalData, TrainBatch
+from inbatch.ids import stable_id
 
 __all__ = [
     "BatchPlan",

@@ -7,7 +7,8 @@ import numpy as np
 
 from inbatch.data.columns import Where, id_text
 from inbatch.data.lines import Lines, Rows
-from inbatch.data.records import ID_NAMES, Passage, normalised, stable_id
+from inbatch.data.records import ID_NAMES, Passage, normalised
+from inbatch.ids import stable_id
 
 
 class Documents(Rows[Passage]):

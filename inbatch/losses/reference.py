@@ -16,10 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from inbatch.losses._blocks import accumulator_dtype
-from inbatch.losses._objective import DIRECTIONS
-from inbatch.losses._problem import Columns, Problem, gather_columns, keys_of_rows, prefix
-from inbatch.masking import mask
+from inbatch.losses.blocks import accumulator_dtype
+from inbatch.losses.masking import mask
+from inbatch.losses.objective import DIRECTIONS
+from inbatch.losses.problem import Columns, Problem, gather_columns, keys_of_rows, prefix
 
 
 def reference_loss(queries: Tensor, passages: Tensor, temperature: Tensor | float, problem: Problem) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from inbatch import collectives
-from inbatch.losses._blocks import Block
-from inbatch.losses._problem import (
+from inbatch.losses.blocks import Block
+from inbatch.losses.masking import Keys
+from inbatch.losses.problem import (
     Columns,
     MatchedKeys,
     Problem,
@@ -28,8 +29,7 @@ from inbatch.losses._problem import (
     own_column,
     schedule,
 )
-from inbatch.losses._rows import Rows, Wanted, empty_column_gradients
-from inbatch.masking import Keys
+from inbatch.losses.rows import Rows, Wanted, empty_column_gradients
 
 
 def solve(

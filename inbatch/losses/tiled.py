@@ -1,4 +1,4 @@
-"""The kernel functions of `_blocks` in plain PyTorch, on any device: the CPU path and the fallback.
+"""The kernel functions of `blocks` in plain PyTorch, on any device: the CPU path and the fallback.
 
 Shapes: R rows, C columns, D dimension, r rows of one chunk, f rows of a chunk that need another pivot.
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from inbatch.losses._blocks import MAX_EXPONENT, Block, accumulator_dtype
+from inbatch.losses.blocks import MAX_EXPONENT, Block, accumulator_dtype
 
 DEFAULT_CHUNKS = ((32.0, math.inf),)  # products want at least 256 rows; beyond 16 MiB speed is flat
 ROW_MULTIPLE = 16

@@ -1,0 +1,42 @@
+"""Collectives over rows: gathers with gradient, uneven and empty ranks, any process group.
+
+The only package that names torch.distributed's operations.
+`group` is a ProcessGroup, None is the default group, or a world of one process where none is initialised. A rank is a
+position within its group. `rows` are the row counts (sizes of dim 0) by rank, as `agree` returns them.
+"""
+
+from inbatch.collectives.agreement import OtherRankError, agree, barrier, broadcast_object, gather_objects, together
+from inbatch.collectives.gather import all_gather, all_reduce, reduce_scatter_rows
+from inbatch.collectives.process_group import (
+    ProcessGroup,
+    device,
+    global_rank,
+    group_of_one,
+    rank,
+    start,
+    stop,
+    world_size,
+)
+from inbatch.collectives.ring import RingShift, ring_shift
+
+__all__ = [
+    "OtherRankError",
+    "ProcessGroup",
+    "RingShift",
+    "agree",
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "broadcast_object",
+    "device",
+    "gather_objects",
+    "global_rank",
+    "group_of_one",
+    "rank",
+    "reduce_scatter_rows",
+    "ring_shift",
+    "start",
+    "stop",
+    "together",
+    "world_size",
+]

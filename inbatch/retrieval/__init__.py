@@ -1,0 +1,1 @@
+"""Embed a corpus, search it exactly, and measure what was found."""

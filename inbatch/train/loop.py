@@ -1,0 +1,274 @@
+"""Training: a plain loop over steps, each of which goes through GradCache. Start it with `inbatch train CONFIG`.
+
+Everything random is a function of (seed, step, rank): the batches, and the dropout too, since the generators are seeded
+anew at each step. So a checkpoint is the weights and the optimizer's state, nothing else.
+"""
+
+import hashlib
+import math
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from inbatch import collectives
+from inbatch.data import TrainBatch
+from inbatch.data.batches import Part
+from inbatch.grad_cache import GradCache
+from inbatch.losses import FalseNegatives, LossStats
+from inbatch.retrieval.embed import unwrap
+from inbatch.retrieval.evaluate import evaluate
+from inbatch.train import checkpoint, notes
+from inbatch.train.config import Config, LossConfig, flatten
+from inbatch.train.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
+from inbatch.train.parallel import gathered, is_spread, max_over_ranks
+from inbatch.train.run_log import Stopwatch, read_metrics
+from inbatch.train.setup import Run, check_folder, on_rank_0, only_writer, set_up
+from inbatch.train.towers import save_towers
+
+_REMEDY = "lower optim.lr, raise loss.temperature or set train.precision to fp32"
+
+
+def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
+    """Trains the run that `config` describes, or goes on with it where `train.output_dir` holds a part of it.
+
+    Every rank of the default process group calls it with the same configuration (without a group: one process).
+    device: None is the one `collectives.start` bound. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
+    speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/, which sentence-transformers opens.
+
+    Returns the last figures of metrics.jsonl by name. A run that is done already is left as it is.
+    Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
+    another run; FloatingPointError where the loss or the weights are no longer finite.
+    """
+    device = device or collectives.device()
+    with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
+        collectives.agree("train", {}, same=flatten(config))
+        with only_writer(Path(config.train.output_dir)):
+            return _train(config, device)
+
+
+def _train(config: Config, device: torch.device) -> dict[str, float]:
+    clock = Stopwatch()
+    start = on_rank_0(lambda: check_folder(config))
+    run = set_up(config, device, start)
+    if run is None:
+        say(f"{config.train.output_dir}: this run is done; its model is in {config.train.output_dir}/model")
+        return last_figures(config)
+    try:
+        loop(run, clock)
+        finish(run, clock)
+        run.log.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")
+    finally:
+        run.log.close()
+    return last_figures(config)
+
+
+def say(text: str) -> None:
+    if collectives.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+# ---- the loop
+
+
+def loop(run: Run, clock: Stopwatch) -> None:
+    config = run.config
+    step_function = StepFunction(run)
+    clock.turn_to("training")
+    steps = run.batches.ahead_from(run.first_step, run.total_steps, num_workers=config.data.num_workers)
+    for step, parts in enumerate(steps, run.first_step):
+        if step == run.first_step:
+            announce(run, parts)
+            evaluate_if_due(run, clock, step)
+        figures = step_function(step, parts)
+        clock.count(pairs=len(run.plan.batch(step)))
+        run.log.advance()
+        done = step + 1
+        last = done == run.total_steps
+        if done == 1 or last or is_due(done, config.train.log_every):
+            speed = {"peak_mib": peak_bytes(run.device) / 2**20}
+            run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
+        # Before the evaluation, so that one that fails or is killed costs no training.
+        if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
+            with clock.during("saving"):
+                check_finite(run, done)
+                save_checkpoint(run, done)
+        if not last:  # the last one waits for the model to be saved
+            evaluate_if_due(run, clock, done)
+
+
+def is_due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+class StepFunction:
+    """One optimizer step: (step, its parts) -> a function that fetches the step's figures."""
+
+    def __init__(self, run: Run):
+        self._run, config = run, run.config
+        self._part: Part
+        self._stats = LossStats()
+        # A network that serves both sides is one callable, so that both share micro-batches.
+        encode = {name: partial(self._encode, network) for name, network in run.networks.items()}
+        self._grad_cache = GradCache(
+            list(encode.values()) if len(encode) > 1 else encode["model"],
+            self._loss,
+            modules=[one for name, one in run.networks.items() if is_spread(one)],
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            keep_graph_mib=config.train.keep_graph_mib,
+            max_over_ranks=max_over_ranks if config.train.parallel == "fsdp2" else None,
+            reshard=config.train.reshard,
+        )
+
+    def __call__(self, step: int, parts: list[Part]) -> Callable[[], dict[str, float]]:
+        run = self._run
+        torch.manual_seed(seed_of(run.config.train.seed, step, collectives.rank()))
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=run.device)
+        self._stats = LossStats()
+        for index, part in enumerate(parts):
+            self._part = part
+            loss += self._grad_cache(part.batch.queries, part.batch.passages, reduce=index + 1 == len(parts))
+        average_gradients(run.loss)
+        norm = clip_gradients(run.parameters, run.config.optim.max_grad_norm)
+        rate = learning_rate(step, run.total_steps, run.config.optim)
+        set_learning_rate(run.optimizer, rate)
+        others = {"grad_norm": norm, "lr": rate, "temperature": run.loss.temperature}
+        run.optimizer.step()
+        return lambda: fetch(loss, self._stats, others)
+
+    def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
+        # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
+        tokens = unwrap(network).to_device(tokens)
+        with torch.autocast(self._run.device.type, torch.bfloat16) if self._run.autocast else nullcontext():
+            return network(tokens)
+
+    def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
+        batch = self._part.batch
+        if queries_BD.is_cuda:
+            batch = pinned(batch)
+        loss = self._run.loss(
+            queries_BD,
+            passages_MD,
+            positives=batch.positives,
+            false_negatives=false_negatives(self._run.config.loss, batch),
+            stats=self._stats,
+        )
+        return loss * self._part.share_of_step
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """Seed of the generators at a step: another one for every (seed, step, rank)."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def pinned(batch: TrainBatch) -> TrainBatch:
+    """With positives and ids in memory from which the loss's copies to the GPU make nobody wait."""
+    names = ("positives", "query_ids", "passage_ids", "positive_ids")
+    return replace(batch, **{name: getattr(batch, name).pin_memory() for name in names})
+
+
+def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives | None:
+    if config.mask_duplicates:
+        return FalseNegatives(batch.passage_ids, batch.query_ids, batch.positive_ids, config.margin)
+    return None if config.margin is None else FalseNegatives(margin=config.margin)
+
+
+def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The figures of a step as numbers, over all ranks; waits for the device, so only logged steps call it."""
+    mean = float(collectives.all_reduce(loss.clone())) / collectives.world_size()
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is {mean}: {_REMEDY}")
+    counted = stats.result()
+    return {
+        "loss": mean,
+        "loss_minus_log_candidates": mean - math.log(counted["candidates"]),
+        **counted,
+        **{name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in others.items()},
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: of tensors on its GPU, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def announce(run: Run, parts: list[Part]) -> None:
+    """Says what each query is scored against, and what looks wrong, before the first step."""
+    first = notes.look_at(parts[0])
+    gpus = torch.cuda.device_count() if run.device.type == "cuda" else 0
+    for line in notes.candidates(run.config, first, examples=run.plan.num_examples):
+        run.log.note(line)
+    for line in notes.warnings(run.config, first, l2_normalize=run.l2_normalize, gpus=gpus):
+        run.log.note(f"warning: {line}")
+
+
+# ---- evaluation and saving
+
+
+def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
+    """Evaluates after `done` steps if the configuration says so, and a run that was interrupted there has not yet."""
+    config = run.config.eval
+    due = config.at_start if done == 0 else done == run.total_steps or is_due(done, config.every_steps)
+    if run.evaluation is None or not due:
+        return
+    if done == run.first_step and on_rank_0(lambda: run.log.has_evaluation(done)):
+        return
+    with clock.during("evaluation"), gathered(run.networks.values()):
+        figures = evaluate(
+            run.passage_network,
+            run.evaluation,
+            query_model=run.query_network,
+            measures=config.measures,
+            similarity=config.similarity,
+            precision="bf16" if run.autocast else "fp32",
+            progress=run.config.train.progress and sys.stderr.isatty(),
+        )
+    run.log.evaluation(done, figures)
+
+
+def check_finite(run: Run, done: int) -> None:
+    """Raises FloatingPointError, on every rank, if training left the finite numbers: that must replace nothing good."""
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in run.parameters]
+    finite = torch.stack([p.detach().isfinite().all() for p in mine]).all()
+    if collectives.all_reduce(1 - finite.float(), "max").item():
+        raise FloatingPointError(
+            f"the weights are no longer finite after step {done}, so they are not saved, and what was saved before "
+            f"stays: {_REMEDY}"
+        )
+
+
+def save_checkpoint(run: Run, done: int) -> None:
+    checkpoint.save(
+        run.folder / "checkpoints",
+        done,
+        modules=run.modules,
+        optimizer=run.optimizer,
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def finish(run: Run, clock: Stopwatch) -> None:
+    clock.turn_to("saving")
+    check_finite(run, run.total_steps)
+    save_towers(run.towers, run.config, run.folder / "model")
+    evaluate_if_due(run, clock, run.total_steps)
+    on_rank_0(lambda: checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps}))
+
+
+def last_figures(config: Config) -> dict[str, float]:
+    """Every figure of metrics.jsonl as it was last written."""
+    figures: dict[str, float] = {}
+    for line in read_metrics(config.train.output_dir) if collectives.rank() == 0 else []:
+        figures.update(line)
+    return collectives.broadcast_object(figures)

@@ -1,0 +1,69 @@
+"""AdamW's parameter groups, the learning rate as a function of the step, gradients outside the encoder."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from inbatch import collectives
+from inbatch.train.config import OptimConfig
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Averages the gradients of a small module outside the wrapped encoder, as DDP averages the encoder's."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            collectives.all_reduce(parameter.grad).div_(collectives.world_size())
+
+
+def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters; norms, biases and scalars (0-d or 1-d) are not decayed."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in alike if (p.ndim >= 2) == decayed], "weight_decay": decayed * config.weight_decay}
+        for alike in plain_and_sharded(parameters)
+        for decayed in (True, False)
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=all(p.device.type in ("cuda", "cpu") for p in parameters),
+    )
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The rate of optimizer step `step` (from 0): linear from 0 to `lr`, then down to 0 by `schedule`."""
+    warmup_steps = round(config.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    left = (total_steps - step) / max(1, total_steps - warmup_steps)
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * (left if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales all gradients so that their global norm is at most `max_norm` (None: only measures); returns it."""
+    kinds = plain_and_sharded([p for p in parameters if p.grad is not None])
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None]) for alike in kinds]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        for alike in kinds:
+            torch.nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
+    return norm
+
+
+def plain_and_sharded(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that one fused operation may take together: those that FSDP2 shards are apart from the others."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]

@@ -1,0 +1,103 @@
+"""How an encoder is spread over the ranks: whole on every rank (DDP), or a part of each layer on each (FSDP2).
+
+Under FSDP2 every parameter, its gradient and the optimizer's moments lie in float32, sharded; a layer is gathered when
+it is needed, and with bf16 it is gathered as a bfloat16 copy that it computes with. That serves one process as well:
+float32 master weights, bfloat16 computation, no casts in between.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from inbatch import collectives
+from inbatch.encoder.model import BiEncoderModel
+
+
+def replicate(model: BiEncoderModel, device: torch.device) -> nn.Module:
+    """The model on its device, in DDP where several ranks train it; GradCache starts its one reduction a step."""
+    model.to(device)
+    if collectives.world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Module:
+    """The model itself, made an FSDP2 module: each transformer layer is a unit, all the rest is the root's.
+
+    The model comes on the CPU, so that a device never holds more of it than its share and one layer. Needs a process
+    group, if only of one process (`collectives.group_of_one`).
+    """
+    mesh = init_device_mesh(device.type, (collectives.world_size(),))
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    )
+    for unit in [*transformer_layers(model.backbone), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        if device.type == "cpu":
+            # gloo has no mean: torch 2.8 took its sum for one.
+            unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+    return model
+
+
+def is_spread(network: nn.Module) -> bool:
+    """Whether its gradients are reduced over ranks; not in one process, nor where nothing is trained."""
+    return isinstance(network, (DistributedDataParallel, FSDPModule))
+
+
+def transformer_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The elements of the backbone's largest module list, which are its layers in every encoder and decoder."""
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(backbone).__name__} keeps its layers in no ModuleList: use train.parallel ddp")
+    # The first of equals: experts, say, lie in lists within a layer.
+    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+
+
+def compile_layers(model: BiEncoderModel) -> None:
+    """torch.compile for each transformer layer, for any batch size and length. Call it before `shard`.
+
+    Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it.
+    """
+    for layer in transformer_layers(model.backbone):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+@contextmanager
+def gathered(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, sharded networks hold all their parameters (as bfloat16 where they compute so), for forward passes only.
+
+    Ranks may then encode unequally often, as evaluation does: a pass communicates no more.
+    """
+    sharded = [network for network in networks if isinstance(network, FSDPModule)]
+    for network in sharded:
+        network.set_reshard_after_forward(False)
+        one = torch.ones(1, 1, dtype=torch.int64, device=next(network.parameters()).device)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            network({"input_ids": one, "attention_mask": one})  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for network in sharded:
+            for unit in network.modules():  # type: ignore[attr-defined]
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()
+                    # The root's parameters are the first that a backward pass needs: it keeps them, as by default.
+                    unit.set_reshard_after_forward(unit is not network, recurse=False)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state with every tensor whole and on the CPU, on rank 0; empty on other ranks. All ranks call it."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state if collectives.rank() == 0 else {}  # type: ignore[return-value]
+
+
+def max_over_ranks(value: int) -> int:
+    return int(collectives.all_reduce(torch.tensor(value), "max"))

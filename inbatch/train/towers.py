@@ -1,0 +1,122 @@
+"""The encoders of a run: one tower for queries and passages alike ("model"), or one for each ("query", "passage").
+
+Opened as the configuration says, spread over the ranks, and saved as folders that sentence-transformers opens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from inbatch import collectives
+from inbatch.encoder.lora import add_lora, has_lora, merge_lora
+from inbatch.encoder.model import BiEncoderModel
+from inbatch.train import checkpoint
+from inbatch.train.config import Config
+from inbatch.train.config_file import load
+from inbatch.train.parallel import compile_layers, replicate, shard, whole_state
+
+
+def open_towers(config: Config) -> dict[str, BiEncoderModel]:
+    """The towers by name, as training starts: float32 parameters on the CPU, LoRA added, a frozen tower frozen."""
+    names = ("query", "passage") if config.model.separate_towers else ("model",)
+    return {name: _open(config, frozen=name == config.model.freeze) for name in names}
+
+
+def _open(config: Config, *, frozen: bool) -> BiEncoderModel:
+    prompts = {"query": config.data.query_prefix, "document": config.data.passage_prefix}
+    tower = BiEncoderModel.from_pretrained(
+        config.model.name_or_path,
+        pooling=config.model.pooling,
+        l2_normalize=config.model.l2_normalize,
+        bidirectional=config.model.bidirectional,
+        prompts={name: text for name, text in prompts.items() if text is not None},
+        # The model is used at the lengths it was trained at: evaluation here and sentence-transformers later agree.
+        max_seq_length=max(config.data.query_max_len, config.data.passage_max_len),
+        dtype=torch.float32,
+        attn_implementation=config.model.attn_implementation,
+        packed=config.model.packed,
+    ).train()
+    if frozen:
+        # In evaluation mode too: its dropout would only be noise.
+        return tower.requires_grad_(False).eval()
+    if config.model.gradient_checkpointing:
+        tower.gradient_checkpointing_enable()
+    lora = config.lora
+    if lora.r is not None:
+        add_lora(
+            tower,
+            r=lora.r,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            seed=config.train.seed,
+        )
+    return tower
+
+
+def spread(
+    towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool
+) -> dict[str, nn.Module]:
+    """The towers as they are called in training: see `inbatch.parallel`."""
+    networks = {}
+    for name, tower in towers.items():
+        if config.train.compile:
+            compile_layers(tower)
+        if config.train.parallel == "fsdp2":
+            networks[name] = shard(tower, device, bf16=bf16)
+        else:
+            networks[name] = replicate(tower, device)
+    return networks
+
+
+def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Path) -> None:
+    """Rank 0 writes the whole models, LoRA merged into their weights; every rank calls it."""
+    states = {name: whole_state(tower) for name, tower in towers.items()}
+
+    def fill(partial: Path) -> None:
+        for name, tower in towers.items():
+            place, state = _place(partial, name), states[name]
+            if has_lora(tower):
+                # Merged in a copy of its own, for the towers in training may be sharded.
+                tower = _open(config, frozen=False)
+                tower.load_state_dict(state)
+                merge_lora(tower)
+                state = None
+            tower.save_pretrained(place, state_dict=state)
+
+    collectives.together(lambda: checkpoint.write_folder(folder, fill) if collectives.rank() == 0 else None)
+
+
+def _place(folder: Path, name: str) -> Path:
+    return folder if name == "model" else folder / name
+
+
+def export(source: str | Path, output: str | Path) -> Path:
+    """Writes the model of a checkpoint, or of a run's newest one, to the folder `output`; returns the checkpoint.
+
+    One process does it, on the CPU, whatever the number of ranks that wrote the checkpoint. With separate towers the
+    models are `output`/query and `output`/passage. Raises ValueError where there is no checkpoint of a run, and where
+    `output` exists.
+    """
+    if Path(output).exists():
+        raise ValueError(f"{output} exists already: name a folder that does not")
+    newest = checkpoint.latest(Path(source) / "checkpoints")
+    path = newest[1] if newest else Path(source).resolve()
+    run = path.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"{source} is neither a run with checkpoints nor a checkpoint in one: expected RUN or "
+            "RUN/checkpoints/step-00000100"
+        )
+    towers = open_towers(load(run / "config.yaml"))
+    checkpoint.load(path, modules=towers)
+
+    def fill(partial: Path) -> None:
+        for name, tower in towers.items():
+            merge_lora(tower)
+            tower.save_pretrained(_place(partial, name))
+
+    checkpoint.write_folder(output, fill)
+    return path

@@ -1,0 +1,92 @@
+"""What a run says of its candidates and of settings that look wrong."""
+
+from dataclasses import replace
+
+import torch
+
+from inbatch.data import TrainBatch
+from inbatch.data.batches import Part
+from inbatch.train import notes
+from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from inbatch.train.notes import FirstBatch
+
+
+def make_config(loss: dict | None = None, **train) -> Config:
+    return Config(
+        model=ModelConfig(name_or_path="m"),
+        data=DataConfig(train="d"),
+        loss=LossConfig(**(loss or {})),
+        train=TrainConfig(output_dir="o", **train),
+    )
+
+
+def first(**changes) -> FirstBatch:
+    return replace(FirstBatch(queries=[128, 128], passages=[256, 256], duplicates=0.0, tokens=50_000), **changes)
+
+
+def test_candidates_and_what_they_are_made_of():
+    (line,) = notes.candidates(make_config(), first(), examples=256 * 3)
+    assert line == "each query sees 512 candidates: its positive and 511 negatives (2 ranks x 128 queries x 2 passages)"
+    lines = notes.candidates(make_config(), first(queries=[7, 6], passages=[9, 10]), examples=256 * 3 + 5)
+    assert lines[0].endswith("its positive and 18 negatives (2 ranks x 6 to 7 queries x 1.46 passages on average)")
+    assert lines[1] == "the last step of an epoch has 5 queries, and so fewer candidates"
+    (line,) = notes.candidates(make_config(), first(queries=[4], passages=[4]), examples=256)
+    assert line == "each query sees 4 candidates: its positive and 3 negatives (4 queries x 1 passage)"
+
+
+def test_what_takes_candidates_away():
+    lines = notes.candidates(make_config(loss={"negatives": "local"}), first(), examples=256)
+    assert "each query sees 256 candidates" in lines[0]
+    assert "255 of 511 available negatives are used; set it to gather" in lines[1]
+    lines = notes.candidates(make_config(accumulation_steps=2), first(), examples=256)
+    assert "accumulation_steps 2 adds no negatives: each query still sees 512 candidates" in lines[1]
+    lines = notes.candidates(make_config(), first(duplicates=0.125), examples=256)
+    assert "12.5% of the first batch's queries" in lines[1]
+
+
+def test_what_adds_candidates():
+    lines = notes.candidates(make_config(loss={"objective": "gte"}), first(), examples=256)
+    assert "loss.objective gte adds scores in other directions" in lines[1]
+    assert len(notes.candidates(make_config(loss={"objective": "clip"}), first(), examples=256)) == 1
+
+
+def test_settings_that_look_wrong():
+    def warnings(
+        config: Config, batch: FirstBatch | None = None, *, l2_normalize: bool = True, gpus: int = 0
+    ) -> list[str]:
+        return notes.warnings(config, batch or first(), l2_normalize=l2_normalize, gpus=gpus)
+
+    assert warnings(make_config()) == []
+    (line,) = warnings(make_config(loss={"mask_duplicates": False}), first(duplicates=0.12))
+    assert line.startswith("12.0% of the queries have a duplicate of their positive in the batch")
+    assert "set loss.mask_duplicates to true" in line
+    (line,) = warnings(make_config(), l2_normalize=False)
+    assert "not normalised and loss.temperature is 0.02" in line
+    assert warnings(make_config(loss={"temperature": 1.0}), l2_normalize=False) == []
+    (line,) = warnings(make_config(), first(queries=[4], passages=[4]), gpus=4)
+    assert "add --nproc-per-node 4, or start with torchrun" in line
+    (line,) = warnings(make_config(micro_batch_tokens=60_000))
+    assert "60000 holds the whole batch (50000 tokens)" in line
+    assert warnings(make_config(micro_batch_tokens=4096)) == []
+
+
+def look_body(rank: int) -> FirstBatch:
+    # Passage 7 is on both ranks: one query of each has its positive twice. Rank 2 is empty.
+    passages = [[7, 1, 2], [7, 3], []][rank]
+    positives = [[0, 2], [0, 1], []][rank]
+    queries, count = len(positives), len(passages)
+    batch = TrainBatch(
+        queries={"input_ids": torch.zeros(queries, 3)},
+        passages={"input_ids": torch.zeros(count, 4)},
+        positives=torch.tensor(positives, dtype=torch.int64),
+        query_ids=torch.arange(queries),
+        passage_ids=torch.tensor(passages, dtype=torch.int64),
+        positive_ids=torch.zeros(queries, 1, dtype=torch.int64),
+    )
+    return notes.look_at(Part(batch, 1.0))
+
+
+def test_the_first_batch_is_seen_whole_from_every_rank(pool):
+    for rank, seen in enumerate(pool.run(look_body, 3)):
+        tokens = [3 * 2 + 4 * 3, 3 * 2 + 4 * 2, 0][rank]
+        assert seen == FirstBatch(queries=[2, 2, 0], passages=[3, 2, 0], duplicates=0.5, tokens=tokens)
