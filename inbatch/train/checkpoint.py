@@ -1,17 +1,14 @@
-"""Folders that are either whole or absent, and the checkpoints made of them.
+"""Checkpoints: folders that are either whole or absent.
 
 A checkpoint is `step-00000100/`, written by all ranks through torch.distributed.checkpoint: the trainable parameters,
 the optimizer's state and the step. It is read back on any number of ranks, sharded or not; `inbatch export` makes a
 model of it. Nothing random is saved: batches and dropout are functions of (seed, step, rank).
 """
 
-import json
-import os
 import pickle
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,77 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from inbatch import collectives
+from inbatch.data.files import partial, publish, remove
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 # Names in a checkpoint follow the modules, not the order of the parameters or where they lie; what is frozen is read
 # from where it came.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
-
-
-def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
-    """Calls fill(temporary folder), forces it to disk, then names it: a crash leaves the old folder or the new.
-
-    What is left of an interrupted write is a hidden `.NAME.partial`, which the next write of that name replaces.
-    """
-    path = Path(path)
-    fill(begin_folder(path))
-    finish_folder(path)
-
-
-def begin_folder(path: Path) -> Path:
-    """An empty folder to be filled, from which `finish_folder(path)` makes `path`."""
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def finish_folder(path: Path) -> None:
-    partial = _partial(path)
-    for file in sorted(partial.rglob("*")):
-        _sync(file)
-    _sync(partial)
-    if path.exists():
-        # A folder cannot be replaced in one move: set the old one aside for the moment between the two.
-        aside = path.parent / f".{path.name}.old"
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        partial.rename(path)
-        shutil.rmtree(aside)
-    else:
-        partial.rename(path)
-    _sync(path.parent)
-
-
-def _partial(path: Path) -> Path:
-    return path.parent / f".{path.name}.partial"
-
-
-def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Replaces a small JSON file as a whole."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Replaces a text file as a whole: a crash leaves the old text or the new."""
-    path = Path(path)
-    partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save(
@@ -118,7 +50,12 @@ def save(
     """
     path = Path(folder) / f"step-{step:08d}"
     first = collectives.rank() == 0
-    collectives.together(lambda: begin_folder(path) if first else None)
+
+    def begin() -> None:
+        remove(partial(path))
+        partial(path).mkdir(parents=True)
+
+    collectives.together(lambda: begin() if first else None)
     root = nn.ModuleDict(modules)
     state = {
         "model": get_model_state_dict(root, options=_OPTIONS),
@@ -126,12 +63,12 @@ def save(
         "step": step,
     }
     with _plain_errors(f"the checkpoint {path} cannot be written"):
-        state_dict_saver.save(state, checkpoint_id=_partial(path), no_dist=collectives.world_size() == 1)
+        state_dict_saver.save(state, checkpoint_id=partial(path), no_dist=collectives.world_size() == 1)
 
     def finish() -> None:
-        finish_folder(path)
+        publish(path)
         for _, old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+            remove(old)
 
     collectives.together(lambda: finish() if first else None)
     return path

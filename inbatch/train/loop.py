@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from inbatch import collectives
 from inbatch.data import TrainBatch
 from inbatch.data.batches import Part
+from inbatch.data.files import write_json
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
 from inbatch.retrieval.embed import unwrap
@@ -263,7 +264,7 @@ def finish(run: Run, clock: Stopwatch) -> None:
     check_finite(run, run.total_steps)
     save_towers(run.towers, run.config, run.folder / "model")
     evaluate_if_due(run, clock, run.total_steps)
-    on_rank_0(lambda: checkpoint.write_json(run.folder / "done.json", {"steps": run.total_steps}))
+    on_rank_0(lambda: write_json(run.folder / "done.json", {"steps": run.total_steps}))
 
 
 def last_figures(config: Config) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from inbatch.train import checkpoint
+from inbatch.data.files import write_text
 
 
 class RunLog:
@@ -153,4 +153,4 @@ def _truncate(path: Path, last_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
     if kept != lines:
-        checkpoint.write_text(path, "".join(kept))
+        write_text(path, "".join(kept))

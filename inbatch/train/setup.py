@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import nn
 from inbatch import collectives
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches
+from inbatch.data.files import write_json, write_text
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.retrieval.metrics import check_evaluation
@@ -202,7 +204,7 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
 def check_data(config: Config, examples: int) -> None:
     """ValueError if the run to go on with began with more or fewer examples: its batches would be others."""
     known = Path(config.train.output_dir) / "data.json"
-    before = checkpoint.read_json(known)["examples"] if known.exists() else examples
+    before = json.loads(known.read_text())["examples"] if known.exists() else examples
     if before != examples:
         raise ValueError(
             f"{config.data.train} holds {examples} examples, but the run in {known.parent} began with {before}, and "
@@ -213,15 +215,15 @@ def check_data(config: Config, examples: int) -> None:
 def claim_folder(config: Config, examples: int) -> None:
     """Makes the folder this run's: last of all, so that a start that failed for a mistake claims nothing."""
     folder = Path(config.train.output_dir)
-    checkpoint.write_json(folder / "data.json", {"examples": examples})
-    checkpoint.write_text(folder / "config.yaml", dump(config))
+    write_json(folder / "data.json", {"examples": examples})
+    write_text(folder / "config.yaml", dump(config))
 
 
 def is_done(config: Config, total_steps: int, start: str | None) -> bool:
     done = Path(config.train.output_dir) / "done.json"
     if not done.exists():
         return False
-    steps = checkpoint.read_json(done)["steps"]
+    steps = json.loads(done.read_text())["steps"]
     if steps < total_steps and start is None:
         raise ValueError(
             f"{done.parent} is done after {steps} steps and kept no checkpoint to go on from to {total_steps}: choose "

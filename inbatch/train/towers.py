@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from inbatch import collectives
+from inbatch.data.files import replacing
 from inbatch.encoder.lora import add_lora, has_lora, merge_lora
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.train import checkpoint
@@ -75,18 +76,19 @@ def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Pa
     """Rank 0 writes the whole models, LoRA merged into their weights; every rank calls it."""
     states = {name: whole_state(tower) for name, tower in towers.items()}
 
-    def fill(partial: Path) -> None:
-        for name, tower in towers.items():
-            place, state = _place(partial, name), states[name]
-            if has_lora(tower):
-                # Merged in a copy of its own, for the towers in training may be sharded.
-                tower = _open(config, frozen=False)
-                tower.load_state_dict(state)
-                merge_lora(tower)
-                state = None
-            tower.save_pretrained(place, state_dict=state)
+    def write() -> None:
+        with replacing(folder) as filled:
+            for name, tower in towers.items():
+                state = states[name]
+                if has_lora(tower):
+                    # Merged in a copy of its own, for the towers in training may be sharded.
+                    tower = _open(config, frozen=False)
+                    tower.load_state_dict(state)
+                    merge_lora(tower)
+                    state = None
+                tower.save_pretrained(_place(filled, name), state_dict=state)
 
-    collectives.together(lambda: checkpoint.write_folder(folder, fill) if collectives.rank() == 0 else None)
+    collectives.together(lambda: write() if collectives.rank() == 0 else None)
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -112,11 +114,8 @@ def export(source: str | Path, output: str | Path) -> Path:
         )
     towers = open_towers(load(run / "config.yaml"))
     checkpoint.load(path, modules=towers)
-
-    def fill(partial: Path) -> None:
+    with replacing(output) as filled:
         for name, tower in towers.items():
             merge_lora(tower)
-            tower.save_pretrained(_place(partial, name))
-
-    checkpoint.write_folder(output, fill)
+            tower.save_pretrained(_place(filled, name))
     return path

@@ -77,29 +77,13 @@ def test_newest_are_kept_and_found(tmp_path):
     assert found == (15, tmp_path / "step-00000015")
 
 
-def test_a_failed_write_leaves_the_old_folder(tmp_path):
-    target = tmp_path / "model"
-    checkpoint.write_folder(target, lambda path: (path / "a").write_text("old") and None)
-
-    def fail(path):
-        (path / "a").write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_folder(target, fail)
-    assert (target / "a").read_text() == "old"
-    checkpoint.write_folder(target, lambda path: (path / "b").write_text("new") and None)
-    assert [path.name for path in target.iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_killed_while_writing_is_not_seen(tmp_path):
     code = (
-        "import os, signal, sys; from inbatch.train import checkpoint\n"
-        "def fill(path):\n"
+        "import os, signal, sys; from inbatch.data.files import replacing\n"
+        "with replacing(sys.argv[1] + '/step-00000009') as path:\n"
+        "    path.mkdir()\n"
         "    (path / 'half').write_text('x')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.write_folder(sys.argv[1] + '/step-00000009', fill)"
     )
     _save(tmp_path, 5)
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, check=False)

@@ -1,0 +1,112 @@
+"""Files and folders that are either whole or absent, whatever happens while they are written.
+
+Each is filled under a hidden name beside its own (`.NAME.partial`), forced to disk and renamed. What an interrupted
+write leaves behind is that hidden name, which the next write of the same file or folder replaces.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield the hidden path to create a file or folder at; afterwards it becomes `path`, whole and on disk.
+
+    Makes the folder above. After an exception the hidden path is removed and what `path` held before stays. An error of
+    the file system, whichever library met it, is an OSError that names `path`.
+    """
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial(path))
+        try:
+            yield partial(path)
+            publish(path)
+        except BaseException:
+            remove(partial(path))
+            raise
+
+
+def partial(path: Path) -> Path:
+    """Return the hidden path beside `path` under which it is filled."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def publish(path: Path) -> None:
+    """Force the file or folder at `partial(path)` to disk and give it the name `path`, instead of what had it."""
+    filled = partial(path)
+    for part in [*sorted(filled.rglob("*")), filled]:
+        sync(part)
+    both_folders = path.is_dir() and filled.is_dir()
+    if both_folders:  # which a rename does not replace, unless the old one is empty
+        _set_aside(path)
+    filled.replace(path)
+    sync(path.parent)
+    if both_folders:
+        remove(_aside(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there. A folder disappears at once, before its files do."""
+    if path.is_dir() and not path.is_symlink():
+        if path.name.startswith("."):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            _set_aside(path)
+            remove(_aside(path))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> None:
+    remove(_aside(path))
+    path.rename(_aside(path))
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn errors of the file system that name no path into OSErrors that name this one.
+
+    A write to a full disk names none. Libraries in Rust (safetensors, tokenizers) raise classes of their own, whose
+    text ends like "No space left on device (os error 28)".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Replace a text file as a whole."""
+    with replacing(path) as filled:
+        filled.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Replace a small JSON file as a whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
