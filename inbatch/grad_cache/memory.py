@@ -78,7 +78,7 @@ def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
         if not isinstance(tensor, nn.Parameter) and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a saved output that came back itself would hold its own node, and leak the graph
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = forward()
