@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import BatchPlan, Collator, Example, TrainBatch
+from inbatch.data.plan import share
 from inbatch.grad_cache.cut import MASK
 
 
@@ -20,11 +21,6 @@ class Part:
 
     batch: TrainBatch
     share_of_step: float
-
-
-def cut(rows: np.ndarray, index: int, parts: int) -> np.ndarray:
-    """Part `index` of `parts`: contiguous, sizes differ by at most one, as `BatchPlan.local` cuts."""
-    return rows[index * len(rows) // parts : (index + 1) * len(rows) // parts]
 
 
 class Batches(Dataset):
@@ -48,10 +44,10 @@ class Batches(Dataset):
         rows, epoch = self._plan.batch(step), self._plan.epoch(step)
         parts = []
         for index in range(self._parts):
-            part = cut(rows, index, self._parts)
+            part = rows[share(len(rows), index, self._parts)]
             if len(part):
-                mine = cut(part, self._rank, self._world_size)
-                batch = self._collator([self._examples[int(row)] for row in mine], epoch)
+                mine = part[share(len(part), self._rank, self._world_size)]
+                batch = self._collator([self._examples[row] for row in mine.tolist()], epoch)
                 parts.append(Part(batch, len(part) / len(rows)))
         return parts
 

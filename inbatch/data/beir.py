@@ -50,11 +50,12 @@ class BeirExamples(Examples):
         self._offsets = np.cumsum([0] + [len(grades) for grades in relevant.values()])
         judged = [(_known(self._corpus, doc), grade) for grades in relevant.values() for doc, grade in grades.items()]
         self._doc_rows, self._grades = np.array(judged, np.int64).T
+        super().__init__(len(self._query_rows), self._example, self._place)
 
-    def __len__(self) -> int:
-        return len(self._query_rows)
+    def _place(self, index: int) -> str:
+        return self._queries.where(int(self._query_rows[index]))
 
-    def _read(self, index: int) -> Example:
+    def _example(self, index: int) -> Example:
         query = self._queries[int(self._query_rows[index])]
         judged = slice(self._offsets[index], self._offsets[index + 1])
         rows, relevant = self._doc_rows[judged], self._grades[judged] > 0

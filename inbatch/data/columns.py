@@ -1,9 +1,10 @@
 """From a record, in any of the usual column conventions, to an ``Example``."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from inbatch.data.lines import Where
 from inbatch.data.records import ID_NAMES, Example, Passage, normalised
 
 QUERY_NAMES = ("query", "question", "anchor")
@@ -15,8 +16,6 @@ CONVENTIONS = (
     "question or query, pos_doc, neg_doc (NeMo); query_id, query, positive_passages, negative_passages (Tevatron)"
 )
 FIELDS = ("query", "query_id", "positive", "negative", "corpus")
-
-Where = Callable[[], str]
 
 
 @dataclass(frozen=True, kw_only=True)

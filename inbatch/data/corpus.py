@@ -1,12 +1,13 @@
 """Texts with ids that stay on disk: a corpus, or the queries of a BEIR folder."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from inbatch.data.columns import Where, id_text
-from inbatch.data.lines import Lines, Rows
+from inbatch.data.columns import id_text
+from inbatch.data.index import Arrays
+from inbatch.data.lines import Lines, Rows, Where, scanned
 from inbatch.data.records import ID_NAMES, Passage, normalised
 from inbatch.ids import stable_id
 
@@ -14,45 +15,34 @@ from inbatch.ids import stable_id
 class Documents(Rows[Passage]):
     """The documents of one or several files of records ``{_id, title, text}``, found by row or by id.
 
-    Held in memory: 32 bytes a document. Opening reads every record once, so that a broken one is reported here. Of
-    documents with equal texts all get the id of the first: a copy of a positive is no negative, whatever its id.
-    Row order is file order; ``own_ids()`` gives the ids as written.
+    Every record is parsed once (see ``scanned``), so that a broken one is reported when opening. Of documents with
+    equal texts all get the id of the first: a copy of a positive is no negative, whatever its id. Row order is file
+    order; ``own_ids()`` gives the ids as written.
     """
 
-    def __init__(self, files: Sequence[Lines]):
-        self._files = files
-        self._first_row = np.cumsum([0] + [len(lines) for lines in files])
-        keys, texts = (np.empty(len(self), np.int64) for _ in range(2))
-        for row in range(len(self)):
-            passage = self.own(row)
-            assert passage.doc_id is not None
-            keys[row] = stable_id("", passage.doc_id)
-            texts[row] = stable_id("", normalised(passage.full_text))
-        self._rows_by_key = np.argsort(keys, kind="stable")
-        self._sorted_keys = keys[self._rows_by_key]
-        self._check_unique()
-        _, first, group = np.unique(texts, return_index=True, return_inverse=True)
-        self._first_of_equals = first[group] if len(first) < len(texts) else None
+    def __init__(self, records: Rows):
+        self._records = records
+        super().__init__(len(records), self._as_trained, records.where, files=records.files)
+        found = scanned(records, "documents", None, _facts, finish=self._index)
+        self._rows_by_key, self._sorted_keys = found["rows_by_key"], found["sorted_keys"]
+        self._first_of_equals = found["first_of_equals"]
+        self._ids, self._id_ends = found["ids"], found["id_ends"]
 
-    def __len__(self) -> int:
-        return int(self._first_row[-1])
-
-    def _read(self, index: int) -> Passage:
+    def _as_trained(self, index: int) -> Passage:
         passage = self.own(index)
-        first = index if self._first_of_equals is None else int(self._first_of_equals[index])
+        first = int(self._first_of_equals[index]) if len(self._first_of_equals) else index
         return passage if first == index else Passage(passage.text, passage.title, self.own(first).doc_id)
 
     def own(self, row: int) -> Passage:
         """The document of a row under the id written in its record."""
-        lines, local = self._locate(row)
-        return parse_document(lines[local], lambda: lines.where(local))
+        return parse_document(self._records[row], lambda: self.where(row))
 
     def own_ids(self) -> Iterator[str]:
         """Every document's id as written, in row order."""
-        for row in range(len(self)):
-            doc_id = self.own(row).doc_id
-            assert doc_id is not None
-            yield doc_id
+        start = 0
+        for stop in self._id_ends.tolist():
+            yield self._ids[start:stop].tobytes().decode()
+            start = stop
 
     def row(self, doc_id: str) -> int | None:
         """The row of an id; None where it is unknown."""
@@ -62,35 +52,45 @@ class Documents(Rows[Passage]):
             return None
         return int(self._rows_by_key[place])
 
-    def _locate(self, row: int) -> tuple[Lines, int]:
-        file = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        return self._files[file], row - int(self._first_row[file])
-
-    def _where(self, row: int) -> str:
-        lines, local = self._locate(row)
-        return lines.where(local)
-
-    def _check_unique(self) -> None:
-        repeats = np.flatnonzero(self._sorted_keys[1:] == self._sorted_keys[:-1])
+    def _index(self, found: Arrays) -> Arrays:
+        """Order the keys, find equal texts, and check that no two documents have one id."""
+        rows_by_key = np.argsort(found["keys"], kind="stable")
+        sorted_keys = found["keys"][rows_by_key]
+        _, first, group = np.unique(found["texts"], return_index=True, return_inverse=True)
+        repeats = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])
         if len(repeats):
-            first, second = (int(row) for row in self._rows_by_key[repeats[0] : repeats[0] + 2])
+            first, second = rows_by_key[repeats[0] : repeats[0] + 2].tolist()
             raise ValueError(
-                f"{self._where(second)}: the id {self.own(second).doc_id!r} is taken by {self._where(first)} "
+                f"{self.where(second)}: the id {self.own(second).doc_id!r} is taken by {self.where(first)} "
                 f"({len(repeats)} such records). Expected each id once: delete or rename the repeated records."
             )
+        return {
+            "rows_by_key": rows_by_key,
+            "sorted_keys": sorted_keys,
+            "first_of_equals": first[group] if len(first) < len(group) else np.empty(0, np.int64),
+            "ids": found["ids"],
+            "id_ends": np.cumsum(found["id_lengths"]),
+        }
 
 
 class DocumentTexts(Rows[str]):
     """The full texts (title and text joined) of ``Documents``, read on access."""
 
     def __init__(self, documents: Documents):
-        self._documents = documents
+        super().__init__(len(documents), lambda row: documents.own(row).full_text, documents.where)
 
-    def __len__(self) -> int:
-        return len(self._documents)
 
-    def _read(self, index: int) -> str:
-        return self._documents.own(index).full_text
+def _facts(records: Iterator[tuple[object, Where]]) -> Arrays:
+    """Return what is kept of some documents: hashes of ids and of texts, and the ids."""
+    passages = [parse_document(record, where) for record, where in records]
+    ids = [passage.doc_id or "" for passage in passages]
+    encoded = [doc_id.encode() for doc_id in ids]
+    return {
+        "keys": np.array([stable_id("", doc_id) for doc_id in ids], np.int64),
+        "texts": np.array([stable_id("", normalised(passage.full_text)) for passage in passages], np.int64),
+        "ids": np.frombuffer(b"".join(encoded), np.uint8),
+        "id_lengths": np.array(list(map(len, encoded)), np.int64),
+    }
 
 
 def parse_document(record: object, where: Where) -> Passage:
@@ -116,4 +116,4 @@ def open_documents(path: str | os.PathLike) -> Documents:
     lines = Lines(path)
     if not len(lines):
         raise ValueError(f"{path} is empty: expected one JSON object {{_id, title, text}} a line")
-    return Documents([lines])
+    return Documents(lines)

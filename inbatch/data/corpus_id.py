@@ -14,8 +14,8 @@ from pathlib import Path
 from inbatch.data.columns import id_text, query_text, without_positives
 from inbatch.data.corpus import Documents
 from inbatch.data.examples import ParsedExamples
-from inbatch.data.lines import Lines, spooled
-from inbatch.data.parquet import parquet_lines
+from inbatch.data.lines import Lines, Rows, Where, joined, spooled
+from inbatch.data.parquet import ParquetRows
 from inbatch.data.records import ID_NAMES, Example, Passage
 
 METADATA = "merlin_metadata.json"
@@ -38,13 +38,10 @@ class CorpusIdExamples(ParsedExamples):
         self._corpora = {name: corpora[name][1] for name in names}
         if not data:
             raise ValueError(f"{path} is empty: `data` holds no record")
-        super().__init__(spooled(path, data, unit="record"))
+        files = [file for documents in self._corpora.values() for file in documents.files]
+        super().__init__(spooled(path, data, unit="record"), None, also=files)
 
-    def parse(self, index: int) -> tuple[Example, bool]:
-        def where() -> str:
-            return self._lines.where(index)
-
-        record = self._lines[index]
+    def parse(self, record: object, where: Where) -> tuple[Example, bool]:
         if not isinstance(record, Mapping):
             raise ValueError(f"{where()}: expected an object, found {type(record).__name__}")
         corpus = id_text(record.get("corpus_id"), "corpus_id", where)
@@ -70,7 +67,7 @@ class CorpusIdExamples(ParsedExamples):
         )
         return example, len(kept) < len(negatives)
 
-    def _documents(self, value: object, name: str, corpus: str, where) -> list[Passage]:
+    def _documents(self, value: object, name: str, corpus: str, where: Where) -> list[Passage]:
         documents = self._corpora[corpus]
         passages = []
         for item in value if isinstance(value, list) else [] if value is None else [value]:
@@ -106,11 +103,11 @@ def _open_corpus(folder: Path, corpora: Corpora) -> str:
         files = sorted(file for file in folder.rglob("*") if file.name.endswith((".parquet", ".jsonl", ".jsonl.gz")))
         if not files:
             raise ValueError(f"{folder} holds no documents: expected *.parquet or *.jsonl files of {{id, text, title}}")
-        corpora[name] = folder, Documents([_document_lines(file) for file in files])
+        corpora[name] = folder, Documents(joined([_document_rows(file) for file in files]))
     return name
 
 
-def _document_lines(path: Path) -> Lines:
+def _document_rows(path: Path) -> Rows:
     if path.suffix != ".parquet":
         return Lines(path)
-    return parquet_lines(path, lambda names: [name for name in names if name in (*ID_NAMES, "title", "text")])
+    return ParquetRows(path, lambda names: [name for name in names if name in (*ID_NAMES, "title", "text")])

@@ -1,11 +1,13 @@
 """Sequences of examples that are parsed on access."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from inbatch.data.columns import Columns, example_from
-from inbatch.data.lines import Lines, Rows
+from inbatch.data.index import Arrays
+from inbatch.data.lines import Rows, Where, scanned
 from inbatch.data.records import Example
 
 
@@ -16,44 +18,33 @@ class Examples(Rows[Example]):
 
 
 class ParsedExamples(Examples):
-    """Examples of one record each, all read once when opened: a broken one must not wait for its step of a run."""
+    """Examples of one record each, all parsed once (see ``scanned``): a broken one must not wait for its step of a run.
 
-    def __init__(self, lines: Lines):
-        self._lines = lines
-        self.left_out = sum(self.parse(index)[1] for index in range(len(self)))
+    settings: what else ``parse`` depends on; also: the other files that it reads.
+    """
 
-    def __len__(self) -> int:
-        return len(self._lines)
+    def __init__(self, records: Rows, settings: object, *, also: Sequence[Path] = ()):
+        self._records = records
+        super().__init__(
+            len(records), lambda index: self.parse(records[index], lambda: records.where(index))[0], records.where
+        )
 
-    def _read(self, index: int) -> Example:
-        return self.parse(index)[0]
+        def count(some: Iterator[tuple[object, Where]]) -> Arrays:
+            return {"left_out": np.array([sum(self.parse(record, where)[1] for record, where in some)])}
 
-    def parse(self, index: int) -> tuple[Example, bool]:
-        """Example ``index``, and whether a negative that equals a positive was left out of it."""
+        self.left_out = int(scanned(records, "examples", settings, count, also=also)["left_out"].sum())
+
+    def parse(self, record: object, where: Where) -> tuple[Example, bool]:
+        """The example of a record, and whether a negative that equals a positive was left out of it."""
         raise NotImplementedError
 
 
 class InlineExamples(ParsedExamples):
     """Examples whose records hold their texts."""
 
-    def __init__(self, lines: Lines, columns: Columns, corpus: str):
+    def __init__(self, records: Rows, columns: Columns, corpus: str):
         self._columns, self._corpus = columns, corpus
-        super().__init__(lines)
+        super().__init__(records, columns)
 
-    def parse(self, index: int) -> tuple[Example, bool]:
-        return example_from(self._lines[index], self._columns, self._corpus, lambda: self._lines.where(index))
-
-
-class Concatenated(Rows[Example]):
-    """Several sequences of examples, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Example]]):
-        self._parts = parts
-        self._starts = np.cumsum([0] + [len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def _read(self, index: int) -> Example:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[part][index - int(self._starts[part])]
+    def parse(self, record: object, where: Where) -> tuple[Example, bool]:
+        return example_from(record, self._columns, self._corpus, where)

@@ -1,95 +1,298 @@
-"""Random access to the records of a file without holding them: byte offsets in memory, the bytes mapped from disk."""
+"""Random access to the records of a file without holding them: their places mapped from an index, the bytes on disk."""
 
 import gzip
 import json
 import mmap
 import os
 import shutil
-import tempfile
+import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar, overload
+from typing import IO, Any, Generic, TypeVar, overload
 
 import numpy as np
 
-_SCAN_BYTES = 1 << 24
+from inbatch.data.index import HEADER, Arrays, arrays_made_once, made_once, spread
 
+_BLOCK_BYTES = 1 << 22
+# json.loads without its preparations, which take as long as a short record.
+_scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # pyright: ignore
 
 T = TypeVar("T")
+Where = Callable[[], str]
+Visit = Callable[[Iterator[tuple[Any, Where]]], Arrays]
 
 
-class Rows(Sequence[T]):
-    """A sequence whose items are made on access, by ``_read(index)`` for an index in ``range(len(self))``."""
+class Rows(Sequence[T], Generic[T]):
+    """A sequence of `count` items that are made on access, by `read(index)`; `where(index)` names one in messages.
+
+    files: what they are read from, if from files alone. nbytes: about what reading all of them reads.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        read: Callable[[int], T],
+        where: Callable[[int], str],
+        *,
+        files: Sequence[Path] = (),
+        nbytes: int = 0,
+    ):
+        self._count, self._read, self.where = count, read, where
+        self.files, self.nbytes = files, nbytes
+
+    def __len__(self) -> int:
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        places = range(len(self))[index]
-        return self._read(places) if isinstance(places, int) else [self._read(place) for place in places]
+        places = range(self._count)[index]
+        return self._read(places) if isinstance(places, int) else list(self.through(places))
 
-    def _read(self, index: int) -> T:
-        raise NotImplementedError
+    def through(self, rows: range) -> Iterator[T]:
+        """Yield the items of `rows` in order."""
+        return map(self._read, rows)
+
+
+def joined(parts: Sequence[Rows[T]]) -> Rows[T]:
+    """Return several sequences as one, in order."""
+    return parts[0] if len(parts) == 1 else _Joined(parts)
+
+
+class _Joined(Rows[T]):
+    def __init__(self, parts: Sequence[Rows[T]]):
+        self._parts, self._starts = parts, np.cumsum([0] + [len(part) for part in parts])
+        # Some without files: nothing can tell whether the whole is what it was.
+        files = [file for part in parts for file in part.files] if all(part.files for part in parts) else []
+        nbytes = sum(part.nbytes for part in parts)
+        super().__init__(int(self._starts[-1]), self._item, self._place, files=files, nbytes=nbytes)
+
+    def _part(self, index: int) -> tuple[Rows[T], int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part], index - int(self._starts[part])
+
+    def _item(self, index: int) -> T:
+        part, row = self._part(index)
+        return part[row]
+
+    def _place(self, index: int) -> str:
+        part, row = self._part(index)
+        return part.where(row)
+
+    def through(self, rows: range) -> Iterator[T]:
+        if rows.step != 1:
+            yield from super().through(rows)
+            return
+        while rows:
+            part, row = self._part(rows.start)
+            stop = min(len(part), row + len(rows))
+            yield from part.through(range(row, stop))
+            rows = rows[stop - row :]
+
+
+def scanned(
+    rows: Rows,
+    kind: str,
+    settings: object,
+    visit: Visit,
+    *,
+    finish: Callable[[Arrays], Arrays] = dict,
+    also: Sequence[Path] = (),
+) -> Arrays:
+    """Return what one pass over all rows finds: `finish` of the arrays that `visit` makes of parts of them, joined.
+
+    visit: gets (item, its `where`) for consecutive rows, in one of several processes, and raises ValueError for a
+    broken one. The result is kept (see `inbatch.data.index`) while the rows' files, the files `also` read and
+    `settings` stay the same.
+    """
+
+    def visit_some(some: range) -> Arrays:
+        return visit((item, partial(rows.where, row)) for row, item in zip(some, rows.through(some), strict=True))
+
+    def make() -> Arrays:
+        parts = spread(visit_some, len(rows), rows.nbytes)
+        return finish({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    return arrays_made_once([*rows.files, *also] if rows.files else [], kind, settings, make)
+
+
+class Content:
+    """The bytes of a file, unpacked if its name ends in .gz; what `unpack` writes, where that is given.
+
+    `content[a:b]` reads them, and `mapped()` maps them for a pass over all. What is unpacked is kept: see
+    `inbatch.data.index`.
+    """
+
+    def __init__(
+        self, path: Path, unpack: Callable[[IO[bytes]], None] | None = None, *, kind: str = "unpacked", settings=None
+    ):
+        self.path = path
+        if unpack is None and path.suffix == ".gz":
+            unpack = partial(_gunzip, path)
+        self._file = path.open("rb") if unpack is None else made_once([path], kind, settings, unpack)
+        weakref.finalize(self, self._file.close)
+        self._first = 0 if unpack is None else HEADER
+        self._size = os.fstat(self._file.fileno()).st_size - self._first
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, where: slice) -> bytes:
+        start, stop, _ = where.indices(self._size)
+        # Read, not mapped: a mapping counts as memory, and ends the process by a signal where the file became shorter.
+        data = os.pread(self._file.fileno(), max(0, stop - start), self._first + start)
+        if len(data) < stop - start:
+            raise ValueError(f"{self.path} became shorter while it was in use: bring it back and start again")
+        return data
+
+    def mapped(self) -> memoryview:
+        """Return a view of all bytes, for what searches them; pages that are read count as this process's memory."""
+        if not self._size:  # which cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))[self._first :]
+
+    def blocks(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from start to stop, some megabytes at a time."""
+        for place in range(start, stop, _BLOCK_BYTES):
+            yield self[place : min(stop, place + _BLOCK_BYTES)]
+
+
+def _gunzip(path: Path, file: IO[bytes]) -> None:
+    try:
+        with gzip.open(path, "rb") as packed:
+            shutil.copyfileobj(packed, file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+
+
+def json_value(line: bytes) -> Any:
+    """Parse one JSON value; ValueError says what is wrong."""
+    try:
+        text = line.decode().removeprefix("\ufeff")
+        try:
+            value, end = _scan_json(text, 0)
+        except StopIteration:
+            end = 0
+        if not end or text[end:].strip():  # what the scanner alone does not take, and most errors
+            value = json.loads(text)
+        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair passes as JSON, and no tokenizer takes it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except ValueError as error:
+        shown = line[:60].decode("utf-8", "replace")
+        raise ValueError(f"is not JSON ({error}): {shown!r}. Expected one JSON object a line, in UTF-8.") from None
 
 
 class Lines(Rows[Any]):
-    """The JSON values of a file with one a line, parsed on access. Blank lines are no records.
+    """The records of a file, a line each unless `bounds` says otherwise, parsed on access. Blank lines are no records.
 
-    Costs 16 bytes of memory a record. A ``.gz`` file, which has no cheap random access, is unpacked once into an
-    unnamed temporary file. ``where(i)`` names record i in messages.
+    bounds: `starts` and `stops` of the records, int64. `parse(bytes)` raises ValueError with what is wrong, which is
+    reported with the record's place.
     """
 
-    def __init__(self, path: str | os.PathLike, *, spool: IO[bytes] | None = None, unit: str = "line"):
-        self.path = Path(path)
-        self._unit = unit
-        with spool or _open(self.path) as file:
-            size = os.fstat(file.fileno()).st_size
-            # An empty file cannot be mapped. The mapping outlives the file object, and an unnamed file lives with it.
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        self._starts, self._stops = _line_bounds(self._bytes)
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        parse: Callable[[bytes], Any] = json_value,
+        *,
+        content: Content | None = None,
+        bounds: Arrays | None = None,
+        unit: str = "line",
+    ):
+        self.path, self._parse, self._unit = Path(path), parse, unit
+        self.content = content or Content(self.path)
+        bounds = bounds or arrays_made_once([self.path], f"{unit}s", None, lambda: line_bounds(self.content))
+        self._starts, self._stops = bounds["starts"], bounds["stops"]
+        super().__init__(len(self._starts), self._line, self._place, files=[self.path], nbytes=len(self.content))
 
-    def __len__(self) -> int:
-        return len(self._starts)
+    def _line(self, index: int) -> Any:
+        return self._value(self.content[int(self._starts[index]) : int(self._stops[index])], index)
 
-    def _read(self, index: int) -> Any:
-        line = self._bytes[self._starts[index] : self._stops[index]]
+    def _value(self, line: bytes, index: int) -> Any:
         try:
-            value = json.loads(line.decode("utf-8-sig"))
-            if b"\\ud" in line.lower():  # half a surrogate pair passes as JSON, and no tokenizer takes it
-                json.dumps(value, ensure_ascii=False).encode()
-            return value
+            return self._parse(line)
         except ValueError as error:
-            shown = line[:60].decode("utf-8", "replace")
-            raise ValueError(
-                f"{self.where(index)} is not JSON ({error}): {shown!r}. Expected one JSON object a line, in UTF-8."
-            ) from None
+            raise ValueError(f"{self.where(index)} {error}") from None
+
+    def through(self, rows: range) -> Iterator[Any]:
+        if rows.step != 1:
+            yield from super().through(rows)
+            return
+        starts, stops = (bounds[rows.start : rows.stop].tolist() for bounds in (self._starts, self._stops))
+        first = 0
+        while first < len(rows):
+            last = max(first + 1, int(np.searchsorted(stops, starts[first] + _BLOCK_BYTES, side="right")))
+            zero = starts[first]
+            block = self.content[zero : stops[last - 1]]
+            for place in range(first, last):
+                yield self._value(block[starts[place] - zero : stops[place] - zero], rows.start + place)
+            first = last
 
     def whole(self) -> Any:
         """The JSON value that the file is when read as one."""
         try:
-            return json.loads(self._bytes[:])
+            return json.loads(self.content[:])
         except ValueError as error:
             raise ValueError(f"{self.path} is not JSON: {error}") from None
 
-    def where(self, index: int) -> str:
-        """The place of record ``index``, as in "data/train.jsonl, line 3" (lines count from 1)."""
+    def _place(self, index: int) -> str:
+        """The place of record `index`, as in "data/train.jsonl, line 3" (lines count from 1)."""
         index = range(len(self))[index]
-        before = self._bytes[: self._starts[index]].count(b"\n") if self._unit == "line" else index
+        before = index
+        if self._unit == "line":
+            before = sum(block.count(b"\n") for block in self.content.blocks(0, int(self._starts[index])))
         return f"{self.path}, {self._unit} {before + 1}"
 
 
-def spooled(path: str | os.PathLike, values: Iterable[Any], *, unit: str) -> Lines:
-    """``Lines`` over values unpacked from another kind of file into an unnamed temporary file."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - Lines closes it once mapped
-    for number, value in enumerate(values, 1):
-        try:
-            spool.write(json.dumps(value).encode() + b"\n")
-        except TypeError as error:
-            raise ValueError(f"{path}, {unit} {number}: expected texts, numbers and lists of them; {error}") from None
-    spool.flush()
-    return Lines(path, spool=spool, unit=unit)
+def line_bounds(content: Content) -> Arrays:
+    """Return `starts` and `stops` of every line that is not blank, int64."""
+    count = -(-len(content) // _BLOCK_BYTES)
+
+    def breaks(blocks: range) -> np.ndarray:
+        found = [np.empty(0, np.int64)]
+        for number in blocks:
+            block = content[number * _BLOCK_BYTES : (number + 1) * _BLOCK_BYTES]
+            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + number * _BLOCK_BYTES)
+        return np.concatenate(found)
+
+    stops = np.concatenate(spread(breaks, count, len(content)))
+    if len(content) and (not len(stops) or stops[-1] != len(content) - 1):
+        stops = np.append(stops, len(content))
+    starts = np.empty_like(stops)
+    starts[:1], starts[1:] = 0, stops[:-1] + 1
+    # Short lines are the only ones that can be blank, so only they are looked at one by one.
+    short = np.flatnonzero(stops - starts <= 8)
+    blank = [i for i in short.tolist() if not content[int(starts[i]) : int(stops[i])].strip()]
+    return (
+        {"starts": np.delete(starts, blank), "stops": np.delete(stops, blank)}
+        if blank
+        else {"starts": starts, "stops": stops}
+    )
+
+
+def spooled(path: str | os.PathLike, values: Iterable[Any], *, unit: str, settings: object = None) -> Lines:
+    """Return `Lines` over values unpacked from another kind of file; `values` is not asked where they are kept already.
+
+    settings: what the values depend on beside the file.
+    """
+
+    def unpack(file: IO[bytes]) -> None:
+        for number, value in enumerate(values, 1):
+            try:
+                file.write(json.dumps(value).encode() + b"\n")
+            except TypeError as error:
+                raise ValueError(
+                    f"{path}, {unit} {number}: expected texts, numbers and lists of them; {error}"
+                ) from None
+
+    content = Content(Path(path), unpack, kind=f"{unit}-values", settings=settings)
+    bounds = arrays_made_once([Path(path)], f"{unit}s", settings, lambda: line_bounds(content))
+    return Lines(path, content=content, bounds=bounds, unit=unit)
 
 
 def find_file(folder: Path, name: str) -> Path | None:
@@ -102,34 +305,3 @@ def open_text(path: Path) -> IO[str]:
     opener = gzip.open if path.suffix == ".gz" else open
     # A byte that is no UTF-8 becomes a sign that no id holds, and so is reported with its line.
     return opener(path, "rt", encoding="utf-8-sig", errors="replace")  # type: ignore[return-value]
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix != ".gz":
-        return open(path, "rb")
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    try:
-        with gzip.open(path, "rb") as packed:
-            shutil.copyfileobj(packed, spool)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
-    spool.flush()
-    return spool
-
-
-def _line_bounds(data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Start and stop of every line that is not blank, int64."""
-    size = len(data)
-    ends = [np.empty(0, np.int64)]
-    for start in range(0, size, _SCAN_BYTES):
-        chunk = np.frombuffer(data[start : start + _SCAN_BYTES], np.uint8)
-        ends.append(np.flatnonzero(chunk == ord("\n")) + start)
-    stops = np.concatenate(ends)
-    if size and (not len(stops) or stops[-1] != size - 1):
-        stops = np.append(stops, size)
-    starts = np.concatenate([np.zeros(min(1, len(stops)), np.int64), stops[:-1] + 1])
-    # Short lines are the only ones that can be blank, so only they are looked at one by one.
-    keep = stops > starts
-    for i in np.flatnonzero((stops - starts <= 8) & keep):
-        keep[i] = bool(data[starts[i] : stops[i]].strip())
-    return starts[keep], stops[keep]

@@ -6,6 +6,11 @@ from functools import lru_cache
 import numpy as np
 
 
+def share(count: int, index: int, parts: int) -> range:
+    """Return part ``index`` of ``range(count)`` cut into ``parts``: contiguous, sizes differ by at most 1."""
+    return range(index * count // parts, (index + 1) * count // parts)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The global batches of a training run, in epochs that visit every example once.
@@ -43,13 +48,6 @@ class BatchPlan:
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.global_batch_size
         return _permutation(self.num_examples, self.seed, epoch)[start : start + self.global_batch_size].copy()
-
-    def local(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """This rank's contiguous share of ``batch(step)``; shares differ by at most one row and may be empty."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1} for world_size={world_size}, got {rank}")
-        rows = self.batch(step)
-        return rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
 
 
 @lru_cache(maxsize=2)

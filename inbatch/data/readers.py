@@ -8,9 +8,9 @@ from pathlib import Path
 from inbatch.data.beir import BeirExamples, is_beir_folder
 from inbatch.data.columns import find_columns
 from inbatch.data.corpus_id import SHAPE, Corpora, CorpusIdExamples
-from inbatch.data.examples import Concatenated, Examples, InlineExamples
-from inbatch.data.lines import Lines, spooled
-from inbatch.data.parquet import parquet_lines, parquet_names
+from inbatch.data.examples import Examples, InlineExamples
+from inbatch.data.lines import Lines, Rows, joined, spooled
+from inbatch.data.parquet import ParquetRows, parquet_names
 from inbatch.data.records import Example
 
 GivenColumns = Mapping[str, str | Sequence[str]] | None
@@ -47,7 +47,7 @@ def open_examples(
                 "negatives are left out; mine again with the known positives excluded.",
                 stacklevel=2,
             )
-    return opened[0] if len(opened) == 1 else Concatenated(opened)
+    return joined(opened)
 
 
 def _open(path: Path, split: str, columns: GivenColumns, corpora: Corpora) -> Examples:
@@ -62,7 +62,7 @@ def _open(path: Path, split: str, columns: GivenColumns, corpora: Corpora) -> Ex
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
         used = find_columns(parquet_names(path), columns, lambda: str(path))
-        lines = parquet_lines(path, used.used)
+        lines = ParquetRows(path, used.used)
         _not_empty(lines, path)
         return InlineExamples(lines, used, str(path))
     if name.endswith((".jsonl", ".ndjson")):
@@ -102,7 +102,7 @@ def _inline(lines: Lines, columns: GivenColumns) -> Examples:
     return InlineExamples(lines, find_columns(list(names), columns, lambda: str(lines.path)), str(lines.path))
 
 
-def _not_empty(lines: Lines, path: Path) -> None:
+def _not_empty(lines: Rows, path: Path) -> None:
     if not len(lines):
         raise ValueError(f"{path} is empty: expected one record a line, or {SHAPE}")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from inbatch import collectives
+from inbatch.data import plan
 from inbatch.data.corpus import Documents, DocumentTexts, open_documents
 from inbatch.data.lines import Lines, find_file
 from inbatch.grad_cache.memory import to_device
@@ -66,8 +67,7 @@ def unwrap(model: nn.Module) -> Any:
 
 def share(count: int, group=None) -> range:
     """This rank's contiguous share of `count` rows; shares follow one another in rank order and differ by at most 1."""
-    rank, world_size = collectives.rank(group), collectives.world_size(group)
-    return range(count * rank // world_size, count * (rank + 1) // world_size)
+    return plan.share(count, collectives.rank(group), collectives.world_size(group))
 
 
 def _embed_windows(
@@ -211,13 +211,11 @@ def _require_finite(window: Tensor, start: int, source: str | os.PathLike) -> No
         )
 
 
-class _TextLines(Lines):
-    def _read(self, index: int) -> str:
-        line = self._bytes[self._starts[index] : self._stops[index]]
-        try:
-            return line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.where(index)} is not UTF-8 ({error}): save the file in that encoding") from None
+def _text(line: bytes) -> str:
+    try:
+        return line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error}): save the file in that encoding") from None
 
 
 def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
@@ -231,7 +229,7 @@ def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
     if source.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         documents = open_documents(source)
         return DocumentTexts(documents), documents
-    lines = _TextLines(source)
+    lines = Lines(source, _text)
     if not len(lines):
         raise ValueError(f"{source} is empty: expected one text a line")
     for _ in lines:  # as records are: what cannot be read is said before hours of encoding

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inbatch.data import BatchPlan, Collator, Example, Passage, stable_id
+from inbatch.data.plan import share
 from tests.data_files import tokenize
 
 # ------------------------------------------------------------------------------------------------------------------ ids
@@ -54,7 +55,7 @@ def test_ranks_share_out_each_batch(plan, world_size, epoch):
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
     for step in steps:
         batch = plan.batch(step)
-        shares = [plan.local(step, rank, world_size) for rank in range(world_size)]
+        shares = [batch[share(len(batch), rank, world_size)] for rank in range(world_size)]
         assert np.array_equal(np.concatenate(shares), batch)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert plan.epoch(step) == epoch
@@ -89,8 +90,6 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_impossible_plan(arguments):
     with pytest.raises(ValueError, match="got"):
         BatchPlan(*arguments)
-    with pytest.raises(ValueError, match=r"rank must be in 0\.\.1"):
-        BatchPlan(4, 4).local(0, 2, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- collator

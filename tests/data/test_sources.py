@@ -120,13 +120,12 @@ def test_only_places_are_held_in_memory(tmp_path):
     examples = open_examples(
         write_jsonl(tmp_path / "a.jsonl", [{"query": f"q{i}", "pos": "p" * 500} for i in range(4000)])
     )
-    lines = examples._lines
-    assert lines._starts.nbytes + lines._stops.nbytes == 16 * 4000
+    assert [bounds.nbytes for bounds in (examples._records._starts, examples._records._stops)] == [8 * 4000] * 2
     assert [examples[i].query for i in (3999, 0, 1234)] == ["q3999", "q0", "q1234"]
 
 
 def test_offsets_across_scan_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("inbatch.data.lines._SCAN_BYTES", 7)
+    monkeypatch.setattr("inbatch.data.lines._BLOCK_BYTES", 7)
     values = [list(range(i % 5)) for i in range(50)]
     assert list(Lines(write_jsonl(tmp_path / "a.jsonl", values))) == values
 
@@ -231,7 +230,7 @@ def check_real(folder: Path, name: str) -> None:
         )
     examples = open_examples(folder)
     assert len(examples) == queries[0]
-    rows = BatchPlan(len(examples), 256, seed=0).local(1, 0, 2)
+    rows = BatchPlan(len(examples), 256, seed=0).batch(1)[:128]
     collate = Collator(tokenize, query_max_len=30, passage_max_len=40)
     batch = collate([examples[row] for row in rows], 0)
     assert len(batch.query_ids) == len(batch.passage_ids) == 128
