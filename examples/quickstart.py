@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from inbatch.data import load_retrieval
 from inbatch.retrieval.metrics import retrieval_metrics
 from inbatch.retrieval.search import top_k
-from inbatch.train.run_log import read_metrics
+from inbatch.train.run_folder import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

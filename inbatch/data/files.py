@@ -73,7 +73,7 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def sync(path: Path) -> None:
+def sync(path: str | os.PathLike) -> None:
     """Force a file's content, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -83,7 +83,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     """Turn errors of the file system that name no path into OSErrors that name this one.
 
     A write to a full disk names none. Libraries in Rust (safetensors, tokenizers) raise classes of their own, whose

@@ -8,11 +8,10 @@ import hashlib
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,59 +20,51 @@ from torch.distributed.tensor import DTensor
 from inbatch import collectives
 from inbatch.data import TrainBatch
 from inbatch.data.batches import Part
-from inbatch.data.files import write_json
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
 from inbatch.retrieval.embed import unwrap
 from inbatch.retrieval.evaluate import evaluate
-from inbatch.train import checkpoint, notes
+from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
 from inbatch.train.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
-from inbatch.train.parallel import gathered, is_spread, max_over_ranks
-from inbatch.train.run_log import Stopwatch, read_metrics
-from inbatch.train.setup import Run, check_folder, on_rank_0, only_writer, set_up
+from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_0
+from inbatch.train.report import Stopwatch, candidates, look_at, warnings
+from inbatch.train.run_folder import RunFolder, read_metrics
+from inbatch.train.setup import Learner, Run, set_up
 from inbatch.train.towers import save_towers
 
 _REMEDY = "lower optim.lr, raise loss.temperature or set train.precision to fp32"
 
 
 def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
-    """Trains the run that `config` describes, or goes on with it where `train.output_dir` holds a part of it.
+    """Train the run that `config` describes, or go on with it where `train.output_dir` holds a part of it.
 
     Every rank of the default process group calls it with the same configuration (without a group: one process).
     device: None is the one `collectives.start` bound. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
     speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/, which sentence-transformers opens.
 
-    Returns the last figures of metrics.jsonl by name. A run that is done already is left as it is.
+    Returns the last figures of metrics.jsonl by name. A run that is finished already is left as it is.
     Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
     another run; FloatingPointError where the loss or the weights are no longer finite.
     """
     device = device or collectives.device()
+    folder = RunFolder(config.train.output_dir)
     with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
         collectives.agree("train", {}, same=flatten(config))
-        with only_writer(Path(config.train.output_dir)):
-            return _train(config, device)
-
-
-def _train(config: Config, device: torch.device) -> dict[str, float]:
-    clock = Stopwatch()
-    start = on_rank_0(lambda: check_folder(config))
-    run = set_up(config, device, start)
-    if run is None:
-        say(f"{config.train.output_dir}: this run is done; its model is in {config.train.output_dir}/model")
-        return last_figures(config)
-    try:
-        loop(run, clock)
-        finish(run, clock)
-        run.log.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")
-    finally:
-        run.log.close()
-    return last_figures(config)
-
-
-def say(text: str) -> None:
-    if collectives.rank() == 0:
-        print(text, file=sys.stderr)
+        with folder.locked():
+            folder.check_config(config)
+            clock = Stopwatch()
+            run = set_up(config, device, folder)
+            if run is not None:
+                try:
+                    loop(run, clock)
+                    finish(run, clock)
+                finally:
+                    run.report.close()
+            elif collectives.rank() == 0:
+                print(f"{folder.path}: this run is done; its model is in {folder.model}", file=sys.stderr)
+            lines = on_rank_0(lambda: read_metrics(folder.path))
+            return {name: value for line in lines for name, value in line.items()}
 
 
 # ---- the loop
@@ -81,7 +72,7 @@ def say(text: str) -> None:
 
 def loop(run: Run, clock: Stopwatch) -> None:
     config = run.config
-    step_function = StepFunction(run)
+    step_function = StepFunction(run.learner, config, run.total_steps)
     clock.turn_to("training")
     steps = run.batches.ahead_from(run.first_step, run.total_steps, num_workers=config.data.num_workers)
     for step, parts in enumerate(steps, run.first_step):
@@ -90,16 +81,15 @@ def loop(run: Run, clock: Stopwatch) -> None:
             evaluate_if_due(run, clock, step)
         figures = step_function(step, parts)
         clock.count(pairs=len(run.plan.batch(step)))
-        run.log.advance()
+        run.report.advance()
         done = step + 1
         last = done == run.total_steps
         if done == 1 or last or is_due(done, config.train.log_every):
-            speed = {"peak_mib": peak_bytes(run.device) / 2**20}
-            run.log.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
+            speed = {"peak_mib": peak_bytes(run.learner.device) / 2**20}
+            run.report.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
         # Before the evaluation, so that one that fails or is killed costs no training.
         if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
             with clock.during("saving"):
-                check_finite(run, done)
                 save_checkpoint(run, done)
         if not last:  # the last one waits for the model to be saved
             evaluate_if_due(run, clock, done)
@@ -112,16 +102,16 @@ def is_due(done: int, every: int | None) -> bool:
 class StepFunction:
     """One optimizer step: (step, its parts) -> a function that fetches the step's figures."""
 
-    def __init__(self, run: Run):
-        self._run, config = run, run.config
+    def __init__(self, learner: Learner, config: Config, total_steps: int):
+        self._learner, self._config, self._total_steps = learner, config, total_steps
         self._part: Part
         self._stats = LossStats()
         # A network that serves both sides is one callable, so that both share micro-batches.
-        encode = {name: partial(self._encode, network) for name, network in run.networks.items()}
+        encode = {name: partial(self._encode, network) for name, network in learner.networks.items()}
         self._grad_cache = GradCache(
             list(encode.values()) if len(encode) > 1 else encode["model"],
             self._loss,
-            modules=[one for name, one in run.networks.items() if is_spread(one)],
+            modules=[one for name, one in learner.networks.items() if is_spread(one)],
             micro_batch_tokens=config.train.micro_batch_tokens,
             keep_graph_mib=config.train.keep_graph_mib,
             max_over_ranks=max_over_ranks if config.train.parallel == "fsdp2" else None,
@@ -129,37 +119,38 @@ class StepFunction:
         )
 
     def __call__(self, step: int, parts: list[Part]) -> Callable[[], dict[str, float]]:
-        run = self._run
-        torch.manual_seed(seed_of(run.config.train.seed, step, collectives.rank()))
-        run.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=run.device)
+        learner, config = self._learner, self._config
+        torch.manual_seed(seed_of(config.train.seed, step, collectives.rank()))
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=learner.device)
         self._stats = LossStats()
         for index, part in enumerate(parts):
             self._part = part
             loss += self._grad_cache(part.batch.queries, part.batch.passages, reduce=index + 1 == len(parts))
-        average_gradients(run.loss)
-        norm = clip_gradients(run.parameters, run.config.optim.max_grad_norm)
-        rate = learning_rate(step, run.total_steps, run.config.optim)
-        set_learning_rate(run.optimizer, rate)
-        others = {"grad_norm": norm, "lr": rate, "temperature": run.loss.temperature}
-        run.optimizer.step()
+        average_gradients(learner.loss)
+        norm = clip_gradients(learner.parameters, config.optim.max_grad_norm)
+        rate = learning_rate(step, self._total_steps, config.optim)
+        set_learning_rate(learner.optimizer, rate)
+        others = {"grad_norm": norm, "lr": rate, "temperature": learner.loss.temperature}
+        learner.optimizer.step()
         return lambda: fetch(loss, self._stats, others)
 
     def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
         tokens = unwrap(network).to_device(tokens)
-        with torch.autocast(self._run.device.type, torch.bfloat16) if self._run.autocast else nullcontext():
+        device, autocast = self._learner.device.type, self._learner.autocast
+        with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
             return network(tokens)
 
     def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
         batch = self._part.batch
         if queries_BD.is_cuda:
             batch = pinned(batch)
-        loss = self._run.loss(
+        loss = self._learner.loss(
             queries_BD,
             passages_MD,
             positives=batch.positives,
-            false_negatives=false_negatives(self._run.config.loss, batch),
+            false_negatives=false_negatives(self._config.loss, batch),
             stats=self._stats,
         )
         return loss * self._part.share_of_step
@@ -205,42 +196,43 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def announce(run: Run, parts: list[Part]) -> None:
-    """Says what each query is scored against, and what looks wrong, before the first step."""
-    first = notes.look_at(parts[0])
-    gpus = torch.cuda.device_count() if run.device.type == "cuda" else 0
-    for line in notes.candidates(run.config, first, examples=run.plan.num_examples):
-        run.log.note(line)
-    for line in notes.warnings(run.config, first, l2_normalize=run.l2_normalize, gpus=gpus):
-        run.log.note(f"warning: {line}")
+    """Say what each query is scored against, and what looks wrong, before the first step."""
+    first = look_at(parts[0])
+    gpus = torch.cuda.device_count() if run.learner.device.type == "cuda" else 0
+    l2_normalize = next(iter(run.learner.towers.values())).l2_normalize
+    for line in candidates(run.config, first, examples=run.plan.num_examples):
+        run.report.note(line)
+    for line in warnings(run.config, first, l2_normalize=l2_normalize, gpus=gpus):
+        run.report.note(f"warning: {line}")
 
 
 # ---- evaluation and saving
 
 
 def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
-    """Evaluates after `done` steps if the configuration says so, and a run that was interrupted there has not yet."""
-    config = run.config.eval
+    """Evaluate after `done` steps if the configuration says so, and a run that was interrupted there has not yet."""
+    config, learner = run.config.eval, run.learner
     due = config.at_start if done == 0 else done == run.total_steps or is_due(done, config.every_steps)
     if run.evaluation is None or not due:
         return
-    if done == run.first_step and on_rank_0(lambda: run.log.has_evaluation(done)):
+    if done == run.first_step and on_rank_0(lambda: run.report.has_evaluation(done)):
         return
-    with clock.during("evaluation"), gathered(run.networks.values()):
+    with clock.during("evaluation"), gathered(learner.networks.values()):
         figures = evaluate(
-            run.passage_network,
+            learner.network("passage"),
             run.evaluation,
-            query_model=run.query_network,
+            query_model=learner.network("query"),
             measures=config.measures,
             similarity=config.similarity,
-            precision="bf16" if run.autocast else "fp32",
+            precision="bf16" if learner.autocast else "fp32",
             progress=run.config.train.progress and sys.stderr.isatty(),
         )
-    run.log.evaluation(done, figures)
+    run.report.evaluation(done, figures)
 
 
-def check_finite(run: Run, done: int) -> None:
-    """Raises FloatingPointError, on every rank, if training left the finite numbers: that must replace nothing good."""
-    mine = [p.to_local() if isinstance(p, DTensor) else p for p in run.parameters]
+def check_finite(parameters: Iterable[nn.Parameter], done: int) -> None:
+    """Raise FloatingPointError, on every rank, if a weight is NaN or infinite: that must replace nothing good."""
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     finite = torch.stack([p.detach().isfinite().all() for p in mine]).all()
     if collectives.all_reduce(1 - finite.float(), "max").item():
         raise FloatingPointError(
@@ -250,26 +242,23 @@ def check_finite(run: Run, done: int) -> None:
 
 
 def save_checkpoint(run: Run, done: int) -> None:
+    check_finite(run.learner.parameters, done)
+    run.report.sync()
     checkpoint.save(
-        run.folder / "checkpoints",
+        run.folder.checkpoints,
         done,
-        modules=run.modules,
-        optimizer=run.optimizer,
+        modules=run.learner.modules,
+        optimizer=run.learner.optimizer,
         keep_last=run.config.checkpoint.keep_last,
     )
 
 
 def finish(run: Run, clock: Stopwatch) -> None:
+    """Save the model, evaluate it and mark the run as finished."""
     clock.turn_to("saving")
-    check_finite(run, run.total_steps)
-    save_towers(run.towers, run.config, run.folder / "model")
+    check_finite(run.learner.parameters, run.total_steps)
+    save_towers(run.learner.towers, run.config, run.folder.model)
     evaluate_if_due(run, clock, run.total_steps)
-    on_rank_0(lambda: write_json(run.folder / "done.json", {"steps": run.total_steps}))
-
-
-def last_figures(config: Config) -> dict[str, float]:
-    """Every figure of metrics.jsonl as it was last written."""
-    figures: dict[str, float] = {}
-    for line in read_metrics(config.train.output_dir) if collectives.rank() == 0 else []:
-        figures.update(line)
-    return collectives.broadcast_object(figures)
+    run.report.sync()
+    run.folder.finish(run.total_steps)
+    run.report.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")

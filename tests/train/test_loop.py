@@ -37,7 +37,8 @@ from inbatch.train.config import (
 )
 from inbatch.train.loop import train
 from inbatch.train.optim import build_optimizer, clip_gradients, learning_rate
-from inbatch.train.run_log import Stopwatch, read_metrics
+from inbatch.train.report import Stopwatch
+from inbatch.train.run_folder import read_metrics
 from tests.helpers import REPOSITORY, device
 from tests.tiny_models import WORDS, save_tiny
 
@@ -320,8 +321,8 @@ def test_a_run_goes_on_with_the_data_it_began_with(folder, tmp_path):
 def test_one_run_at_a_time_writes_to_a_folder(folder, tmp_path):
     """Until its process is gone: neither its lock file nor the workers that it had started keep the next one out."""
     script = (
-        "import os, sys, time; from pathlib import Path; from inbatch.train.setup import only_writer\n"
-        "with only_writer(Path(sys.argv[1])):\n"
+        "import os, sys, time; from inbatch.train.run_folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n"
         "    worker = os.fork()\n"
         "    if worker: print(worker, flush=True)\n"
         "    time.sleep(120)\n"

@@ -18,7 +18,7 @@ from inbatch.train.config import CheckpointConfig, Config, EvalConfig, LoraConfi
 from inbatch.train.config_file import load
 from inbatch.train.loop import train
 from inbatch.train.parallel import compile_layers, gathered, shard, transformer_layers, whole_state
-from inbatch.train.run_log import read_metrics
+from inbatch.train.run_folder import read_metrics
 from inbatch.train.towers import export
 from tests.helpers import REPOSITORY, device
 from tests.tiny_models import CONFIGS, TEXTS, save_tiny

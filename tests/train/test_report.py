@@ -6,9 +6,9 @@ import torch
 
 from inbatch.data import TrainBatch
 from inbatch.data.batches import Part
-from inbatch.train import notes
+from inbatch.train import report
 from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from inbatch.train.notes import FirstBatch
+from inbatch.train.report import FirstBatch
 
 
 def make_config(loss: dict | None = None, **train) -> Config:
@@ -25,36 +25,36 @@ def first(**changes) -> FirstBatch:
 
 
 def test_candidates_and_what_they_are_made_of():
-    (line,) = notes.candidates(make_config(), first(), examples=256 * 3)
+    (line,) = report.candidates(make_config(), first(), examples=256 * 3)
     assert line == "each query sees 512 candidates: its positive and 511 negatives (2 ranks x 128 queries x 2 passages)"
-    lines = notes.candidates(make_config(), first(queries=[7, 6], passages=[9, 10]), examples=256 * 3 + 5)
+    lines = report.candidates(make_config(), first(queries=[7, 6], passages=[9, 10]), examples=256 * 3 + 5)
     assert lines[0].endswith("its positive and 18 negatives (2 ranks x 6 to 7 queries x 1.46 passages on average)")
     assert lines[1] == "the last step of an epoch has 5 queries, and so fewer candidates"
-    (line,) = notes.candidates(make_config(), first(queries=[4], passages=[4]), examples=256)
+    (line,) = report.candidates(make_config(), first(queries=[4], passages=[4]), examples=256)
     assert line == "each query sees 4 candidates: its positive and 3 negatives (4 queries x 1 passage)"
 
 
 def test_what_takes_candidates_away():
-    lines = notes.candidates(make_config(loss={"negatives": "local"}), first(), examples=256)
+    lines = report.candidates(make_config(loss={"negatives": "local"}), first(), examples=256)
     assert "each query sees 256 candidates" in lines[0]
     assert "255 of 511 available negatives are used; set it to gather" in lines[1]
-    lines = notes.candidates(make_config(accumulation_steps=2), first(), examples=256)
+    lines = report.candidates(make_config(accumulation_steps=2), first(), examples=256)
     assert "accumulation_steps 2 adds no negatives: each query still sees 512 candidates" in lines[1]
-    lines = notes.candidates(make_config(), first(duplicates=0.125), examples=256)
+    lines = report.candidates(make_config(), first(duplicates=0.125), examples=256)
     assert "12.5% of the first batch's queries" in lines[1]
 
 
 def test_what_adds_candidates():
-    lines = notes.candidates(make_config(loss={"objective": "gte"}), first(), examples=256)
+    lines = report.candidates(make_config(loss={"objective": "gte"}), first(), examples=256)
     assert "loss.objective gte adds scores in other directions" in lines[1]
-    assert len(notes.candidates(make_config(loss={"objective": "clip"}), first(), examples=256)) == 1
+    assert len(report.candidates(make_config(loss={"objective": "clip"}), first(), examples=256)) == 1
 
 
 def test_settings_that_look_wrong():
     def warnings(
         config: Config, batch: FirstBatch | None = None, *, l2_normalize: bool = True, gpus: int = 0
     ) -> list[str]:
-        return notes.warnings(config, batch or first(), l2_normalize=l2_normalize, gpus=gpus)
+        return report.warnings(config, batch or first(), l2_normalize=l2_normalize, gpus=gpus)
 
     assert warnings(make_config()) == []
     (line,) = warnings(make_config(loss={"mask_duplicates": False}), first(duplicates=0.12))
@@ -83,7 +83,7 @@ def look_body(rank: int) -> FirstBatch:
         passage_ids=torch.tensor(passages, dtype=torch.int64),
         positive_ids=torch.zeros(queries, 1, dtype=torch.int64),
     )
-    return notes.look_at(Part(batch, 1.0))
+    return report.look_at(Part(batch, 1.0))
 
 
 def test_the_first_batch_is_seen_whole_from_every_rank(pool):

@@ -1,0 +1,262 @@
+"""What a run says: how many candidates a query sees and which settings look wrong, its figures, where its time goes.
+
+metrics.jsonl holds what is a function of the configuration alone, so that two runs can be compared line by line;
+speed.jsonl holds what also depends on the machine.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+from inbatch import collectives
+from inbatch.data.batches import Part
+from inbatch.data.files import naming, sync
+from inbatch.train.config import Config
+from inbatch.train.run_folder import RunFolder, read_metrics
+
+
+class Report:
+    """The open logs of a run that goes on after `first_step` steps; later lines of an interrupted run are dropped."""
+
+    def __init__(self, folder: RunFolder, *, first_step: int, total_steps: int, progress: bool):
+        folder.drop_lines_after(first_step)
+        self._progress = progress
+        self._metrics, self._speed = (
+            (folder.path / name).open("a", encoding="utf-8", buffering=1) for name in ("metrics.jsonl", "speed.jsonl")
+        )
+        self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if progress else True)
+        self._best: dict[str, float] = {}
+        self._evaluated: set[int] = set()
+        for line in read_metrics(folder.path):
+            self._remember(line)
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def advance(self) -> None:
+        """Count one more step as done."""
+        self._bar.update(1)
+
+    def step(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        """Write the figures of one optimizer step."""
+        self._write(self._metrics, step, metrics, "train")
+        self._write(self._speed, step, speed, "speed")
+        loss, pairs_per_s = f"{metrics['loss']:.4f}", f"{speed['pairs_per_s']:.0f}"
+        self._bar.set_postfix({"loss": loss, "pairs/s": pairs_per_s})
+        if self._progress and self._bar.disable:  # not a terminal, where a bar would fill the log
+            self.note(f"step {step} of {self._bar.total}: loss {loss}, {pairs_per_s} pairs/s")
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the retrieval figures after `step` steps; the first measure decides which step was the best."""
+        line = {f"eval_{name}": value for name, value in figures.items()}
+        self._remember({"step": step, **line})
+        self._write(self._metrics, step, {**line, **self._best}, "eval")
+        self.note(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return True on rank 0 if the figures after `step` steps are in metrics.jsonl."""
+        return step in self._evaluated
+
+    def sync(self) -> None:
+        """Force the lines to disk: those up to a checkpoint's step must not be lost where the checkpoint is not."""
+        for file in (self._metrics, self._speed):
+            sync(file.name)
+
+    def close(self) -> None:
+        """Close the files and the progress bar."""
+        for part in (self._bar, self._board, self._metrics, self._speed):
+            part.close()
+
+    def _write(self, file: IO[str], step: int, figures: Mapping[str, float], group: str) -> None:
+        with naming(file.name):
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def _remember(self, line: Mapping[str, float]) -> None:
+        name = next((key for key in line if key.startswith("eval_")), None)
+        if name is not None:
+            self._evaluated.add(int(line["step"]))
+            if line[name] > self._best.get(f"best_{name}", float("-inf")):
+                self._best = {f"best_{name}": line[name], "best_step": line["step"]}
+
+
+class NoReport(Report):
+    """The report of every rank but the first: none."""
+
+    def __init__(self):
+        pass
+
+    def has_evaluation(self, step: int) -> bool:
+        return False
+
+    def _nothing(self, *arguments: object, **options: object) -> None:
+        pass
+
+    note = advance = step = evaluation = sync = close = _nothing
+
+
+class Stopwatch:
+    """Where a run's time goes: seconds by activity, and the speed of its steps.
+
+    Training is all from asking for the first batch to the end of the last step, compilation and waiting for batches
+    included, but evaluations and checkpoints. What a GPU was given to do counts as the activity that gave it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(("opening", "training", "evaluation", "saving"), 0.0)
+        self._activity, self._since = "opening", time.perf_counter()
+        self._steps, self._pairs, self._read_s = 0, 0, 0.0
+
+    def turn_to(self, activity: str) -> None:
+        """From here on time counts as `activity`."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self._activity] += now - self._since
+        self._activity, self._since = activity, now
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        before = self._activity
+        self.turn_to(activity)
+        yield
+        self.turn_to(before)
+
+    def count(self, *, pairs: int) -> None:
+        """One step with so many pairs over all ranks is done."""
+        self._steps += 1
+        self._pairs += pairs
+
+    def read(self) -> dict[str, float]:
+        """The speed of the steps since the last reading, and the seconds of training so far."""
+        self.turn_to(self._activity)
+        train_s = self.seconds["training"]
+        seconds, self._read_s = train_s - self._read_s, train_s
+        figures = {"pairs_per_s": self._pairs / seconds, "step_ms": 1e3 * seconds / self._steps, "train_s": train_s}
+        self._steps, self._pairs = 0, 0
+        return figures
+
+    def summary(self) -> str:
+        """One line: the seconds of every activity so far."""
+        self.turn_to(self._activity)
+        return ", ".join(f"{activity} {seconds:.1f} s" for activity, seconds in self.seconds.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBatch:
+    """The first part of the first step, over all ranks."""
+
+    queries: list[int]  # by rank
+    passages: list[int]  # by rank
+    duplicates: float  # share of the queries with another copy of their positive among the passages
+    tokens: int  # of this rank, padding included
+
+
+def look_at(part: Part) -> FirstBatch:
+    """Counts over all ranks; every rank calls it."""
+    batch = part.batch
+    ids = {"queries": batch.query_ids, "passages": batch.passage_ids}
+    rows = collectives.agree("the first batch", ids)
+    own_ids_B = batch.passage_ids[batch.positives]
+    passage_ids_N = collectives.all_gather(batch.passage_ids, rows=rows["passages"])
+    twice = collectives.all_reduce(_copies(own_ids_B, passage_ids_N).gt(1).sum())
+    return FirstBatch(
+        queries=rows["queries"],
+        passages=rows["passages"],
+        duplicates=int(twice) / max(1, sum(rows["queries"])),
+        tokens=batch.queries["input_ids"].numel() + batch.passages["input_ids"].numel(),
+    )
+
+
+def _copies(wanted_B: Tensor, ids_N: Tensor) -> Tensor:
+    """How often each wanted id occurs."""
+    known_U, counts_U = torch.unique(ids_N, return_counts=True)
+    return counts_U[torch.searchsorted(known_U, wanted_B)]
+
+
+def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]:
+    """How many passages each query is scored against, and why."""
+    ranks, parts = len(first.queries), config.train.accumulation_steps
+    everyone = config.loss.negatives != "local"
+    seen = sum(first.passages) if everyone else max(first.passages)
+    queries = sum(first.queries) if everyone else max(first.queries)
+    origin = f"{_each(first.queries)} queries x {_passages(seen, queries)}"
+    if ranks > 1:
+        origin = f"{ranks} ranks x {origin}" if everyone else f"this rank's {origin}"
+    lines = [f"each query sees {seen} candidates: its positive and {seen - 1} negatives ({origin})"]
+    if ranks > 1 and not everyone:
+        lines.append(
+            f"loss.negatives is local: {seen - 1} of {sum(first.passages) - 1} available negatives are used; "
+            "set it to gather to use those of all ranks"
+        )
+    if config.loss.objective in ("gte", "qwen3_embedding"):
+        lines.append(
+            f"loss.objective {config.loss.objective} adds scores in other directions to each softmax: `candidates` in "
+            "metrics.jsonl counts them too"
+        )
+    if parts > 1:
+        lines.append(
+            f"train.accumulation_steps {parts} adds no negatives: each query still sees {seen} candidates; for "
+            "more, set it to 1 (memory stays flat: the step is cut into micro-batches, train.micro_batch_tokens)"
+        )
+    tail = examples % config.train.global_batch_size
+    if tail and examples > tail:
+        lines.append(f"the last step of an epoch has {tail} queries, and so fewer candidates")
+    if config.loss.mask_duplicates and first.duplicates:
+        lines.append(
+            f"masked: {first.duplicates:.1%} of the first batch's queries have their positive in it twice or more"
+        )
+    return lines
+
+
+def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int) -> list[str]:
+    """Settings that train, but probably not as meant; each with what to do."""
+    lines = []
+    if not config.loss.mask_duplicates and first.duplicates:
+        lines.append(
+            f"{first.duplicates:.1%} of the queries have a duplicate of their positive in the batch, which counts as a "
+            "negative: set loss.mask_duplicates to true"
+        )
+    if not l2_normalize and config.loss.temperature <= 0.05:
+        lines.append(
+            f"embeddings are not normalised and loss.temperature is {config.loss.temperature}: scores will be huge; "
+            "set model.l2_normalize to true, or a temperature near 1"
+        )
+    if gpus > 1 and len(first.queries) == 1:
+        lines.append(
+            f"{gpus} GPUs are here but one process uses one: add --nproc-per-node {gpus}, or start with torchrun"
+        )
+    budget = config.train.micro_batch_tokens
+    if isinstance(budget, int) and budget >= first.tokens:
+        lines.append(
+            f"train.micro_batch_tokens {budget} holds the whole batch ({first.tokens} tokens): cutting has no effect; "
+            "lower it to save memory, or leave it at auto"
+        )
+    return lines
+
+
+def _each(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _passages(passages: int, queries: int) -> str:
+    if passages == queries:
+        return "1 passage"
+    return (
+        f"{passages // queries} passages"
+        if passages % queries == 0
+        else f"{passages / queries:.2f} passages on average"
+    )

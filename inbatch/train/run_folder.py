@@ -1,0 +1,163 @@
+"""The folder of a run, `train.output_dir`: who may write to it, what lies in it, and what a resumed run finds there.
+
+    .lock                             held by the process that writes
+    config.yaml  data.json            the settings and the data that the run began with
+    metrics.jsonl  speed.jsonl        a line for each logged step and each evaluation
+    tensorboard/                      the same as curves
+    checkpoints/                      see `inbatch.train.checkpoint`
+    model/  done.json                 written last
+
+Rank 0 reads and writes all but the checkpoints. Every rank calls the methods, so that an error there is raised on all.
+"""
+
+import errno
+import fcntl
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from inbatch.data.files import write_json, write_text
+from inbatch.train.config import Config, differences, dump
+from inbatch.train.config_file import load
+from inbatch.train.parallel import on_rank_0
+
+
+class RunFolder:
+    """One run's folder. `path` exists from `locked` on; `config.yaml` from `claim` on."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out; ValueError, on every rank, while another process writes to the folder.
+
+        The kernel releases the lock when rank 0 ends, however it ends. The file `.lock` stays and means nothing.
+        """
+        held: list[IO] = []
+        on_rank_0(lambda: held.append(self._lock()))
+        try:
+            yield
+        finally:
+            for file in held:
+                file.close()
+
+    def _lock(self) -> IO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"train.output_dir {self.path} is a file or lies below one: choose a folder, new or not"
+            ) from None
+        file = (self.path / ".lock").open("a")
+        try:
+            # Not flock: that lock would be shared with the forked processes that make batches, which outlive a killed
+            # rank for seconds, in which the run could not be started again.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise ValueError(
+                    f"{self.path} is being written to by another run: wait for its end, or choose another "
+                    "train.output_dir"
+                ) from None
+            # A file system without locks; a run there is as good as it can be.
+        return file
+
+    def check_config(self, config: Config) -> None:
+        """Raise ValueError if the folder holds a run with settings that make it a different one."""
+
+        def check() -> None:
+            known = self.path / "config.yaml"
+            changed = differences(load(known), config) if known.exists() else {}
+            if changed:
+                listed = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration ({listed}): choose another train.output_dir"
+                )
+
+        on_rank_0(check)
+
+    def check_data(self, examples: int) -> None:
+        """Raise ValueError if the run began with more or fewer examples: its batches would be different."""
+
+        def check() -> None:
+            before = self._read("data.json").get("examples", examples)
+            if before != examples:
+                raise ValueError(
+                    f"data.train holds {examples} examples, but the run in {self.path} began with {before}, and would "
+                    "repeat some and skip others: bring the data back, or choose another train.output_dir"
+                )
+
+        on_rank_0(check)
+
+    def claim(self, config: Config, examples: int) -> None:
+        """Make the folder this run's. Done last of all preparations: a start that failed claims nothing."""
+
+        def write() -> None:
+            write_json(self.path / "data.json", {"examples": examples})
+            write_text(self.path / "config.yaml", dump(config))
+
+        on_rank_0(write)
+
+    def steps_done(self) -> int | None:
+        """Return the number of steps after which the run was finished; None while it is not."""
+        return on_rank_0(lambda: self._read("done.json").get("steps"))
+
+    def finish(self, steps: int) -> None:
+        """Mark the run as finished after `steps` steps."""
+        on_rank_0(lambda: write_json(self.path / "done.json", {"steps": steps}))
+
+    def drop_lines_after(self, step: int) -> None:
+        """Remove what an interrupted run wrote of later steps; a resumed one writes it again. Rank 0 alone calls it."""
+        for name in ("metrics.jsonl", "speed.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+                if "".join(kept).encode() != path.read_bytes():
+                    write_text(path, "".join(kept))
+
+    def _read(self, name: str) -> Mapping[str, Any]:
+        """Return the JSON object in a file of ours; an empty one where there is no such file."""
+        path = self.path / name
+        try:
+            value = json.loads(path.read_bytes())
+            if isinstance(value, dict):
+                return value
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            pass
+        warnings.warn(f"{path} is damaged and is not used", stacklevel=2)
+        return {}
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.jsonl: steps have "loss", evaluations "eval_...", both "step"."""
+    return read_lines(Path(folder) / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Return the figures in metrics.jsonl or speed.jsonl; damaged lines are left out with a warning.
+
+    A last line without its end was being written when the process was killed, and is left out without a word.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    figures = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            figures.append(value)
+        else:
+            warnings.warn(f"{path}, line {number} is damaged and is not used", stacklevel=2)
+    return figures

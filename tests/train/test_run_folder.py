@@ -1,0 +1,31 @@
+"""A run's folder: damaged files are named and not used, lines of a later step go."""
+
+import pytest
+
+from inbatch.train.run_folder import RunFolder, read_metrics
+
+
+def test_damaged_lines_are_named_and_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\x00\xff\n{"loss": 3}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl, line [23] is damaged") as warned:
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+    assert len(warned) == 2, "the last line was being written: that is no damage"
+    with pytest.warns(UserWarning, match="line 2 is damaged"):
+        RunFolder(tmp_path).drop_lines_after(1)
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert read_metrics(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"steps": 5', b"\xff", b"5"])
+def test_damaged_files_are_named_and_not_used(tmp_path, content):
+    folder = RunFolder(tmp_path)
+    assert folder.steps_done() is None
+    folder.finish(5)
+    assert folder.steps_done() == 5
+    (tmp_path / "done.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"done.json is damaged and is not used"):
+        assert folder.steps_done() is None
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"data.json is damaged and is not used"):
+        folder.check_data(7)
