@@ -1,21 +1,16 @@
 """Exact nearest neighbours: every document is scored, sharded over the ranks, in bounded memory.
 
-A document's score is its float64 product with the query, rounded to float32; documents with equal scores rank by index.
-That is a total order which depends on the two vectors alone, so the answer is the same for any number of ranks and any
-block size. Float64 products would be slow on many GPUs, and torch.topk picks arbitrarily among ties, so each block goes
-through a float32 product and torch.topk first, which keep a few more than k candidates. Only candidates are scored in
-float64. A float32 product is within a known bound of the true one, hence whoever was dropped is provably worse than the
-k-th candidate, or (ties or near-ties at the boundary: rare) the query is searched again with the exact score of every
-document and a stable sort.
+A score is the float64 product (or cosine) of two vectors, rounded to float32; equal scores rank by document index.
+The answer depends on the vectors alone: it is the same for any number of ranks, any blocks and any matmul precision.
 
-Shapes: Q queries, N documents of this rank, C documents in a block, D dimension, K candidates kept, W world size.
+A float32 product of each block only sorts out: a document whose rough score lies further below the k-th best score so
+far than rounding can explain is dropped. The others are scored in float64. Score and index then make one int64 key, the
+score's bits above the index's, so that the best documents are the largest keys and there are no ties to break.
+
+Shapes: Q queries, N documents of this rank, C documents in a block, P pairs of a query and a document, D dimension.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +18,8 @@ from torch import Tensor
 from inbatch import collectives
 
 SIMILARITIES = ("cosine", "dot")
-_NO_DOCUMENT = torch.iinfo(torch.int64).max
-_RESCORE_ELEMENTS = 1 << 23  # 64 MiB of float64: the documents gathered at a time to be scored again
+_PAIR_ELEMENTS = 1 << 20  # 8 MiB of float64: the vectors gathered at a time to be scored exactly
+_LAST_INDEX = 0xFFFFFFFF
 
 
 def top_k(
@@ -34,64 +29,52 @@ def top_k(
     *,
     offset: int | None = None,
     similarity: str = "dot",
+    exclude: Tensor | None = None,
     group=None,
     query_chunk: int = 1024,
     document_chunk: int = 16384,
 ) -> tuple[Tensor, Tensor]:
-    """The k documents that score highest for each query, best first; equal scores: the lower index first.
+    """Return the k documents that score highest for each query, best first; equal scores: the lower index first.
 
     queries: [Q, D] float, the same on every rank. documents: [N, D] float, this rank's share (N may differ, or be 0);
     it may stay in host memory while the queries are on a GPU. offset: global index of this rank's first document; None
     means that the shares follow one another in rank order. similarity: "dot", or "cosine" (a zero vector scores 0).
+    exclude: [E, 2] int64 pairs (row of a query, global index of a document) that are never returned.
 
     Returns (scores [Q, k] float32, indices [Q, k] int64) on the queries' device, the same on every rank, for any split
-    and any chunks; min(k, all documents) columns. A score is the float64 product rounded to float32, whatever the input
-    dtype. Memory beyond the inputs: about 3 * query_chunk * document_chunk * 4 bytes. No gradient.
+    and any chunks; min(k, all documents) columns. A query to which exclusion leaves fewer ends in (-inf, -1).
+    Memory beyond the inputs: about 32 * query_chunk * document_chunk bytes, and 8 * Q * k for each rank. No gradient.
 
     Raises ValueError, on every rank, for what is no float matrix, k < 1, no documents at all, NaN or infinity in an
     embedding, or ranks that disagree on dimension, dtype, k or similarity.
     """
     error = _misuse(queries, documents, k, similarity, query_chunk, document_chunk)
-    norms = None
+    norms_N = norms_Q = torch.empty(0)
     if error is None:
-        with torch.no_grad(), _full_precision(queries.device):
-            norms = _norms(documents, document_chunk, queries.device), _norms(queries, document_chunk, queries.device)
-            error = _unusable(*norms)
+        norms_N, norms_Q = (_norms(rows, document_chunk, queries.device) for rows in (documents, queries))
+        error = _unusable(norms_N, norms_Q)
     fields, same = {}, {}
     if error is None:  # else they may not be tensors
         # Documents never travel, so they may be where the group does not communicate: agree on a view without columns.
         fields = {"queries": queries, "documents": documents[:, :0].to(queries.device)}
-        same = {"k": k, "similarity": similarity, "number of queries": len(queries), "query_chunk": query_chunk}
+        same = {"k": k, "similarity": similarity, "number of queries": len(queries)}
     rows = collectives.agree("top_k", fields, group=group, same=same, error=error)["documents"]
-    assert norms is not None
     if sum(rows) == 0:
         raise ValueError("top_k: there are no documents on any rank; expected at least one")
-    rank = collectives.rank(group)
+    assert sum(rows) <= _LAST_INDEX
     shard = _Shard(
         documents=documents,
-        norms_N=norms[0],
-        offset=sum(rows[:rank]) if offset is None else offset,
+        norms_N=norms_N,
+        offset=sum(rows[: collectives.rank(group)]) if offset is None else offset,
         cosine=similarity == "cosine",
         chunk=document_chunk,
     )
-    width = min(k, sum(rows))
-    found = []
-    with torch.no_grad(), _full_precision(queries.device):
-        for queries_QD, norms_Q in zip(queries.split(query_chunk), norms[1].split(query_chunk), strict=True):
-            local = _pad(*_search_shard(queries_QD, norms_Q, shard, min(k, len(documents))), width)
-            found.append(_merge_ranks(*local, width, group))
-    if not found:
-        return queries.new_empty(0, width, dtype=torch.float32), queries.new_empty(0, width, dtype=torch.int64)
-    return torch.cat([scores for scores, _ in found]), torch.cat([indices for _, indices in found])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shard:
-    documents: Tensor  # [N, D], any float dtype, any device
-    norms_N: Tensor  # [N] float64, on the queries' device
-    offset: int  # global index of the first document
-    cosine: bool
-    chunk: int
+    exclude_E2 = queries.new_empty(0, 2, dtype=torch.int64) if exclude is None else exclude.to(queries.device)
+    k = min(k, sum(rows))
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        keys_Qk = _best_keys(queries, norms_Q, shard, k, exclude_E2, query_chunk)
+        every_Qk = collectives.all_gather(keys_Qk, group, rows=[len(queries)] * len(rows))
+        return _decoded(torch.cat(every_Qk.split(max(1, len(queries))), dim=1).topk(k).values)
 
 
 def _misuse(queries: Tensor, documents: Tensor, k: int, similarity: str, *chunks: int) -> str | None:
@@ -116,35 +99,10 @@ def _misuse(queries: Tensor, documents: Tensor, k: int, similarity: str, *chunks
     return None
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32: neither a caller's autocast nor its TF32 setting may touch the ranking."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
-        before = [backend.fp32_precision for backend in _matmul_backends()]
-        _set_precision(["ieee"] * len(before))
-        restore = partial(_set_precision, before)
-    else:
-        restore = partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        restore()
-
-
-def _matmul_backends() -> list[Any]:
-    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _set_precision(values: list[str]) -> None:
-    for backend, value in zip(_matmul_backends(), values, strict=True):
-        backend.fp32_precision = value
-
-
+@torch.no_grad()
 def _norms(rows_ND: Tensor, chunk: int, device: torch.device) -> Tensor:
-    blocks = [block.to(device).double().norm(dim=1) for block in rows_ND.split(chunk)] if len(rows_ND) else []
-    return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.float64, device=device)
+    empty = torch.empty(0, dtype=torch.float64, device=device)
+    return torch.cat([empty, *(block.to(device).double().norm(dim=1) for block in rows_ND.split(chunk) if len(block))])
 
 
 def _unusable(norms_N: Tensor, norms_Q: Tensor) -> str | None:
@@ -164,118 +122,110 @@ def _unusable(norms_N: Tensor, norms_Q: Tensor) -> str | None:
     return None
 
 
-def _search_shard(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of this rank: exact scores [Q, k] and global indices [Q, k], in order."""
-    if k == 0:
-        empty = queries_QD.new_empty(len(queries_QD), 0)
-        return empty.float(), empty.long()
-    # How many spare candidates is a matter of speed alone: enough that near-ties seldom reach the boundary.
-    kept = min(k + 32 + k // 4, len(shard.documents))
-    rough_QK, columns_QK = _candidates(queries_QD, norms_Q, shard, kept)
-    scores_QK, columns_QK = _in_order(_rescore(queries_QD, norms_Q, shard, columns_QK), columns_QK)
-    scores_Qk, columns_Qk = scores_QK[:, :k], columns_QK[:, :k]
-    if kept < len(shard.documents):
-        # Everyone dropped has a rough score of at most the lowest kept one, so a true score of at most `ceiling`.
-        ceiling_Q = rough_QK.amin(dim=1).double() + _rough_error(norms_Q, shard, queries_QD.shape[1])
-        unsure = (ceiling_Q >= scores_Qk[:, -1].double()).nonzero().squeeze(1)
-        for some in unsure.split(128) if len(unsure) else ():  # a float64 block and its sort take much more memory
-            scores_Qk[some], columns_Qk[some] = _exhaustive(queries_QD[some], norms_Q[some], shard, k)
-    return scores_Qk, columns_Qk + shard.offset
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    documents: Tensor  # [N, D], any float dtype, any device
+    norms_N: Tensor  # [N] float64, on the queries' device
+    offset: int  # global index of the first document
+    cosine: bool
+    chunk: int
 
 
-def _rough_error(norms_Q: Tensor, shard: _Shard, dimension: int) -> Tensor:
-    """Bound [Q] on |rough score - score|. A float32 sum of D products, in any order, is within D * 2^-24 * |q| |d| of
-    the true one; twice that, and a little, covers normalisation in float32 and the score's own rounding."""
-    bound, denormals = (dimension + 8) * 2.0**-23, dimension * 2.0**-126
-    if shard.cosine:
-        return torch.full_like(norms_Q, bound)
-    return bound * norms_Q * shard.norms_N.max() + denormals
+def _best_keys(
+    queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, k: int, exclude_E2: Tensor, query_chunk: int
+) -> Tensor:
+    """Return the keys [Q, k] of this rank's best documents in falling order; _keys(-inf, -1) where it has fewer."""
+    device = queries_QD.device
+    best_Qk = _keys(torch.full((len(queries_QD), k), -torch.inf, device=device), torch.tensor(-1, device=device))
+    rough_QD = _rough(queries_QD, norms_Q, shard.cosine)
+    for first in range(0, len(shard.documents), shard.chunk):
+        start, norms_C = first + shard.offset, shard.norms_N[first : first + shard.chunk]
+        block_CD = shard.documents[first : first + shard.chunk].to(device)
+        rough_CD = _rough(block_CD, norms_C, shard.cosine)
+        error_Q = _rough_error(norms_Q, norms_C, shard.cosine, queries_QD.shape[1])
+        for row in range(0, len(queries_QD), query_chunk):
+            some = slice(row, row + query_chunk)
+            rough_QC = rough_QD[some] @ rough_CD.T
+            inside_E2 = exclude_E2 - exclude_E2.new_tensor([row, start])
+            inside_E2 = inside_E2[((inside_E2 >= 0) & (inside_E2 < exclude_E2.new_tensor(rough_QC.shape))).all(1)]
+            rough_QC[inside_E2[:, 0], inside_E2[:, 1]] = -torch.inf
+            rows_P, columns_P = _candidates(rough_QC, _decoded(best_Qk[some, -1])[0], error_Q[some], k)
+            scores_P = _products(queries_QD[some], block_CD, rows_P, columns_P)
+            if shard.cosine:
+                scores_P *= _inverse(norms_Q[some][rows_P] * norms_C[columns_P])
+            best_Qk[some] = _merged(best_Qk[some], rows_P, _keys(scores_P.float(), columns_P + start))
+    return best_Qk
+
+
+def _rough(rows_ND: Tensor, norms_N: Tensor, cosine: bool) -> Tensor:
+    return (rows_ND * _inverse(norms_N)[:, None] if cosine else rows_ND).float()
 
 
 def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms.reciprocal(), 0.0)
 
 
-def _candidates(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, kept: int) -> tuple[Tensor, Tensor]:
-    """Rough scores and columns [Q, K] of the documents that do best in float32, in no order."""
-    if shard.cosine:
-        queries_QD = queries_QD * _inverse(norms_Q)[:, None]
-    queries_QD = queries_QD.float()
-    best_QK, columns_QK = (
-        queries_QD.new_empty(len(queries_QD), 0),
-        norms_Q.new_empty(len(norms_Q), 0, dtype=torch.int64),
-    )
-    for start in range(0, len(shard.documents), shard.chunk):
-        block_CD = shard.documents[start : start + shard.chunk].to(queries_QD.device)
-        if shard.cosine:
-            block_CD = block_CD * _inverse(shard.norms_N[start : start + shard.chunk])[:, None]
-        scores_QC = queries_QD @ block_CD.float().T
-        scores_QK, within_QK = scores_QC.topk(min(kept, scores_QC.shape[1]), sorted=False)
-        best_QK = torch.cat([best_QK, scores_QK], dim=1)
-        columns_QK = torch.cat([columns_QK, within_QK + start], dim=1)
-        if best_QK.shape[1] > kept:
-            best_QK, chosen_QK = best_QK.topk(kept, sorted=False)
-            columns_QK = columns_QK.gather(1, chosen_QK)
-    return best_QK, columns_QK
+def _rough_error(norms_Q: Tensor, norms_C: Tensor, cosine: bool, dimension: int) -> Tensor:
+    """Return a bound [Q] on |rough score - score| in a block.
 
-
-def _exact(products: Tensor, query_norms: Tensor, document_norms: Tensor, cosine: bool) -> Tensor:
-    """The one definition of a score. Rounding to float32 wipes out the order in which float64 sums were taken."""
+    A float32 sum of D products, in any order, is within D 2^-24 |q| |d| of the true one; twice that, and some, covers
+    the roundings of the factors and of the score too. Torch may be set to round the factors to bfloat16 first: 2^-8.
+    """
+    try:
+        coarse = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set for each backend
+        coarse = True
+    relative = (dimension + 8) * 2.0**-23 + (1.01 * 2.0**-8 if coarse else 0.0)
     if cosine:
-        products = products * _inverse(query_norms * document_norms)
-    return products.float()
+        return torch.full_like(norms_Q, relative).float()
+    longest = norms_C.max()
+    return (relative * norms_Q * longest + dimension * 2.0**-126 * (1 + norms_Q + longest)).float()
 
 
-def _rescore(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, columns_QK: Tensor) -> Tensor:
-    """Exact scores [Q, K] of chosen documents."""
-    scores = []
-    rows = max(1, _RESCORE_ELEMENTS // (columns_QK.shape[1] * queries_QD.shape[1] or 1))
-    for queries, norms, columns in zip(
-        queries_QD.split(rows), norms_Q.split(rows), columns_QK.split(rows), strict=True
-    ):
-        chosen_QKD = shard.documents[columns.to(shard.documents.device)].to(queries.device).double()
-        products_QK = torch.einsum("qd,qkd->qk", queries.double(), chosen_QKD)
-        scores.append(_exact(products_QK, norms[:, None], shard.norms_N[columns], shard.cosine))
-    return torch.cat(scores)
+def _candidates(rough_QC: Tensor, floor_Q: Tensor, error_Q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of all documents that may be among the k best, given the k-th best scores so far."""
+    known = not floor_Q.isneginf().any()
+    for tighten in (False, True) if known else (True,):
+        if tighten and k < rough_QC.shape[1]:
+            floor_Q = torch.maximum(floor_Q, rough_QC.topk(k, sorted=False).values.amin(1) - error_Q)
+        # The least float32 is above the -inf of excluded documents.
+        passing_QC = rough_QC >= (floor_Q - error_Q).clamp_min(torch.finfo(torch.float32).min)[:, None]
+        rows_P, columns_P = passing_QC.nonzero(as_tuple=True)
+        if len(rows_P) <= 2 * k * len(rough_QC):
+            break
+    return rows_P, columns_P
 
 
-def _exhaustive(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, k: int) -> tuple[Tensor, Tensor]:
-    """The k best by the exact score of every document."""
-    queries_QD = queries_QD.double()
-    best_Qk = norms_Q.new_empty(len(norms_Q), 0).float()
-    columns_Qk = best_Qk.long()
-    for start in range(0, len(shard.documents), shard.chunk):
-        block_CD = shard.documents[start : start + shard.chunk].to(queries_QD.device).double()
-        norms_C = shard.norms_N[start : start + shard.chunk]
-        scores_QC = _exact(queries_QD @ block_CD.T, norms_Q[:, None], norms_C, shard.cosine)
-        columns_QC = torch.arange(start, start + len(block_CD), device=norms_Q.device).expand_as(scores_QC)
-        # Earlier documents stand to the left, so a stable sort keeps the lower index first among equals.
-        best, chosen = torch.cat([best_Qk, scores_QC], dim=1).sort(dim=1, descending=True, stable=True)
-        best_Qk, columns_Qk = best[:, :k], torch.cat([columns_Qk, columns_QC], dim=1).gather(1, chosen[:, :k])
-    return best_Qk, columns_Qk
+def _products(queries_QD: Tensor, block_CD: Tensor, rows_P: Tensor, columns_P: Tensor) -> Tensor:
+    """Return the float64 products [P] of pairs."""
+    if 8 * len(rows_P) > len(queries_QD) * len(block_CD):  # as for a model whose embeddings have become all alike
+        return (queries_QD.double() @ block_CD.double().T)[rows_P, columns_P]
+    pairs = (indices.split(max(1, _PAIR_ELEMENTS // max(1, block_CD.shape[1]))) for indices in (rows_P, columns_P))
+    return torch.cat(
+        [
+            (queries_QD[rows].double()[:, None] @ block_CD[columns].double()[:, :, None]).flatten()
+            for rows, columns in zip(*pairs, strict=True)
+        ]
+    )
 
 
-def _in_order(scores: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows by falling score, then by rising index."""
-    indices, order = indices.sort(dim=1)
-    scores, second = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores, indices.gather(1, second)
+def _merged(best_Qk: Tensor, rows_P: Tensor, keys_P: Tensor) -> Tensor:
+    """Return the k largest keys [Q, k] of the best so far and of new ones, whose rows are given in order."""
+    counts_Q = torch.bincount(rows_P, minlength=len(best_Qk))
+    places_P = torch.arange(len(rows_P), device=rows_P.device) - (counts_Q.cumsum(0) - counts_Q)[rows_P]
+    new_QK = best_Qk.new_full((len(best_Qk), int(counts_Q.max())), torch.iinfo(torch.int64).min)
+    new_QK[rows_P, places_P] = keys_P
+    return torch.cat([best_Qk, new_QK], dim=1).topk(best_Qk.shape[1]).values
 
 
-def _pad(scores_Qk: Tensor, indices_Qk: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    missing = (0, width - scores_Qk.shape[1])
-    pad = torch.nn.functional.pad
-    return pad(scores_Qk, missing, value=-torch.inf), pad(indices_Qk, missing, value=_NO_DOCUMENT)
+def _keys(scores: Tensor, indices: Tensor) -> Tensor:
+    """Return int64 keys that order as (score, -index) do: the bits of a float order as integers, sign apart."""
+    bits = (scores + 0.0).view(torch.int32).long()  # -0.0 is 0.0
+    return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) * 2**32 + (_LAST_INDEX - (indices & _LAST_INDEX))
 
 
-def _merge_ranks(scores_Qk: Tensor, indices_Qk: Tensor, width: int, group) -> tuple[Tensor, Tensor]:
-    world_size = collectives.world_size(group)
-    if world_size == 1:
-        return scores_Qk, indices_Qk
-
-    def gathered(local_Qk: Tensor) -> Tensor:
-        every = collectives.all_gather(local_Qk.contiguous(), group, rows=[len(local_Qk)] * world_size)
-        return every.view(world_size, *local_Qk.shape).transpose(0, 1).reshape(len(local_Qk), -1)
-
-    scores, indices = _in_order(gathered(scores_Qk), gathered(indices_Qk))
-    return scores[:, :width], indices[:, :width]
+def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores and indices of keys."""
+    bits, indices = keys >> 32, _LAST_INDEX - (keys & _LAST_INDEX)
+    scores = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).int().view(torch.float32)
+    return scores, torch.where(indices == _LAST_INDEX, -1, indices)

@@ -1,5 +1,7 @@
 """top_k against a dense float64 oracle, on any number of ranks. Q queries, N documents, D dimension, W world size."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,10 +62,30 @@ def test_other_dtypes_are_scored_as_exactly_as_float32(dtype):
     assert torch.equal(indices, expected[1])
 
 
-def test_ordinary_data_never_needs_the_exhaustive_search(monkeypatch):
-    monkeypatch.setattr(search, "_exhaustive", None)
-    documents = embeddings("random", 20000, 384, 4)
-    search.top_k(embeddings("random", 50, 384, 5), documents, 100, similarity="cosine")
+@pytest.mark.parametrize("kind", KINDS)
+def test_excluded_pairs_are_never_returned(kind):
+    queries, documents = embeddings(kind, 40, KINDS[kind], 0), embeddings(kind, 300, KINDS[kind], 1)
+    _, best = oracle(queries, documents, 300)
+    # Of each query some of its best, those of the last query all but five.
+    exclude = [(row, int(best[row, place])) for row in range(40) for place in range(0, row % 7 * 3, 2)]
+    exclude += [(39, int(column)) for column in best[39, 5:]]
+    for k, query_chunk, document_chunk in ((10, 1024, 16384), (150, 16, 64), (300, 7, 299)):
+        options = {"query_chunk": query_chunk, "document_chunk": document_chunk}
+        scores, indices = search.top_k(queries, documents, k, exclude=torch.tensor(exclude), **options)
+        for row in range(40):
+            allowed = [column for column in best[row].tolist() if (row, column) not in exclude][:k]
+            assert indices[row].tolist() == allowed + [-1] * (k - len(allowed))
+            assert scores[row, len(allowed) :].isneginf().all()
+            assert scores[row, : len(allowed)].isfinite().all()
+
+
+def test_embeddings_that_are_all_alike_are_ranked_by_their_scores_all_the_same():
+    documents = 1 + 1e-7 * embeddings("random", 500, 16, 0)  # as of a model that has collapsed
+    queries = 1 + 1e-7 * embeddings("random", 30, 16, 1)
+    expected = oracle(queries, documents, 20)
+    found = search.top_k(queries, documents, 20, document_chunk=128)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_a_callers_autocast_and_matmul_precision_change_nothing():
@@ -103,14 +125,14 @@ def test_zero_vectors_and_huge_and_tiny_ones_have_a_cosine():
     assert scores[1].tolist() == [0, 0, 0, 0]
 
 
-def _search_in_shards(rank, kind, dimension, counts, k, similarity, chunk, backwards):
+def _search_in_shards(rank, kind, dimension, counts, k, similarity, chunk, backwards, exclude=None):
     """Rank r holds counts[r] documents; backwards: the last rank holds the first ones and says so by its offset."""
     queries = embeddings(kind, 23, dimension, 0).to(device())
     documents = embeddings(kind, sum(counts), dimension, 1)
     order = list(range(len(counts)))[:: -1 if backwards else 1]
     offset = sum(counts[other] for other in order[: order.index(rank)])
     mine = documents[offset : offset + counts[rank]].to(device())
-    where = {"offset": offset} if backwards else {}
+    where = {"offset": offset, "exclude": exclude} if backwards else {"exclude": exclude}
     found = search.top_k(queries, mine, k, similarity=similarity, document_chunk=chunk, query_chunk=10, **where)
     return [tensor.cpu() for tensor in found]
 
@@ -134,11 +156,20 @@ def test_property_any_split_any_ties(pool, data):
     counts = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=3).filter(any))
     k = data.draw(st.integers(1, 120))
     similarity = data.draw(st.sampled_from(search.SIMILARITIES))
+    pair = st.tuples(st.integers(0, 22), st.integers(0, sum(counts) - 1))
+    exclude = set(data.draw(st.lists(pair, max_size=200)))
     args = (kind, 4, counts, k, similarity, data.draw(st.integers(1, 100)), data.draw(st.booleans()))
-    expected = oracle(embeddings(kind, 23, 4, 0), embeddings(kind, sum(counts), 4, 1), k, similarity)
-    for found in pool.run(_search_in_shards, len(counts), *args):
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
+    scores, indices = oracle(embeddings(kind, 23, 4, 0), embeddings(kind, sum(counts), 4, 1), sum(counts), similarity)
+    expected = []
+    for row in range(len(indices)):
+        allowed = [place for place, column in enumerate(indices[row].tolist()) if (row, column) not in exclude][:k]
+        missing = min(k, scores.shape[1]) - len(allowed)
+        expected.append(
+            (scores[row, allowed].tolist() + [-math.inf] * missing, indices[row, allowed].tolist() + [-1] * missing)
+        )
+    pairs = torch.tensor(sorted(exclude), dtype=torch.int64).reshape(-1, 2)
+    for found in pool.run(_search_in_shards, len(counts), *args, pairs):
+        assert list(zip(found[0].tolist(), found[1].tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize(
