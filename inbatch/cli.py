@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from inbatch import __version__
 from inbatch.launch import INTERRUPTED, launch, no_fault_of_this_process, report, show_warning
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Train the encoder that the YAML file CONFIG describes. Every key can be set as a
     inbatch train configs/quickstart.yaml --nproc-per-node 2 --optim.lr 1e-4 --train.output_dir runs/second
 
 The same command again goes on with a run that was interrupted. On several machines, start
-`torchrun ... -m inbatch train CONFIG` on each."""
+`torchrun ... -m inbatch train CONFIG` on each. --print_config prints the whole configuration as YAML and ends."""
 
 
 def main() -> None:
@@ -97,18 +98,22 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
         prog="inbatch train", parents=[_common_options()], add_help=False, allow_abbrev=False
     )
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--print_config", "--print-config", action="store_true")
     known, overrides = parser.parse_known_args(arguments)
     if known.help:
-        from inbatch.train.config_file import build_parser as build_config_parser
+        from inbatch.train.config_file import help_text
 
-        # Without jsonargparse's usage, which repeats every key.
-        print(TRAIN_HELP + "\n\n" + build_config_parser().format_help().split("\n\n", 2)[2], end="")
+        print(f"{TRAIN_HELP}\n\n{help_text()}", end="")
         sys.exit(0)
-    return argparse.Namespace(**vars(known), command="train", config=config, overrides=overrides, function=_train)
+    if known.print_config:
+        known.nproc_per_node = 1
+    function = _print_config if known.print_config else _train
+    return argparse.Namespace(**vars(known), command="train", config=config, overrides=overrides, function=function)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inbatch", description="Train and use text encoders for retrieval.")
+    parser.add_argument("--version", action="version", version=f"inbatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
@@ -210,6 +215,12 @@ def _load_config(known: argparse.Namespace) -> "Config":
     from inbatch.train.config_file import load
 
     return load(known.config, known.overrides)
+
+
+def _print_config(known: argparse.Namespace) -> None:
+    from inbatch.train.config import dump
+
+    print(dump(_load_config(known)), end="")
 
 
 def _train(known: argparse.Namespace) -> None:

@@ -15,10 +15,12 @@ import pytest
 import torch
 import yaml
 
+import inbatch
 from inbatch import cli
 from inbatch.collectives import OtherRankError
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.launch import _report_killed
+from inbatch.train.config_file import load
 from tests.helpers import REPOSITORY
 from tests.tiny_models import WORDS, save_tiny
 
@@ -182,11 +184,23 @@ def test_help_names_every_key(capsys):
     assert "--nproc-per-node" in printed
 
 
+def test_the_version_and_the_whole_configuration_are_printed(home, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.run(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"inbatch {inbatch.__version__}\n"
+    arguments = ["train", str(home / "config.yaml"), "--nproc-per-node", "2", "--optim.lr", "1e-3", "--print_config"]
+    assert cli.run(arguments) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load(tmp_path / "printed.yaml") == load(home / "config.yaml", ["--optim.lr", "1e-3"])
+
+
 def test_without_the_extra_the_remedy_is_named(home, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    monkeypatch.delitem(sys.modules, "inbatch.train.config_file")
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    for name in ("config_file", "config", "settings"):
+        monkeypatch.delitem(sys.modules, f"inbatch.train.{name}", raising=False)
     assert cli.run(["train", str(home / "config.yaml")]) == 1
-    assert "jsonargparse is not installed: pip install 'inbatch[train]'" in only_message(capsys)
+    assert "pydantic is not installed: pip install 'inbatch[train]'" in only_message(capsys)
 
 
 def run_command(*command: str, cwd: Path = REPOSITORY, **variables: str) -> tuple[subprocess.CompletedProcess, float]:

@@ -4,21 +4,31 @@
 The docstring under each field is its help text on the command line.
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
-# A key that a resumed run may change: it alters neither the batches nor the meaning of a step already taken.
-MAY_CHANGE = {"may_change_on_resume": True}
+from inbatch.train.settings import Number, settings
+
+# The keys and whole groups that a resumed run may change: they alter neither the batches nor the meaning of a step
+# already taken.
+MAY_CHANGE = {
+    "data.num_workers",
+    "train.output_dir",
+    "train.epochs",
+    "train.max_steps",
+    "train.parallel",
+    "train.reshard",
+    "train.log_every",
+    "train.progress",
+    "eval",
+    "checkpoint",
+}
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
+@settings("model")
 class ModelConfig:
     """Which encoder, and how it turns tokens into one vector."""
 
@@ -39,83 +49,67 @@ class ModelConfig:
     separate_towers: bool = False
     """an encoder for queries and another for passages, alike at the start; saved as model/query and model/passage"""
     freeze: Literal["query", "passage"] | None = None
-    """the one of the separate towers that is not trained"""
+    """which of the separate towers to leave as it is"""
 
     def __post_init__(self):
-        _require(
-            self.freeze is None or self.separate_towers,
-            f"model.freeze is {self.freeze!r}, but there is one encoder for both: set model.separate_towers to true",
-        )
-        _require(
-            not self.packed or self.attn_implementation is None,
-            f"model.packed brings its own attention: leave out model.attn_implementation {self.attn_implementation!r}",
-        )
+        if self.freeze is not None and not self.separate_towers:
+            raise ValueError(
+                f"model.freeze is {self.freeze!r}, but there is one encoder for both: set model.separate_towers to true"
+            )
+        if self.packed and self.attn_implementation is not None:
+            raise ValueError(
+                f"model.packed brings its own attention: leave out model.attn_implementation "
+                f"{self.attn_implementation!r}"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("lora")
 class LoraConfig:
     """Train low-rank additions to the backbone's weights instead of the weights; merged in the saved model."""
 
-    r: int | None = None
+    r: int | None = Field(default=None, ge=1)
     """rank, such as 16; null trains all weights"""
-    alpha: float = 32.0
+    alpha: Number = Field(default=32.0, gt=0)
     """the additions are scaled by alpha / r"""
-    dropout: float = 0.0
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
     """on the inputs of the additions"""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = Field(default="all-linear", min_length=1)
     """which layers: all-linear, or a list of the ends of their names, such as [q_proj, v_proj]"""
 
-    def __post_init__(self):
-        _require(self.r is None or self.r >= 1, f"lora.r is {self.r}: expected at least 1, or null for full training")
-        _require(self.alpha > 0, f"lora.alpha is {self.alpha}: expected a positive number")
-        _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}: expected 0 <= dropout < 1")
-        _require(len(self.target_modules) > 0, "lora.target_modules is empty: name layers, or leave it at all-linear")
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings("data")
 class DataConfig:
     """The training records and their lengths."""
 
-    train: str | list[str]
+    train: str | list[str] = Field(min_length=1)
     """BEIR folders, or JSONL, Parquet or corpus-id JSON files; one or a list"""
     split: str = "train"
     """which qrels of a BEIR folder"""
-    columns: dict[str, str] | None = None
-    """names of the columns where they are not recognised, such as {query: question, positive: answer}"""
-    train_n_passages: int | None = None
+    columns: dict[str, str | list[str]] | None = None
+    """names of the columns where they are not recognised, such as {query: question, negative: [worse, worst]}"""
+    train_n_passages: int | None = Field(default=None, ge=1)
     """passages per query, the positive included; null takes every hard negative a record has"""
-    num_workers: int | None = field(default=None, metadata=MAY_CHANGE)
+    num_workers: int | None = Field(default=None, ge=0)
     """processes per rank that make batches ahead; null: up to 8, as the cores allow; 0 makes them between the steps"""
-    query_max_len: int = 64
+    query_max_len: int = Field(default=64, ge=3)
     """tokens a query is cut to"""
-    passage_max_len: int = 256
+    passage_max_len: int = Field(default=256, ge=3)
     """tokens a passage is cut to"""
     query_prefix: str | None = None
     """text put before every query, saved with the model; null takes the saved model's"""
     passage_prefix: str | None = None
     """text put before every passage, saved with the model; null takes the saved model's"""
 
-    def __post_init__(self):
-        _require(len(self.train) > 0, "data.train is empty: name at least one file or folder")
-        _require(self.query_max_len >= 3, f"data.query_max_len is {self.query_max_len}: expected at least 3 tokens")
-        _require(
-            self.passage_max_len >= 3, f"data.passage_max_len is {self.passage_max_len}: expected at least 3 tokens"
-        )
-        workers = self.num_workers
-        _require(workers is None or workers >= 0, f"data.num_workers is {workers}: expected 0 or more")
-        n = self.train_n_passages
-        _require(n is None or n >= 1, f"data.train_n_passages is {n}: expected at least 1 (the positive)")
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings("loss")
 class LossConfig:
     """InfoNCE over the passages of the whole global batch."""
 
     objective: Literal["info_nce", "clip", "gte", "qwen3_embedding"] = "info_nce"
     """which scores stand beside the positive's: info_nce takes query to passage, the others more directions"""
-    matryoshka_dims: list[int] | None = None
+    matryoshka_dims: list[int] | None = Field(default=None, min_length=1)
     """sum the loss over these prefixes of the embeddings, such as [384, 128]; null takes them whole"""
-    temperature: float = 0.02
+    temperature: Number = Field(default=0.02, gt=0)
     """scores are divided by it"""
     learnable_temperature: bool = False
     """train the temperature too (its logarithm, so that it stays positive)"""
@@ -125,71 +119,65 @@ class LossConfig:
     """how the sum is computed; auto picks by device"""
     mask_duplicates: bool = True
     """leave out passages that are a positive of the query, by id or equal text"""
-    margin: float | None = None
+    margin: Number | None = None
     """also leave out passages that score above the positive's score plus this (cosine); null is off"""
 
     def __post_init__(self):
-        _require(
-            self.temperature > 0, f"loss.temperature is {self.temperature}: expected a positive number, such as 0.02"
-        )
+        if self.temperature < 1e-6:
+            raise ValueError(
+                f"loss.temperature is {self.temperature}: expected at least 1e-6, below which scores overflow"
+            )
         dims = self.matryoshka_dims
-        _require(
-            dims is None or (len(dims) > 0 and len(set(dims)) == len(dims) and min(dims) >= 1),
-            f"loss.matryoshka_dims is {dims}: expected different positive numbers, or null",
-        )
+        if dims is not None and (len(set(dims)) < len(dims) or min(dims) < 1):
+            raise ValueError(f"loss.matryoshka_dims is {dims}: expected different positive numbers, or null")
 
 
-@dataclass(frozen=True, kw_only=True)
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+
+@settings("optim")
 class OptimConfig:
     """AdamW with warm-up and decay."""
 
-    lr: float = 2e-5
+    lr: Number = Field(default=2e-5, gt=0)
     """peak learning rate"""
-    weight_decay: float = 0.01
+    weight_decay: Number = Field(default=0.01, ge=0)
     """not applied to norms, biases and the temperature"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)  # a list, in YAML
     """decay of AdamW's moments"""
-    eps: float = 1e-8
+    eps: Number = Field(default=1e-8, gt=0)
     """AdamW's epsilon"""
-    warmup_ratio: float = 0.1
+    warmup_ratio: Number = Field(default=0.1, ge=0, lt=1)
     """share of all steps in which the rate grows from 0"""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """shape of the decay after the warm-up"""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Number | None = Field(default=1.0, gt=0)
     """clip the global gradient norm to this; null is off"""
 
-    def __post_init__(self):
-        _require(self.lr > 0, f"optim.lr is {self.lr}: expected a positive number")
-        _require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio is {self.warmup_ratio}: expected 0 <= ratio < 1")
-        norm = self.max_grad_norm
-        _require(
-            norm is None or norm > 0, f"optim.max_grad_norm is {norm}: expected a positive number, or null for off"
-        )
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings("train")
 class TrainConfig:
     """The batch, the length of the run, where and how it computes."""
 
-    output_dir: str = field(metadata=MAY_CHANGE)
+    output_dir: str = Field(min_length=1)
     """the run's folder: config.yaml, metrics.jsonl, speed.jsonl, tensorboard/, checkpoints/, model/"""
-    global_batch_size: int = 256
+    global_batch_size: int = Field(default=256, ge=1)
     """queries per optimizer step over all processes"""
-    accumulation_steps: int = 1
+    accumulation_steps: int = Field(default=1, ge=1)
     """cut the global batch into this many; each query then sees only its part's passages"""
-    epochs: int = field(default=1, metadata=MAY_CHANGE)
+    epochs: int = Field(default=1, ge=1)
     """passes over the training records"""
-    max_steps: int | None = field(default=None, metadata=MAY_CHANGE)
+    max_steps: int | None = Field(default=None, ge=1)
     """stop after this many optimizer steps; null means after `epochs`"""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
     """fixes the order of the records and the dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPU; bf16 keeps float32 weights and computes in bf16 (fsdp2: from bf16 copies)"""
-    parallel: Literal["ddp", "fsdp2"] = field(default="ddp", metadata=MAY_CHANGE)
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     """ddp: the whole model on every GPU; fsdp2: weights, gradients and optimizer sharded over them"""
-    reshard: bool = field(default=True, metadata=MAY_CHANGE)
+    reshard: bool = True
     """fsdp2: false keeps the gathered weights through a step: faster, for the memory of the weights"""
     compile: bool = False
     """torch.compile for each transformer layer; takes minutes at the start"""
@@ -197,66 +185,50 @@ class TrainConfig:
     """padded tokens encoded at a time; null encodes the batch whole; the same gradient, but other dropout masks"""
     keep_graph_mib: int | Literal["auto"] = "auto"
     """memory for activations kept between the two passes, so that less is encoded twice"""
-    log_every: int = field(default=10, metadata=MAY_CHANGE)
+    log_every: int = Field(default=10, ge=1)
     """steps between two lines of metrics.jsonl"""
-    progress: bool = field(default=True, metadata=MAY_CHANGE)
+    progress: bool = True
     """show a progress bar"""
 
     def __post_init__(self):
-        for name in ("global_batch_size", "accumulation_steps", "epochs", "log_every"):
-            value = getattr(self, name)
-            _require(value >= 1, f"train.{name} is {value}: expected at least 1")
-        _require(
-            self.max_steps is None or self.max_steps >= 1, f"train.max_steps is {self.max_steps}: expected at least 1"
-        )
         rest = self.global_batch_size % self.accumulation_steps
-        _require(
-            rest == 0,
-            f"train.global_batch_size {self.global_batch_size} is not divisible by train.accumulation_steps "
-            f"{self.accumulation_steps} (rest {rest}): the parts of a step must be equal; change one of them",
-        )
-        _require(
-            self.reshard or self.parallel == "fsdp2",
-            "train.reshard is false, which means nothing where nothing is sharded: set train.parallel to fsdp2",
-        )
+        if rest:
+            raise ValueError(
+                f"train.global_batch_size {self.global_batch_size} is not divisible by train.accumulation_steps "
+                f"{self.accumulation_steps} (rest {rest}): the parts of a step must be equal; change one of them"
+            )
+        if not self.reshard and self.parallel != "fsdp2":
+            raise ValueError(
+                "train.reshard is false, which means nothing where nothing is sharded: set train.parallel to fsdp2"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("eval")
 class EvalConfig:
     """Retrieval evaluation over a whole corpus, at the start, during training and at the end."""
 
-    data: str | None = field(default=None, metadata=MAY_CHANGE)
+    data: str | None = None
     """BEIR folder; null evaluates nothing"""
-    split: str = field(default="dev", metadata=MAY_CHANGE)
+    split: str = "dev"
     """which qrels"""
-    every_steps: int | None = field(default=None, metadata=MAY_CHANGE)
+    every_steps: int | None = Field(default=None, ge=1)
     """steps between two evaluations; null means only at the end"""
-    at_start: bool = field(default=True, metadata=MAY_CHANGE)
+    at_start: bool = True
     """evaluate before the first step as well"""
-    measures: list[str] = field(default_factory=lambda: ["nDCG@10", "R@100", "RR@10"], metadata=MAY_CHANGE)
+    measures: list[str] = Field(default=["nDCG@10", "R@100", "RR@10"], min_length=1)
     """as ir-measures names them; the best figure is kept by the first"""
-    similarity: Literal["cosine", "dot"] = field(default="cosine", metadata=MAY_CHANGE)
+    similarity: Literal["cosine", "dot"] = "cosine"
     """how query and document vectors are compared"""
 
-    def __post_init__(self):
-        every = self.every_steps
-        _require(every is None or every >= 1, f"eval.every_steps is {every}: expected at least 1, or null")
-        _require(len(self.measures) > 0, "eval.measures is empty: name at least one, such as nDCG@10")
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings("checkpoint")
 class CheckpointConfig:
     """Saved states from which the run continues exactly."""
 
-    every_steps: int | None = field(default=None, metadata=MAY_CHANGE)
+    every_steps: int | None = Field(default=None, ge=1)
     """steps between two checkpoints; null saves none but the final model"""
-    keep_last: int = field(default=2, metadata=MAY_CHANGE)
+    keep_last: int = Field(default=2, ge=1)
     """older checkpoints are deleted"""
-
-    def __post_init__(self):
-        every = self.every_steps
-        _require(every is None or every >= 1, f"checkpoint.every_steps is {every}: expected at least 1, or null")
-        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,18 +243,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-
-GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "lora": LoraConfig,
-    "data": DataConfig,
-    "loss": LossConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "checkpoint": CheckpointConfig,
-}
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -305,11 +265,9 @@ def dump(config: Config) -> str:
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """The keys that make two configurations different runs, with both values; what a resume may change is left out."""
-    free = {
-        f"{group}.{f.name}"
-        for group, cls in GROUPS.items()
-        for f in fields(cls)
-        if f.metadata.get("may_change_on_resume")
-    }
     ours, theirs = flatten(config), flatten(other)
-    return {key: (ours[key], theirs[key]) for key in ours if key not in free and ours[key] != theirs[key]}
+    return {
+        key: (ours[key], theirs[key])
+        for key in ours
+        if not {key, key.split(".")[0]} & MAY_CHANGE and ours[key] != theirs[key]
+    }

@@ -1,176 +1,166 @@
-"""Reading a configuration: a YAML file first, command-line options over it, unknown keys and wrong types refused."""
+"""Reading a configuration: a YAML file first, command-line options over it, each mistake in one line with its place."""
 
 import argparse
 import difflib
-import re
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings  # pyright: ignore
 
-from inbatch.train.config import GROUPS, Config
+from inbatch.train.config import Config
+from inbatch.train.settings import GROUPS, SettingsError, in_words, keys, kind, members, shown, unknown
 
-# What other trainers call a field, for the suggestion in the message about an unknown key.
-_OTHER_NAMES = {
-    "batch_size": "train.global_batch_size",
-    "per_device_train_batch_size": "train.global_batch_size",
-    "gradient_accumulation_steps": "train.accumulation_steps",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "bf16": "train.precision",
-    "mini_batch_num_tokens": "train.micro_batch_tokens",
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "clip_grad_norm": "optim.max_grad_norm",
-    "q_max_len": "data.query_max_len",
-    "p_max_len": "data.passage_max_len",
-    "n_passages": "data.train_n_passages",
-    "train_group_size": "data.train_n_passages",
-    "query_instruction": "data.query_prefix",
-    "train_file": "data.train",
-    "train_data": "data.train",
-    "normalize": "model.l2_normalize",
-    "pretrained_model_name_or_path": "model.name_or_path",
-    "model_name_or_path": "model.name_or_path",
-    "model_name": "model.name_or_path",
-    "gather_across_devices": "loss.negatives",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep_last",
-    "eval_steps": "eval.every_steps",
-    "logging_steps": "train.log_every",
-    "fsdp": "train.parallel",
-    "torch_compile": "train.compile",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "untie_encoder": "model.separate_towers",
-}
+_MAX_BYTES, _MAX_DEPTH = 1 << 20, 8
 
 
-def leaf_keys() -> list[str]:
-    """Every option by its full name, such as "optim.lr"."""
-    return [f"{group}.{f.name}" for group, cls in GROUPS.items() for f in fields(cls)]
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a YAML file (None: no file) with options such as ["--optim.lr", "1e-4"] over it.
 
-
-def build_parser() -> ArgumentParser:
-    """The jsonargparse parser of all groups: it knows the types and writes the help."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="inbatch train CONFIG", exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action=ActionConfigFile, help=argparse.SUPPRESS)
-    for group, cls in GROUPS.items():
-        parser.add_class_arguments(cls, group, help=(cls.__doc__ or "").strip())
-    return parser
-
-
-def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """The configuration of a YAML file (None: no file) with options such as ["--optim.lr", "1e-4"] over it.
-
-    Raises ValueError with one line for a missing file, bad YAML, an unknown key (with the nearest known one), a wrong
-    type or a missing required key.
+    Raises ValueError with one line for a missing or damaged file, an unknown key (with the nearest known one), a value
+    of a wrong type or out of range, a missing required key.
     """
-    tree = {} if path is None else _read_yaml(Path(path))
-    source = "the configuration" if path is None else str(path)
-    for group, values in tree.items():
-        for name in values:
-            _check_known(f"{group}.{name}", source)
-    arguments = list(overrides or [])
-    for argument in arguments:
-        if argument.startswith("--"):
-            _check_known(argument[2:].split("=", 1)[0].removesuffix("+"), "the command line")
-    return _parse(None if path is None else Path(path), arguments)
+    tree, lines = ({}, {}) if path is None else _read_file(Path(path))
+    options = _read_options(overrides)
+    for key, value in options.items():
+        group, name = key.split(".")
+        tree.setdefault(group, {})[name] = value
+    groups, wrong, missing = {}, {}, []
+    for group, cls in GROUPS.items():
+        try:
+            groups[group] = cls(**tree.get(group, {}))
+        except SettingsError as error:
+            wrong |= error.wrong
+            missing += error.missing
+    for key in wrong.keys() & lines.keys() - options.keys():
+        wrong[key] = f"{path} line {lines[key]}: {wrong[key]}"
+    if wrong or missing:
+        raise SettingsError(wrong, missing)
+    return Config(**groups)
 
 
-class _DistinctKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of equal keys and says nothing of the others; YAML itself does not allow them."""
+# ---- the file
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that cannot mislead: no key twice, no alias (which can stand for gigabytes), no tag, no deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if self.check_event(yaml.AliasEvent):
+            self._refuse(f"*{event.anchor} is an alias: write the value out", event)
+        if getattr(event, "tag", None) is not None:
+            self._refuse(f"{event.tag} is a tag: leave it out", event)
+        if self.depth == _MAX_DEPTH:
+            self._refuse(f"nested more than {_MAX_DEPTH} deep", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a date of month 13, a number of 5000 digits
+            self._refuse(f"{shown(node.value)} cannot be read ({error}): put text in quotes", node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            first = seen.setdefault((key.tag, key.value), key)
-            if first is not key:
-                problem = f"the key {key.value!r} stands in line {first.start_mark.line + 1} already; keep one of them"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode) and (first := seen.setdefault((key.tag, key.value), key)) is not key:
+                self._refuse(f"the key {key.value!r} stands in line {first.start_mark.line + 1} already", key)
         return super().construct_mapping(node, deep)
 
+    @staticmethod
+    def _refuse(problem: str, where: Any) -> None:
+        raise yaml.constructor.ConstructorError(problem=problem, problem_mark=where.start_mark)
 
-def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
+
+def _read_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+    """Return the value that a YAML text stands for, and its node, which knows the lines."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
+        raise ValueError(f"{source}{where} is not YAML as a configuration may use it: {problem}") from None
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return what a file holds by group, and the line of each group and key."""
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"{path} holds more than {_MAX_BYTES >> 20} MiB: expected the YAML file of a configuration")
+    try:
+        tree, node = _read_yaml(content.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no configuration: expected groups such as `optim:` with keys below them")
-    for group, values in tree.items():
+    assert isinstance(node, yaml.MappingNode)
+    lines: dict[str, int] = {}
+    for (group, values), (name, below) in zip(tree.items(), node.value, strict=True):
+        where = f"{path} line {name.start_mark.line + 1}"
         if group not in GROUPS:
-            raise ValueError(f"{path}: unknown group {group!r}{_suggest(str(group), [*GROUPS, *leaf_keys()])}")
+            near = difflib.get_close_matches(str(group), GROUPS, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(GROUPS)}"
+            raise ValueError(f"{where}: unknown group {group!r}; {remedy}")
         if not isinstance(values, dict):
-            given = "empty" if values is None else repr(values)
-            raise ValueError(f"{path}: {group} is {given}, expected keys below it, such as {_first_key(group)!r}")
-    return tree
+            given, first = "empty" if values is None else shown(values), next(iter(get_type_hints(GROUPS[group])))
+            raise ValueError(f"{where}: {group} is {given}, expected keys below it, such as {first!r}")
+        lines[group] = name.start_mark.line + 1
+        for key, _ in below.value:
+            lines[f"{group}.{key.value}"] = key.start_mark.line + 1
+        if unnamed := [key for key in values if not isinstance(key, str)]:
+            raise ValueError(f"{where}: {group} has the key {shown(unnamed[0])}, which is no name")
+    return tree, lines
 
 
-def _first_key(group: str) -> str:
-    return fields(GROUPS[group])[0].name
+# ---- the command line
 
 
-def _check_known(key: str, source: str) -> None:
-    if key in ("help", "h") or key in leaf_keys():
-        return
-    raise ValueError(f"{source}: unknown key {key!r}{_suggest(key, leaf_keys())}")
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    """The nearest known key: the same name in another group or in another trainer, then the nearest spelling."""
-    by_name = {**_OTHER_NAMES, **{k.split(".")[-1]: k for k in known}}
-    name = key.split(".")[-1]
-    near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.75) or difflib.get_close_matches(key, known, n=1)
-    if not near:
-        return "; `inbatch train --help` lists every key"
-    return f"; did you mean {by_name.get(near[0], near[0])!r}?"
-
-
-def _parse(path: Path | None, arguments: list[str]) -> Config:
-    file_arguments = [] if path is None else ["--config", str(path)]
+def _read_options(overrides: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for key in keys():
+        parser.add_argument(f"--{key}")
     try:
-        parsed = build_parser().parse_args([*file_arguments, *arguments]).as_dict()
-    except ArgumentError as error:
-        raise ValueError(_one_line(str(error))) from None
-    return Config(**{group: cls(**parsed[group]) for group, cls in GROUPS.items()})
+        given, rest = parser.parse_known_args(list(overrides))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{(error.argument_name or '').lstrip('-')}: {error.message}") from None
+    for argument in rest:
+        if argument.startswith("--"):
+            raise ValueError(f"the command line: {unknown(argument[2:].split('=', 1)[0])}")
+        raise ValueError(f"unrecognized arguments: {argument}")
+    return {key: _typed(key, text) for key, text in vars(given).items() if text is not None}
 
 
-def _one_line(message: str) -> str:
-    """jsonargparse explains a wrong value over many lines; users need the key, the type and what they gave."""
-    key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    given = re.search(r"(?:Got value|Given value): (.*)", message)
-    if key and given and key.group(1) in leaf_keys():
-        group, name = key.group(1).split(".")
-        return f"{group}.{name} is {given.group(1)}: expected {_in_words(get_type_hints(GROUPS[group])[name])}"
-    missing = re.search(r"arguments are required: ([\w., ]+)", message)
-    if missing:
-        return f"missing from the configuration: {missing.group(1)}; set it in the file or as an option"
-    return " ".join(message.split())
+def _typed(key: str, text: str) -> Any:
+    """Return an option's value. A field that takes text takes it as it was typed; anything else is YAML.
+
+    null, where a field may be null, is null. A list or a mapping is in brackets.
+    """
+    types = members(kind(key))
+    if text == "null" and type(None) in types:
+        return None
+    bracketed = text[:1] + text[-1:] in ("[]", "{}") and any(get_origin(type_) in (list, dict) for type_ in types)
+    return text if str in types and not bracketed else _read_yaml(text, f"--{key}")[0]
 
 
-def _in_words(kind: Any) -> str:
-    """A type as users read it in the message about a wrong value."""
-    arguments = get_args(kind)
-    if get_origin(kind) is Literal:
-        return " or ".join(repr(value) for value in arguments)
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_in_words(argument) for argument in arguments)
-    if arguments:
-        return str(kind)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(kind, str(kind))
+def help_text() -> str:
+    """Return the help of every key: its type, its meaning and its default."""
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    for group, cls in GROUPS.items():
+        section = parser.add_argument_group(group, cls.__doc__)
+        for name, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+            default = "required" if field.is_required() else f"default: {shown(field.get_default())}"
+            text = f"{field.description} ({default})".replace("%", "%%")
+            section.add_argument(f"--{group}.{name}", metavar=in_words(kind(f"{group}.{name}")), help=text)
+    return parser.format_help()

@@ -1,12 +1,28 @@
 """The configuration: one file, every field an option, mistakes refused in one line that names the remedy."""
 
+import itertools
 import re
+import tracemalloc
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, differences, dump, flatten
-from inbatch.train.config_file import leaf_keys, load
+from inbatch.train.config import (
+    MAY_CHANGE,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    differences,
+    dump,
+    flatten,
+)
+from inbatch.train.config_file import load
+from inbatch.train.settings import GROUPS, keys
 
 REQUIRED = {
     "model": {"name_or_path": "a-model"},
@@ -47,11 +63,28 @@ def test_text_stays_text(write):
     assert config.model.name_or_path == "7"
 
 
+@pytest.mark.parametrize("text", ["# query: ", "'quoted'", "[INST] ", "yes", "1e5", "a: b", "*x", "!!x", "{", "null "])
+def test_options_that_are_text_are_taken_as_typed(write, text):
+    for option in (["--data.query_prefix", text], [f"--data.query_prefix={text}"]):
+        assert load(write(), option).data.query_prefix == text
+    assert load(write(data={"query_prefix": "q"}), ["--data.query_prefix=null"]).data.query_prefix is None
+
+
+def test_columns_may_be_lists(write):
+    columns = {"query": "question", "negative": ["worse", "worst"]}
+    assert load(write(data={"columns": columns})).data.columns == columns
+    option = ["--data.columns", "{query: question, negative: [worse, worst]}"]
+    config = load(write(), option)
+    assert config.data.columns == columns
+    with pytest.raises(ValueError, match=r"data.columns is \{'query': \[1\]\}: expected \{name: text or \[text"):
+        load(write(data={"columns": {"query": [1]}}))
+
+
 def test_saved_and_read_back_is_equal(write, tmp_path):
     config = load(write(data={"columns": {"query": "question"}}), ["--train.micro_batch_tokens", "null"])
     (tmp_path / "resolved.yaml").write_text(dump(config))
     assert load(tmp_path / "resolved.yaml") == config
-    assert set(flatten(config)) == set(leaf_keys())
+    assert set(flatten(config)) == set(keys())
 
 
 @pytest.mark.parametrize(
@@ -66,10 +99,21 @@ def test_saved_and_read_back_is_equal(write, tmp_path):
         ("loss", "negatives", "far", "loss.negatives is far: expected 'gather' or 'ring' or 'local'"),
         ("train", "max_steps", 2.5, "train.max_steps is 2.5: expected a whole number or null"),
         ("train", "accumulation_steps", 3, "not divisible by train.accumulation_steps 3"),
-        ("loss", "temperature", 0, "loss.temperature is 0.0: expected a positive number"),
+        ("loss", "temperature", 0, "loss.temperature is 0: expected a positive number"),
         ("data", "query_max_len", 1, "data.query_max_len is 1: expected at least 3"),
         ("data", "train", [], "data.train is empty"),
         ("eval", "every_steps", 0, "eval.every_steps is 0: expected at least 1"),
+        ("optim", "lr", None, "config.yaml line 6: optim.lr is null: expected a number"),
+        ("optim", "lr", float("inf"), "optim.lr is inf: expected a finite number"),
+        ("optim", "lr", float("nan"), "optim.lr is nan: expected a finite number"),
+        ("optim", "lr", True, "optim.lr is true: expected a number"),
+        ("optim", "betas", [0.9], "optim.betas is [0.9]: expected [a number, a number]"),
+        ("optim", "betas", [0.9, 1.5], "optim.betas is [0.9, 1.5]: expected less than 1"),
+        ("optim", 7, 1, "optim has the key 7, which is no name"),
+        ("train", "seed", True, "train.seed is true: expected a whole number"),
+        ("train", "progress", 1, "train.progress is 1: expected true or false"),
+        ("loss", "temperature", 1e-40, "loss.temperature is 1e-40: expected at least 1e-6"),
+        ("model", "name_or_path", 7, "model.name_or_path is 7: expected text"),
     ],
 )
 def test_mistakes_in_the_file(write, group, key, value, message):
@@ -125,6 +169,63 @@ def test_mistakes_in_the_file_itself(tmp_path):
         load(bad)
 
 
+def test_several_mistakes_are_said_at_once(write):
+    with pytest.raises(ValueError, match=r"loss.margin is big: expected a number or null; .*unknown key 'optim.x'"):
+        load(write(optim={"x": 1}, loss={"margin": "big"}))
+    with pytest.raises(ValueError, match=r"^unknown key 'optim.x'"):
+        OptimConfig(x=1)  # type: ignore[call-arg]
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB, r"line 2 .*\*a is an alias"),
+        ("optim: " + "[" * 100_000, "line 1 .*nested more than 8 deep"),
+        ("optim: " + "{a: " * 100_000, "line 1 .*nested more than 8 deep"),
+        ("- " * 100_000, "line 1 .*nested more than 8 deep"),
+        ("train:\n  progress: !!bool foo", "line 2 .*is a tag"),
+        ("train: !!python/object:os.system {}", "line 1 .*is a tag"),
+        ("train:\n  seed: " + "9" * 5000, "line 2 .*cannot be read"),
+        ("data:\n  split: 2020-13-45", "line 2 .*cannot be read .*put text in quotes"),
+        ("? [a]\n: b", "line 1 .*unhashable key"),
+        ("a: b\n---\nc: d", "line 2 .*another document"),
+        ("optim: \x00", "not YAML"),
+        ("optim: {lr: 1", "not YAML"),
+        ("#" * (2 << 20), "holds more than 1 MiB"),
+        ("", "holds no configuration"),
+        ("7: {}", "line 1: unknown group 7; expected one of model, lora"),
+        ("<<: {optim: {lr: 1}}", "unknown group '<<'|missing"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_malformed_files_are_one_line_in_bounded_time_and_memory(tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message) as error:
+            load(tmp_path / "bad.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.one_of(st.binary(max_size=60), st.text("abc:{}[]-,&*!?|>'\"%@#\n 0.~", max_size=60).map(str.encode)))
+def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - whatever is wrong, it is said in one line
+        load(path)
+    assert "\n" not in str(error.value)
+
+
 def test_which_changes_make_another_run():
     def config(**train) -> Config:
         return Config(
@@ -136,3 +237,4 @@ def test_which_changes_make_another_run():
     assert differences(config(), config(epochs=9, log_every=1, progress=False)) == {}
     assert differences(config(seed=1), config(seed=2)) == {"train.seed": (1, 2)}
     assert LossConfig().temperature == 0.02
+    assert {*keys(), *GROUPS} >= MAY_CHANGE
