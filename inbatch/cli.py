@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from inbatch.encoder.model import BiEncoderModel
+    from inbatch.retrieval.embed import EmbedOptions
     from inbatch.train.config import Config
 
 # A rank that dies ends the others at once, its connections being closed. The limit finds ranks that hang, and must not
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", metavar="DATA", help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
     evaluate.add_argument("--split", default="test", help="which qrels (default: %(default)s)")
     evaluate.add_argument("--measures", nargs="+", metavar="M", help="such as nDCG@10 R@100 RR@10")
-    evaluate.add_argument("--similarity", choices=("cosine", "dot"), default="cosine", help="(default: %(default)s)")
+    evaluate.add_argument("--similarity", choices=("cosine", "dot"), help="(default: what the model was saved with)")
     evaluate.add_argument(
         "--top-k", type=_positive, default=100, metavar="K", help="documents per query (default: 100)"
     )
@@ -136,6 +137,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--passage-prefix", help="text before each document (default: the model's prompt)")
     evaluate.add_argument("--query-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
     evaluate.add_argument("--passage-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
+    evaluate.add_argument(
+        "--keep-identical-ids", action="store_true",
+        help="let a query find the document that has its own id; left out by default, as in BEIR and MTEB",
+    )  # fmt: skip
     evaluate.add_argument("--run-file", metavar="FILE", help="write the rankings as a TREC run")
     evaluate.set_defaults(function=_evaluate)
 
@@ -249,60 +254,69 @@ def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
     return model.to(device).eval()
 
 
-def _encoding(known: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
+def _embedding(known: argparse.Namespace, device: "torch.device", **options: Any) -> "EmbedOptions":
+    from inbatch.retrieval.embed import EmbedOptions
+
     precision = known.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"precision": precision, "batch_tokens": known.batch_tokens, "progress": known.progress}
+    return EmbedOptions(precision=precision, batch_tokens=known.batch_tokens, **options)
 
 
 def _evaluate(known: argparse.Namespace) -> None:
     with _processes(known.device) as device:
         from inbatch import collectives
         from inbatch.data import load_retrieval
-        from inbatch.retrieval.evaluate import evaluate
+        from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
         from inbatch.retrieval.metrics import DEFAULT_MEASURES
 
         data = collectives.together(lambda: load_retrieval(known.data, known.split))
         towers = [Path(known.model) / name for name in ("passage", "query")]
         separate = all(tower.is_dir() for tower in towers)
-        evaluate(
+        measures = known.measures or DEFAULT_MEASURES
+        figures = evaluate(
             _open_model(str(towers[0]) if separate else known.model, device),
             data,
+            RetrieveOptions(
+                top_k=known.top_k,
+                similarity=known.similarity,
+                query_prefix=known.query_prefix,
+                passage_prefix=known.passage_prefix,
+                query_max_len=known.query_max_len,
+                passage_max_len=known.passage_max_len,
+                keep_identical_ids=known.keep_identical_ids,
+                embedding=_embedding(known, device, progress="texts" if known.progress else None),
+            ),
             query_model=_open_model(str(towers[1]), device) if separate else None,
-            measures=known.measures or DEFAULT_MEASURES,
-            top_k=known.top_k,
+            measures=measures,
             run_file=known.run_file,
             report=lambda figures: print(json.dumps(figures), flush=True),
-            similarity=known.similarity,
-            query_prefix=known.query_prefix,
-            passage_prefix=known.passage_prefix,
-            query_max_len=known.query_max_len,
-            passage_max_len=known.passage_max_len,
-            **_encoding(known, device),
         )
+        if missing := [name for name in measures if name not in figures]:
+            raise ValueError(f"no figure for {', '.join(missing)}: see the warning above")
 
 
 def _encode(known: argparse.Namespace) -> None:
     with _processes(known.device) as device:
+        import torch
+
         from inbatch import collectives
-        from inbatch.retrieval.embed import encode_to_file
+        from inbatch.retrieval.encode_file import encode_to_file
 
         model = _open_model(known.model, device)
         if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
             raise ValueError(
                 f"--prompt {known.prompt}: expected one of {sorted(model.prompts)}, and no --prefix beside it"
             )
-        prefix = model.prompts[known.prompt] if known.prompt else known.prefix or ""
-        rows, dimension = encode_to_file(
-            model,
-            known.input,
-            known.output,
-            prefix=prefix,
+        options = _embedding(
+            known,
+            device,
+            prefix=model.prompts[known.prompt] if known.prompt else known.prefix or "",
             max_length=known.max_len,
-            dtype=known.dtype,
-            **_encoding(known, device),
+            dtype=getattr(torch, known.dtype),
+            progress=f"encode {Path(known.input).name}" if known.progress else None,
         )
+        rows, dimension = encode_to_file(model, known.input, known.output, options)
         if collectives.rank() == 0:
             print(f"{known.output}: {rows} x {dimension} {known.dtype}")
 

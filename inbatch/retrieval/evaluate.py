@@ -1,16 +1,18 @@
 """Retrieval evaluation: embed queries and corpus, search exactly, measure. The same figures for any number of ranks."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inbatch import collectives
+from inbatch.data.files import replacing
 from inbatch.data.records import RetrievalData
-from inbatch.retrieval import search
-from inbatch.retrieval.embed import embed, share, unwrap
+from inbatch.retrieval.embed import EmbedOptions, embed, share, unwrap
 from inbatch.retrieval.metrics import (
     DEFAULT_MEASURES,
     TOP_K,
@@ -19,49 +21,78 @@ from inbatch.retrieval.metrics import (
     retrieval_metrics,
     write_trec_run,
 )
+from inbatch.retrieval.search import SIMILARITIES, top_k
 
-__all__ = ["embed", "evaluate", "retrieve"]
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveOptions:
+    """How queries and documents are embedded and compared."""
+
+    top_k: int = TOP_K
+    """documents per query"""
+    similarity: str | None = None
+    """"cosine" or "dot"; None is what the model was saved with"""
+    query_prefix: str | None = None
+    """before each query; None is the model's prompt "query", if it has one"""
+    passage_prefix: str | None = None
+    """before each document; None is the model's prompt "document", if it has one"""
+    query_max_len: int | None = None
+    """tokens a query is cut to; None is the model's limit"""
+    passage_max_len: int | None = None
+    """tokens a document is cut to; None is the model's limit"""
+    keep_identical_ids: bool = False
+    """let a query find the document that has its own id"""
+    embedding: EmbedOptions = field(default_factory=EmbedOptions)
+    """batches, precision and the like, for queries and documents; dtype is that of the documents"""
+
+    def __post_init__(self):
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; expected at least 1 document a query")
+        if self.similarity not in (None, *SIMILARITIES):
+            raise ValueError(f"similarity is {self.similarity!r}; expected one of {', '.join(SIMILARITIES)}")
 
 
 def evaluate(
     model: nn.Module,
     data: RetrievalData,
+    options: RetrieveOptions | None = None,
     *,
+    query_model: nn.Module | None = None,
     measures: Sequence[str] = DEFAULT_MEASURES,
-    top_k: int = TOP_K,
     run_file: str | os.PathLike | None = None,
     report: Callable[[dict[str, float]], object] | None = None,
     group=None,
-    **options,
 ) -> dict[str, float]:
-    """The measures of an exact search over the whole corpus, averaged over the judged queries.
+    """Return the measures of an exact search over the whole corpus, averaged over the judged queries.
 
-    model, options: as `retrieve`. measures: names as ir-measures or other tools write them, such as "nDCG@10",
-    "recall@100", "MRR@10"; they are the keys of the result. top_k: how many documents are retrieved for a query, at
-    least the largest cut-off. run_file: where rank 0 writes a TREC run. report: called on rank 0 with the figures,
-    before the run is written: they are known even where that fails.
+    model, options, query_model: as `retrieve`. measures: names as ir-measures or other tools write them, such as
+    "nDCG@10", "recall@100", "MRR@10", with cut-offs up to options.top_k; they are the keys of the result. run_file:
+    where rank 0 writes a TREC run. report: called on rank 0 with the figures, before the run is written.
 
     Every rank returns the same numbers. They do not depend on the number of ranks, but for rounding in the encoder.
-    Raises ValueError, on every rank and before anything is embedded, for an unknown measure, an empty corpus, qrels
-    that share no id with the data or call nothing relevant, a run file that cannot be written.
+    A measure that turns out impossible for this run is left out with a warning. Raises ValueError, on every rank and
+    before anything is embedded, for a measure that is unknown or impossible for such data, an empty corpus, qrels that
+    share no id with the data or call nothing relevant, a run file that cannot be written.
     """
+    options = options or RetrieveOptions()
+    first = collectives.rank(group) == 0
 
     def check() -> None:
-        check_evaluation(data, measures, top_k, run_file is not None)
-        if run_file is not None and collectives.rank(group) == 0:
+        check_evaluation(data, measures, options.top_k, run_file is not None)
+        if run_file is not None and first:
             _check_writable(Path(run_file))
 
     collectives.together(check, group)
-    run = retrieve(model, data, top_k=top_k, group=group, **options)
+    run = retrieve(model, data, options, query_model=query_model, group=group)
 
     def measure() -> dict[str, float] | None:
-        if collectives.rank(group) != 0:
+        if not first:
             return None
         figures = retrieval_metrics(run, data.qrels, measures)
         if report is not None:
             report(figures)
         if run_file is not None:
-            _write_run(Path(run_file), run)
+            write_trec_run(run_file, run)
         return figures
 
     figures = collectives.broadcast_object(collectives.together(measure, group), group=group)
@@ -70,87 +101,80 @@ def evaluate(
 
 
 def _check_writable(path: Path) -> None:
-    """ValueError where no file of this name can be written; makes the folder it goes into."""
+    """Raise ValueError where no file of this name can be written; make the folder it goes into."""
     if path.exists() and not path.is_file():
         raise ValueError(f"the run cannot be written to {path}, which is no file: name a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _unfinished(path).touch()
-        _unfinished(path).unlink()
+        with replacing(path.with_name(f".{path.name}.trial")) as trial:
+            trial.touch()
+        path.with_name(f".{path.name}.trial").unlink()
     except OSError as error:
         raise ValueError(f"the run cannot be written to {path}: {error}; name a file in another folder") from None
-
-
-def _write_run(path: Path, run: Run) -> None:
-    try:
-        write_trec_run(path, run)
-    except BaseException:
-        _unfinished(path).unlink(missing_ok=True)
-        raise
-
-
-def _unfinished(path: Path) -> Path:
-    """The name under which `write_trec_run` writes before it renames."""
-    return path.with_name(f"{path.name}.tmp")
 
 
 def retrieve(
     model: nn.Module,
     data: RetrievalData,
+    options: RetrieveOptions | None = None,
     *,
     query_model: nn.Module | None = None,
-    top_k: int = TOP_K,
-    query_prefix: str | None = None,
-    passage_prefix: str | None = None,
-    query_max_len: int | None = None,
-    passage_max_len: int | None = None,
-    similarity: str = "cosine",
-    batch_tokens: int = 16384,
-    precision: str = "fp32",
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
     group=None,
 ) -> Run:
-    """{query id: {document id: score}}, best first: the top_k documents of every query, on every rank.
+    """Return {query id: {document id: score}}, best first: the best documents of every query, on every rank.
 
-    Each rank embeds and holds (in host memory, as `dtype`) a share of the corpus, reading its texts as it goes. prefix:
-    None is the model's own prompt ("query", "document"), if it has one. max_len: tokens a text is cut to; None is the
-    model's limit. similarity: "cosine" or "dot". batch_tokens, precision: see `embed`. progress: bars on rank 0.
+    Each rank embeds and holds a share of the corpus, reading its texts as it goes. A query whose id is a document's too
+    does not find that document, as in BEIR and MTEB, unless options.keep_identical_ids; a warning says how many.
 
     model: a BiEncoderModel or DDP around one, the same weights on every rank. Its training mode is left as it was.
-    query_model: the encoder of the queries, where it is another one than the documents'.
+    query_model: the encoder of the queries, where queries and documents have an encoder each.
     Raises ValueError on every rank if one fails, or if embeddings differ in size between ranks.
     """
+    options = options or RetrieveOptions()
     module = unwrap(model)
     query_module = module if query_model is None else unwrap(query_model)
-    bars = progress and collectives.rank(group) == 0
+    bars = options.embedding.progress is not None and collectives.rank(group) == 0
 
-    def embed_share(what: str, texts: Sequence[str], prefix: str | None, max_length: int | None, kept: torch.dtype):
-        encoder = query_module if what == "query" else module
-        return embed(
-            encoder,
-            texts,
-            rows=share(len(texts), group),
-            prefix=encoder.prompts.get(what, "") if prefix is None else prefix,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            precision=precision,
-            dtype=kept,
-            progress=what if bars else None,
+    def embed_share(what: str, texts: Sequence[str], encoder, prefix: str | None, **changes) -> Tensor:
+        prefix = encoder.prompts.get(what, "") if prefix is None else prefix
+        how = replace(options.embedding, prefix=prefix, progress=what if bars else None, **changes)
+        return embed(encoder, texts, how, rows=share(len(texts), group))
+
+    def both() -> tuple[str, Tensor, Tensor]:
+        similarity = module.similarity if options.similarity is None else options.similarity
+        if similarity not in SIMILARITIES:
+            raise ValueError(
+                f"the model was saved with similarity {similarity!r}; expected one of {', '.join(SIMILARITIES)}: say "
+                "which to search by"
+            )
+        queries = embed_share(
+            "query", data.queries, query_module, options.query_prefix, max_length=options.query_max_len,
+            dtype=torch.float32,
+        )  # fmt: skip
+        documents = embed_share(
+            "document", data.documents, module, options.passage_prefix, max_length=options.passage_max_len
         )
+        return similarity, queries.to(next(module.parameters()).device), documents
 
-    def both():
-        if similarity not in search.SIMILARITIES:
-            raise ValueError(f"similarity is {similarity!r}; expected one of {', '.join(search.SIMILARITIES)}")
-        queries = embed_share("query", data.queries, query_prefix, query_max_len, torch.float32)
-        documents = embed_share("document", data.documents, passage_prefix, passage_max_len, dtype)
-        return queries.to(next(module.parameters()).device), documents
-
-    queries, documents = collectives.together(both, group)
+    similarity, queries, documents = collectives.together(both, group)
     agreed = collectives.agree("the embeddings of the queries", {"queries": queries}, group=group)
     queries = collectives.all_gather(queries, group, rows=agreed["queries"])
-    scores, indices = search.top_k(queries, documents, top_k, similarity=similarity, group=group)
+    exclude = None if options.keep_identical_ids else _own_documents(data, first=collectives.rank(group) == 0)
+    scores, indices = top_k(queries, documents, options.top_k, similarity=similarity, exclude=exclude, group=group)
     return {
-        query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True)}
+        query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True) if i >= 0}
         for query, row, row_scores in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
     }
+
+
+def _own_documents(data: RetrievalData, *, first: bool) -> Tensor:
+    """Return the pairs [E, 2] of a query's row and the row of the document with its id; warn of them on one rank."""
+    rows = {query: row for row, query in enumerate(data.query_ids)}
+    pairs = [(rows[document], column) for column, document in enumerate(data.doc_ids) if document in rows]
+    if pairs and first:
+        judged = sum(data.qrels.get(query, {}).get(query, 0) > 0 for query in data.query_ids)
+        warnings.warn(
+            f"{len(pairs)} of {len(rows)} queries have the id of a document, which is left out of their results, as in "
+            f"BEIR and MTEB{f' (though {judged} call it relevant)' if judged else ''}; keep_identical_ids keeps it",
+            stacklevel=3,
+        )
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)

@@ -9,9 +9,8 @@ import difflib
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import ir_measures
 import numpy as np
@@ -19,6 +18,7 @@ from ir_measures import Measure
 from ir_measures.measures import registry as _MEASURES
 from ir_measures.providers import registry as _PROVIDERS
 
+from inbatch.data.files import replacing
 from inbatch.data.records import RetrievalData
 
 Run = Mapping[str, Mapping[str, float]]
@@ -26,13 +26,14 @@ Qrels = Mapping[str, Mapping[str, int]]
 
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 TOP_K = 100  # documents retrieved for a query
-# What users of other tools write, in lower case. ir-measures' own names are found in any case.
-_ALIASES = {"hit": "Success", "hits": "Success", "hitrate": "Success", "reciprocal_rank": "RR"}
+# What users of other tools write, in lower case. ir-measures' own names are found in any case, but Accuracy: in lower
+# case that is sentence-transformers' name of another measure.
+_ALIASES = {"accuracy": "Success", "hit": "Success", "hits": "Success", "hitrate": "Success", "reciprocal_rank": "RR"}
 _NAME = re.compile(r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:@\s*(?P<cutoff>\d+(?:\.\d+)?))?\s*", re.ASCII)
 
 
 def parse_measure(name: str) -> Measure:
-    """The ir-measures Measure of a name such as "nDCG@10", "recall@100", "MRR@10", "MAP", "P(rel=2)@5", "IPrec@0.1".
+    """Return the ir-measures Measure of a name such as "nDCG@10", "recall@100", "MAP", "P(rel=2)@5", "IPrec@0.1".
 
     Raises ValueError for a name that is unknown (with the nearest known one), a cut-off that is missing or 0, or a
     measure that no installed package computes.
@@ -40,18 +41,20 @@ def parse_measure(name: str) -> Measure:
     # In reverse, since nDCG comes before its other name NDCG.
     known = {known_name.lower(): known_name for known_name in reversed(list(_MEASURES))} | _ALIASES
     match = _NAME.fullmatch(name)
-    base = match["name"].lower() if match else name.split("@")[0].lower()
-    if match is None or base not in known:
-        near = difflib.get_close_matches(base.rstrip("0123456789"), known, n=1, cutoff=0.4)
-        meant = f"{known[near[0]]}{_rest(name, base, match is not None)}" if near else "nDCG@10"
+    base = known.get(match["name"].lower()) if match else None
+    if match is None or base is None:
+        letters, options, digits = re.findall(r"([^\W\d]*)(\(.*\))?\D*(\d*)", name.strip())[0]
+        near = difflib.get_close_matches(letters.lower(), known, n=1, cutoff=0.4)
+        meant = f"{known[near[0]] if near else 'nDCG'}{options}@{digits or 10}"
         raise ValueError(f"{name!r} is no measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
+    base = "Accuracy" if match["name"] == "Accuracy" else base
     cutoff = f"@{match['cutoff']}" if match["cutoff"] else ""
-    at_recall = _MEASURES[known[base]].AT_PARAM == "recall"  # a fraction, where others count documents
-    example = f"{known[base]}@{0.1 if at_recall else 10}"
+    at_recall = _MEASURES[base].AT_PARAM == "recall"  # a fraction, where others count documents
+    example = f"{base}@{0.1 if at_recall else 10}"
     if cutoff and not at_recall and float(match["cutoff"]) < 1:
         raise ValueError(f"measure {name!r} has a cut-off of {match['cutoff']}; expected at least 1, such as {example}")
     try:
-        measure = ir_measures.parse_measure(f"{known[base]}{match['options'] or ''}{cutoff}")
+        measure = ir_measures.parse_measure(f"{base}{match['options'] or ''}{cutoff}")
         measure.validate_params()
     except (AssertionError, NameError, SyntaxError, TypeError, ValueError) as error:
         hint = str(error) if cutoff else f"it may need a cut-off, as in {example}"
@@ -61,44 +64,20 @@ def parse_measure(name: str) -> Measure:
     return measure
 
 
-def _rest(name: str, base: str, readable: bool) -> str:
-    """Options and cut-off to suggest behind a measure that is misspelt: its own, else the digits of "ndcg10"."""
-    if readable and (rest := name.strip()[len(base) :]):
-        return rest
-    if digits := base[len(base.rstrip("0123456789")) :]:
-        return f"@{digits}"
-    return "" if readable else "@10"
-
-
-def retrieval_metrics(run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES) -> dict[str, float]:
-    """Each measure, averaged over the queries of `qrels`; keys are the names as given, in that order.
-
-    A query of `qrels` for which nothing was retrieved counts 0. Queries of the run without judgements are left out.
-    Raises ValueError for an unknown measure, empty qrels, or a run that shares no query with them.
-    """
-    parsed = _parse_all(measures)
-    totals = _calculate(run, qrels, parsed).aggregated
-    return {name: float(totals[measure]) for name, measure in parsed.items()}
-
-
-def per_query_metrics(
-    run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES
-) -> dict[str, dict[str, float]]:
-    """{measure: {query id: value}} for every query of `qrels`; as `retrieval_metrics` otherwise."""
-    parsed = _parse_all(measures)
-    found: dict[Measure, dict[str, float]] = {measure: {} for measure in parsed.values()}
-    for value in _calculate(run, qrels, parsed).per_query:
-        found[value.measure][value.query_id] = float(value.value)
-    return {name: {query: found[measure][query] for query in qrels} for name, measure in parsed.items()}
-
-
 def _parse_all(measures: Sequence[str]) -> dict[str, Measure]:
     if isinstance(measures, str) or not measures:
         raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
     return {name: parse_measure(name) for name in measures}
 
 
-def _calculate(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> Any:
+def retrieval_metrics(run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES) -> dict[str, float]:
+    """Return each measure, averaged over the queries of `qrels`; keys are the names as given, in that order.
+
+    A query of `qrels` for which nothing was retrieved counts 0. Queries of the run without judgements are left out. A
+    measure that cannot be computed on this run is left out with a warning, so that the others are not lost.
+    Raises ValueError for an unknown measure, empty qrels, a run that shares no query with them, or no figure at all.
+    """
+    parsed = _parse_all(measures)
     if not qrels:
         raise ValueError("the qrels are empty: expected {query id: {document id: relevance}}")
     if run and not any(query in run for query in qrels):
@@ -106,14 +85,38 @@ def _calculate(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> Any:
             f"no query of the run is judged: the run has ids such as {next(iter(run))!r}, "
             f"the qrels {next(iter(qrels))!r}"
         )
-    # Positions instead of scores: small integers that every tool sorts alike, whatever precision it keeps scores in.
+    figures, failures = _compute(run, qrels, parsed)
+    if not figures:
+        raise ValueError("; ".join(failures))
+    for failure in failures:
+        warnings.warn(failure, stacklevel=2)
+    return figures
+
+
+def _compute(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> tuple[dict[str, float], list[str]]:
+    """Return the figures that can be computed, and for each other measure why it cannot."""
+    # Numbers instead of ids, and positions instead of scores: not every tool reads every id, or sorts scores alike.
+    numbers: dict[str, str] = {}
+
+    def number(name: str) -> str:
+        return numbers.setdefault(name, str(len(numbers) + 1))
+
+    judged = {number(query): {number(d): grade for d, grade in grades.items()} for query, grades in qrels.items()}
     positions = {
-        query: {document: float(-place) for place, (document, _) in enumerate(_ranked(query, documents))}
+        number(query): {
+            number(document): float(-place) for place, (document, _) in enumerate(_ranked(query, documents))
+        }
         for query, documents in run.items()
         if query in qrels
     }
-    judged = {query: dict(documents) for query, documents in qrels.items()}
-    return ir_measures.calc(list(dict.fromkeys(parsed.values())), judged, positions)
+    figures, failures = {}, []
+    for name, measure in parsed.items():
+        try:
+            figures[name] = float(ir_measures.calc_aggregate([measure], judged, positions)[measure])
+        except Exception as error:  # whatever one of ten packages raises
+            hint = "; sentence-transformers' accuracy@k is Success@k" if measure.NAME == "Accuracy" else ""
+            failures.append(f"measure {name!r} cannot be computed on this data ({error or type(error).__name__}){hint}")
+    return figures, failures
 
 
 def _ranked(query: str, documents: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -127,31 +130,21 @@ def _ranked(query: str, documents: Mapping[str, float]) -> list[tuple[str, float
 
 
 def write_trec_run(path: str | os.PathLike, run: Run, tag: str = "inbatch") -> None:
-    """Writes "query Q0 document rank score tag" lines, ranks from 1, readable by trec_eval and ir_measures.
+    """Write "query Q0 document rank score tag" lines, ranks from 1, readable by trec_eval and ir_measures.
 
     Scores are float32 with all their digits. Those tools sort by score again and break ties in ways of their own, so a
-    score that does not lie below the one before it is lowered to the next float32: the order in the file is the order
-    they see. Written beside and then renamed. Raises ValueError for an id or tag that is empty or has white space, and
-    for a score of NaN or of -infinity (in float32), below which there is no other.
+    score that does not lie below the one before it is lowered to the next float32: the figures from the file are the
+    figures from the run. Raises ValueError for an id or tag that is empty or has white space, and for a score of NaN.
     """
-    path = Path(path)
     check_trec_words([tag])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    # A score beyond float32 becomes infinite: told below, or lowered to the largest float32.
-    with np.errstate(over="ignore"), unfinished.open("w", encoding="utf-8") as file:
+    # A score beyond float32 becomes infinite, and is lowered to the largest float32.
+    with np.errstate(over="ignore"), replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for query, documents in run.items():
             check_trec_words([query, *documents])
             below = np.float32(np.inf)
             for rank, (document, score) in enumerate(_ranked(query, documents), start=1):
                 below = min(np.float32(score), np.nextafter(below, np.float32(-np.inf)))
-                if below == -np.inf:
-                    raise ValueError(
-                        f"the score {score!r} of document {document!r} for query {query!r} is -infinity in float32: no "
-                        "score of a run file can lie below it; leave the document out, or scale the scores"
-                    )
                 file.write(f"{query} Q0 {document} {rank} {below!s} {tag}\n")
-    unfinished.replace(path)
 
 
 def check_trec_words(words: Iterable[str]) -> None:
@@ -164,16 +157,13 @@ def check_trec_words(words: Iterable[str]) -> None:
 def check_evaluation(
     data: RetrievalData, measures: Sequence[str], top_k: int | None = None, run_file: bool = False
 ) -> None:
-    """Raises ValueError for what would else be found only after hours of embedding, or of training.
+    """Raise ValueError for what would else be found only after hours of embedding, or of training.
 
-    top_k: None is that of training, which cannot be set.
+    The measures are tried on a made-up run. top_k: None is that of training, which cannot be set.
     """
-    if isinstance(measures, str) or not measures:
-        raise ValueError(f"measures are {measures!r}; expected a list of names, such as {list(DEFAULT_MEASURES)}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected at least 1 document a query")
-    for name in measures:
-        if (parse_measure(name).params.get("cutoff") or 0) > (top_k or TOP_K):
+    parsed = _parse_all(measures)
+    for name, measure in parsed.items():
+        if (measure.params.get("cutoff") or 0) > (top_k or TOP_K):
             where = (
                 f"the {TOP_K} that training retrieves; lower the cut-off, or measure it by `inbatch evaluate --top-k`"
             )
@@ -199,3 +189,18 @@ def check_evaluation(
             )
     if not any(grade > 0 for grades in data.qrels.values() for grade in grades.values()):
         raise ValueError("no score of the qrels is above 0, so nothing is relevant: expected at least one that is")
+    if failures := _compute(_made_up_run(data), data.qrels, parsed)[1]:
+        raise ValueError("; ".join(failures))
+    for name, measure in parsed.items():
+        if measure.NAME == "Success" and name.strip().startswith("accuracy"):
+            warnings.warn(f"{name} is measured as {measure}, as sentence-transformers means it", stacklevel=2)
+
+
+def _made_up_run(data: RetrievalData) -> dict[str, dict[str, float]]:
+    """Return a run of the data's own ids that is right for every query: a relevant document first, then others."""
+    run = {}
+    for query, grades in data.qrels.items():
+        relevant = [document for document, grade in grades.items() if grade > 0][:1]
+        others = [document for document in data.doc_ids[:20] if grades.get(document, 0) <= 0]
+        run[query] = {document: float(-place) for place, document in enumerate(relevant + others)}
+    return run

@@ -22,8 +22,8 @@ from inbatch.data import TrainBatch
 from inbatch.data.batches import Part
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
-from inbatch.retrieval.embed import unwrap
-from inbatch.retrieval.evaluate import evaluate
+from inbatch.retrieval.embed import EmbedOptions, unwrap
+from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
 from inbatch.train.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
@@ -221,11 +221,15 @@ def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
         figures = evaluate(
             learner.network("passage"),
             run.evaluation,
+            RetrieveOptions(
+                similarity=config.similarity,
+                embedding=EmbedOptions(
+                    precision="bf16" if learner.autocast else "fp32",
+                    progress="texts" if run.config.train.progress and sys.stderr.isatty() else None,
+                ),
+            ),
             query_model=learner.network("query"),
             measures=config.measures,
-            similarity=config.similarity,
-            precision="bf16" if learner.autocast else "fp32",
-            progress=run.config.train.progress and sys.stderr.isatty(),
         )
     run.report.evaluation(done, figures)
 

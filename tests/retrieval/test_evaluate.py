@@ -5,7 +5,7 @@ import json
 import math
 import random
 import resource
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ir_measures
@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.data import RetrievalData, load_retrieval
 from inbatch.retrieval import metrics
-from inbatch.retrieval.embed import embed, encode_to_file
-from inbatch.retrieval.evaluate import evaluate, retrieve
+from inbatch.retrieval.embed import EmbedOptions, embed
+from inbatch.retrieval.encode_file import encode_to_file
+from inbatch.retrieval.evaluate import RetrieveOptions, evaluate, retrieve
 from tests.helpers import REPOSITORY, device
 
 
@@ -27,6 +28,7 @@ class LetterEncoder(nn.Module):
     """A bi-encoder small enough to follow by hand: the mean of its letters' vectors. It records what it is given."""
 
     prompts = {"query": "q"}  # noqa: RUF012
+    similarity = "cosine"
 
     def __init__(self, dimension: int = 16, padding_side: str = "right"):
         super().__init__()
@@ -106,8 +108,6 @@ def test_measures_by_hand():
         {"nDCG@10": ndcg / 3, "recall@100": 2 / 3, "MRR@10": 0.5 / 3, "RR": (0.5 + 1 / 11) / 3}
     )
     assert list(figures) == ["nDCG@10", "recall@100", "MRR@10", "RR"]
-    by_query = metrics.per_query_metrics(run, qrels, ["RR@10", "R@2"])
-    assert by_query == {"RR@10": {"q1": 0.5, "q2": 0, "q3": 0}, "R@2": {"q1": 0.5, "q2": 0, "q3": 0}}
 
 
 def test_measures_equal_ir_measures_where_there_are_no_ties(tmp_path):
@@ -161,6 +161,8 @@ def test_ties_keep_the_order_given_in_every_measure_and_in_the_file(tmp_path):
         ("MAP", "AP"),
         ("precision@3", "P@3"),
         ("Hit@3", "Success@3"),
+        ("accuracy@3", "Success@3"),
+        ("Accuracy@3", "Accuracy@3"),
         ("P(rel=2)@5", "P(rel=2)@5"),
         ("iprec@0.1", "IPrec@0.1"),
         ("IPrec@0.0", "IPrec@0.0"),
@@ -193,6 +195,28 @@ def test_a_wrong_measure(name, message):
         metrics.parse_measure(name)
 
 
+def test_ids_of_any_kind_suit_every_measure():
+    grades = {"a": 3, "b": 0, "c": 1}
+    run = {"b": 3.0, "a": 2.0, "c": 1.0}
+    gains = [0, 7 / 16, 1 / 16]  # (2^grade - 1) / 2^4
+    err = sum(gains[i] / (i + 1) * math.prod(1 - gain for gain in gains[:i]) for i in range(3))
+    for query, other in (("1", "2"), ("PLAIN-1", "PLAIN-2"), ("a-1", "b-1"), ("what is it", "who"), ("é", "一")):
+        names = {d: f"{query} {d}" for d in grades}  # white space, too
+        qrels = {query: {names[d]: grade for d, grade in grades.items()}, other: {"x": 1}}
+        figures = metrics.retrieval_metrics({query: {names[d]: run[d] for d in run}}, qrels, ["ERR@10", "RR"])
+        assert figures == pytest.approx({"ERR@10": err / 2, "RR": 0.25}, abs=1e-5)
+
+
+def test_a_measure_that_fails_on_this_run_takes_no_other_with_it():
+    qrels = {"q": {"a": 1, "b": 1, "c": 0}}
+    run = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}}
+    message = r"'Accuracy@2' cannot be computed on this data \(float division by zero\).*Success@k"
+    with pytest.warns(UserWarning, match=message):
+        assert metrics.retrieval_metrics(run, qrels, ["Accuracy@2", "RR", "Accuracy@3"]) == {"RR": 1, "Accuracy@3": 1}
+    with pytest.raises(ValueError, match=message):
+        metrics.retrieval_metrics(run, qrels, ["Accuracy@2"])
+
+
 def test_a_wrong_run(tmp_path):
     with pytest.raises(ValueError, match="no query of the run is judged"):
         metrics.retrieval_metrics({"1": {"a": 1.0}}, {"q1": {"a": 1}})
@@ -202,13 +226,8 @@ def test_a_wrong_run(tmp_path):
         metrics.retrieval_metrics({"1": {"a": 1.0}}, {"1": {"a": 1}}, "nDCG@10")
     with pytest.raises(ValueError, match="'a b' cannot stand in a TREC run"):
         metrics.write_trec_run(tmp_path / "a.run", {"q": {"a b": 1.0}})
-    for scores, message in (
-        ({"a": 2.0, "b": math.nan, "c": 3.0}, "document 'b' for query 'q' is NaN"),
-        ({"a": 2.0, "b": -math.inf}, "-inf of document 'b' for query 'q' is -infinity in float32"),
-        ({"a": -1e39}, "document 'a' for query 'q' is -infinity in float32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            metrics.write_trec_run(tmp_path / "a.run", {"q": scores})
+    with pytest.raises(ValueError, match="document 'b' for query 'q' is NaN"):
+        metrics.write_trec_run(tmp_path / "a.run", {"q": {"a": 2.0, "b": math.nan, "c": 3.0}})
     with pytest.raises(ValueError, match="document 'b' for query 'q' is NaN"):
         metrics.retrieval_metrics({"q": {"a": 2.0, "b": math.nan, "c": 3.0}}, {"q": {"c": 1}})
     assert metrics.retrieval_metrics({"q": {"a": -math.inf, "c": math.inf}}, {"q": {"c": 1}}, ["RR"]) == {"RR": 1}
@@ -224,7 +243,7 @@ def test_a_wrong_run(tmp_path):
 def test_embed_restores_the_order_within_the_token_budget(side, batch_tokens, monkeypatch):
     monkeypatch.setattr("inbatch.retrieval.embed._WINDOW", 64)  # several windows
     model, texts = LetterEncoder(padding_side=side), ["", *some_texts(150, 0)]
-    found = embed(model, texts, prefix="ab", max_length=30, batch_tokens=batch_tokens)
+    found = embed(model, texts, EmbedOptions(prefix="ab", max_length=30, batch_tokens=batch_tokens))
     seen, model.seen = model.seen, []
     assert torch.allclose(found, one_by_one(model, texts, "ab", 30), atol=1e-6)
     assert all(rows * width <= batch_tokens or rows == 1 for rows, width in seen)
@@ -232,9 +251,8 @@ def test_embed_restores_the_order_within_the_token_budget(side, batch_tokens, mo
     if batch_tokens == 100:
         padded = sum(rows * width for rows, width in seen)
         assert padded < 1.2 * sum(min(30, len(text) + 2) for text in texts)
-    assert torch.equal(
-        embed(model, texts, rows=range(70, 90), prefix="ab", max_length=30), found[70:90]
-    ) or torch.allclose(embed(model, texts, rows=range(70, 90), prefix="ab", max_length=30), found[70:90], atol=1e-6)
+    some = embed(model, texts, EmbedOptions(prefix="ab", max_length=30), rows=range(70, 90))
+    assert torch.allclose(some, found[70:90], atol=1e-6)
 
 
 def test_embed_leaves_the_model_as_it_was():
@@ -260,13 +278,15 @@ class Trap:
 def test_embed_options():
     model, texts = LetterEncoder(), some_texts(20, 0)
     assert embed(model, []).shape == (0, 16)
-    assert embed(model, texts, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert embed(model, texts, EmbedOptions(dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="batch_tokens is 0"):
-        embed(model, texts, batch_tokens=0)
+        EmbedOptions(batch_tokens=0)
     with pytest.raises(ValueError, match=r"texts is one string.*pass \['abc'\]"):
         embed(model, "abc")
     with pytest.raises(ValueError, match="'fp8'; expected one of fp32, bf16"):
-        embed(model, texts, precision="fp8")
+        EmbedOptions(precision="fp8")
+    with pytest.raises(ValueError, match=r"int8; expected one of torch\.float32, torch\.float16, torch\.bfloat16"):
+        EmbedOptions(dtype=torch.int8)
 
 
 # ---- evaluate
@@ -286,9 +306,9 @@ def expected_run(data, similarity="cosine", k=100):
 def _evaluate(rank, run_file, options):
     model = LetterEncoder().to(device()).train()
     wrapped = DistributedDataParallel(model)
-    data = small_data()
-    figures = evaluate(wrapped, data, measures=["nDCG@10", "recall@20", "MRR@10"], run_file=run_file, **options)
-    return figures, retrieve(wrapped, data, **options), model.training
+    data, options = small_data(), RetrieveOptions(**options)
+    figures = evaluate(wrapped, data, options, measures=["nDCG@10", "recall@20", "MRR@10"], run_file=run_file)
+    return figures, retrieve(wrapped, data, options), model.training
 
 
 @pytest.mark.parametrize("options", [{}, {"similarity": "dot", "query_prefix": "q", "top_k": 20}], ids=str)
@@ -312,7 +332,8 @@ def test_evaluate_is_the_same_on_any_number_of_ranks(pool, tmp_path, options):
 
 
 def test_evaluate_needs_no_process_group_and_keeps_half_precision():
-    figures = evaluate(LetterEncoder(), small_data(), dtype=torch.float16)
+    options = RetrieveOptions(embedding=EmbedOptions(dtype=torch.float16))
+    figures = evaluate(LetterEncoder(), small_data(), options)
     assert figures == pytest.approx(evaluate(LetterEncoder(), small_data()), abs=0.02)
     assert list(figures) == ["nDCG@10", "R@100", "RR@10"]
 
@@ -328,7 +349,7 @@ def _evaluate_tiny(rank):
         query_ids=["q"], queries=["ab"], doc_ids=["x", "y"], documents=["zz", "ab"], qrels={"q": {"y": 1}}
     )
     model = LetterEncoder().to(device())
-    return evaluate(model, data, similarity="dot"), retrieve(model, data), None
+    return evaluate(model, data, RetrieveOptions(similarity="dot")), retrieve(model, data), None
 
 
 @pytest.mark.parametrize(
@@ -349,8 +370,93 @@ def _evaluate_tiny(rank):
 )
 def test_misuse_of_evaluate(change, options, message):
     data = RetrievalData(**(vars(small_data()) | change))
+    where = {name: options.pop(name) for name in ("measures", "run_file") if name in options}
     with pytest.raises(ValueError, match=message):
-        evaluate(LetterEncoder(), data, **options)
+        evaluate(LetterEncoder(), data, RetrieveOptions(**options), **where)
+
+
+def test_a_measure_that_this_data_cannot_have_is_known_before_anything_is_embedded():
+    model, data = LetterEncoder(), small_data()
+    with pytest.raises(ValueError, match=r"'Accuracy@1' cannot be computed on this data .*Success@k"):
+        evaluate(model, data, measures=["nDCG@10", "Accuracy@1"])
+    data.qrels["q0"]["d0"] = 5  # above what ERR's program takes
+    with pytest.raises(ValueError, match="'ERR@10' cannot be computed on this data"):
+        evaluate(model, data, measures=["nDCG@10", "ERR@10"])
+    assert not model.seen
+    with pytest.warns(UserWarning, match="accuracy@1 is measured as Success@1, as sentence-transformers means it"):
+        figures = evaluate(model, small_data(), measures=["accuracy@1", "Success@1"])
+    assert figures["accuracy@1"] == figures["Success@1"] > 0
+
+
+def test_training_knows_it_before_it_starts():
+    from inbatch.train.config import EvalConfig  # here, as below
+    from inbatch.train.setup import open_evaluation
+
+    folder = str(REPOSITORY / "examples" / "pystdlib")
+    with pytest.raises(ValueError, match="'Accuracy@1' cannot be computed on this data"):
+        open_evaluation(EvalConfig(data=folder, measures=["nDCG@10", "Accuracy@1"]))
+    assert open_evaluation(EvalConfig(data=folder, measures=["nDCG@10", "ERR@20"])) is not None
+
+
+def arguments_data() -> RetrievalData:
+    """As ArguAna: each query is a document of the corpus under the same id, and another document is relevant."""
+    texts = some_texts(30, 2)
+    ids = [f"test-{topic}-{side}" for topic in range(15) for side in ("pro", "con")]
+    return RetrievalData(
+        query_ids=ids[::2],
+        queries=texts[::2],
+        doc_ids=ids,
+        documents=texts,
+        qrels={ids[i]: {ids[i + 1]: 1} for i in range(0, 30, 2)},
+    )
+
+
+def _evaluate_arguments(rank, options):
+    model = LetterEncoder().to(device())
+    with pytest.warns(UserWarning, match="left out") if not options and rank == 0 else nullcontext() as caught:
+        figures = evaluate(model, arguments_data(), RetrieveOptions(query_prefix="", **options))
+    return figures, [str(warning.message) for warning in caught or []]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_queries_do_not_find_themselves_as_in_beir(pool, world_size):
+    data, model = arguments_data(), LetterEncoder()
+    vectors = nn.functional.normalize(one_by_one(model, data.documents).double(), dim=1)
+    figures = {}
+    for keep in (False, True):
+        places = []
+        for query, (relevant,) in zip(range(0, 30, 2), data.qrels.values(), strict=True):
+            scores = {data.doc_ids[j]: float(vectors[query] @ vectors[j]) for j in range(30)}
+            if not keep:  # BEIR: results[query_id].pop(query_id)
+                del scores[data.query_ids[query // 2]]
+            places.append(sorted(scores, key=lambda name: -scores[name]).index(relevant))
+        figures[keep] = {
+            "nDCG@10": sum(1 / math.log2(place + 2) for place in places if place < 10) / 15,
+            "R@100": 1.0,
+            "RR@10": sum(1 / (place + 1) for place in places if place < 10) / 15,
+        }
+    assert figures[False]["nDCG@10"] > figures[True]["nDCG@10"] + 0.01
+    for keep in (False, True):
+        options = {"keep_identical_ids": True} if keep else {}
+        for rank, (found, warned) in enumerate(pool.run(_evaluate_arguments, world_size, options)):
+            assert found == pytest.approx(figures[keep], abs=1e-9)
+            expected = (
+                "15 of 15 queries have the id of a document, which is left out of their results, as in BEIR and MTEB"
+            )
+            assert len(warned) == (not keep and rank == 0)
+            assert all(message.startswith(f"{expected}; keep_identical_ids") for message in warned)
+
+
+def test_the_similarity_of_the_model_is_used_unless_another_is_given():
+    model, data = LetterEncoder(), small_data()
+    cosine, dot = (evaluate(model, data, RetrieveOptions(similarity=name)) for name in ("cosine", "dot"))
+    assert cosine != dot
+    assert evaluate(model, data) == cosine
+    model.similarity = "dot"
+    assert evaluate(model, data) == dot
+    model.similarity = "euclidean"
+    with pytest.raises(ValueError, match="saved with similarity 'euclidean'; expected one of cosine, dot"):
+        evaluate(model, data)
 
 
 def test_a_run_file_that_cannot_be_written_is_known_before_anything_is_embedded(tmp_path):
@@ -402,7 +508,7 @@ def test_trouble_on_one_rank_ends_all(pool, trouble, messages):
 
 
 def _encode(rank, source, output, options):
-    return encode_to_file(LetterEncoder().to(device()), source, output, **options)
+    return encode_to_file(LetterEncoder().to(device()), source, output, EmbedOptions(**options))
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -422,7 +528,7 @@ def test_encode_to_file(pool, tmp_path, world_size):
             if (kind, dtype) == ("npy", "bfloat16"):
                 continue
             output = tmp_path / "out" / f"{Path(source).name}-{dtype}.{kind}"
-            shapes = pool.run(_encode, world_size, source, output, {"prefix": "ab", "dtype": dtype})
+            shapes = pool.run(_encode, world_size, source, output, {"prefix": "ab", "dtype": getattr(torch, dtype)})
             assert shapes == [(50, 16)] * world_size
             found = torch.from_numpy(np.load(output)) if kind == "npy" else load_file(output)["embeddings"]
             assert found.dtype == getattr(torch, dtype)
@@ -432,7 +538,7 @@ def test_encode_to_file(pool, tmp_path, world_size):
             assert ids.exists() == (source != tmp_path / "texts.txt")
             if ids.exists():
                 assert ids.read_text().split() == [f"d{i}" for i in range(50)]
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -442,21 +548,23 @@ def test_encode_to_file(pool, tmp_path, world_size):
         ("empty.txt", "a.npy", {}, "empty.txt is empty"),
         (".", "a.npy", {}, "has no corpus.jsonl"),
         ("texts.txt", "a.csv", {}, "expected a name ending in .npy or .safetensors"),
-        ("texts.txt", "a.npy", {"dtype": "bfloat16"}, ".npy files cannot hold bfloat16"),
-        ("texts.txt", "a.npy", {"dtype": "int8"}, "dtype is 'int8'"),
-        ("texts.txt", "a.npy", {"precision": "int8"}, "precision is 'int8'"),
+        ("texts.txt", "a.npy", {"dtype": torch.bfloat16}, ".npy files cannot hold torch.bfloat16"),
+        ("texts.tsv", "a.npy", {}, r"texts.tsv is a table, which is not read here; expected .*JSONL"),
+        ("texts.CSV.gz", "a.npy", {}, "texts.CSV.gz is a table"),
+        ("texts.parquet", "a.npy", {}, "texts.parquet is a table"),
         ("bad.jsonl", "a.npy", {}, "line 2"),
         ("latin.txt", "a.npy", {}, r"latin\.txt, line 3 is not UTF-8 .*byte 0xe9"),
     ],
 )
 def test_misuse_of_encode_to_file(tmp_path, source, output, options, message):
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "texts.txt").write_text("a\n")
+    for name in ("texts.txt", "texts.tsv", "texts.CSV.gz", "texts.parquet"):
+        (tmp_path / name).write_text("a\n")
     (tmp_path / "latin.txt").write_text("a\n\ncaf\xe9\n", encoding="latin-1")
     (tmp_path / "bad.jsonl").write_text('{"_id": 1, "text": "a"}\n{"_id":\n')
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
-        encode_to_file(LetterEncoder(), tmp_path / source, tmp_path / output, **options)
+        encode_to_file(LetterEncoder(), tmp_path / source, tmp_path / output, EmbedOptions(**options))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -475,16 +583,15 @@ def test_a_failed_or_another_encoding_leaves_no_ids_beside_embeddings_that_are_n
     model.letters.weight.data[ord("a")] = torch.nan
     encode_to_file(model, tmp_path / "good.jsonl", output)
     before = output.read_bytes(), ids.read_bytes()
-    for source, options, message in (
-        ("bad_id.jsonl", {}, r"'x\\ny' does not fit on a line"),
-        ("nan.jsonl", {}, r"nan\.jsonl: the embedding of text 3 holds NaN or infinity as torch.float32"),
-        ("good.jsonl", {"batch_tokens": 0}, "batch_tokens is 0"),
+    for source, message in (
+        ("bad_id.jsonl", r"'x\\ny' does not fit on a line"),
+        ("nan.jsonl", r"nan\.jsonl: the embedding of text 3 holds NaN or infinity as torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            encode_to_file(model, tmp_path / source, output, **options)
+            encode_to_file(model, tmp_path / source, output)
         assert (output.read_bytes(), ids.read_bytes()) == before
         assert sorted(output.parent.iterdir()) == [output, ids]
-    (tmp_path / "out" / "e.npy.ids.txt.tmp").write_text("what a killed run left\n")
+    (tmp_path / "out" / ".e.npy.ids.txt.partial").write_text("what a killed run left\n")
     encode_to_file(model, tmp_path / "texts.txt", output)
     assert list(output.parent.iterdir()) == [output]
     (tmp_path / "out.npy").mkdir()
@@ -520,7 +627,7 @@ def test_a_real_encoder_on_a_slice_of_real_data(tmp_path):
     from tests.tiny_models import minilm
 
     model = BiEncoderModel.from_pretrained(minilm())
-    figures = evaluate(model, data, query_max_len=32, passage_max_len=48, run_file=tmp_path / "a.run")
+    figures = evaluate(model, data, RetrieveOptions(query_max_len=32, passage_max_len=48), run_file=tmp_path / "a.run")
     model.eval()
     with torch.no_grad():
         queries, documents = (

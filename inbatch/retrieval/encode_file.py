@@ -1,0 +1,158 @@
+"""The embeddings of a file's texts in one .npy or .safetensors file, which the ranks fill together.
+
+Shapes: n texts, D dimension.
+"""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inbatch import collectives
+from inbatch.data.corpus import Documents, DocumentTexts, open_documents
+from inbatch.data.files import naming, partial, publish, remove
+from inbatch.data.lines import Lines, find_file
+from inbatch.retrieval.embed import EmbedOptions, embed_windows, share, unwrap
+
+_NPY = {torch.float32: "<f4", torch.float16: "<f2"}
+_SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_TABLES = (".tsv", ".csv", ".parquet", ".arrow", ".feather", ".xlsx")
+_KINDS = "a BEIR folder, a JSONL file of {_id, title, text} records or a text file"
+
+
+def encode_to_file(
+    model: nn.Module,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    options: EmbedOptions | None = None,
+    *,
+    group=None,
+) -> tuple[int, int]:
+    """Write the embeddings of a file's texts, one a row in file order, and return their shape (n, D).
+
+    source: a BEIR folder (its corpus), a JSONL file of {_id, title, text} records, or a text file with a text a line
+    (blank lines left out). output: ends in .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to
+    output + ".ids.txt", one a line. options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0.
+
+    Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
+    a rank holds no more than a window of texts. The files appear under their names when all is complete, and ids of an
+    earlier run go. Raises ValueError on every rank for a source or output that cannot be used, and for embeddings with
+    NaN or infinity.
+    """
+    output, options = Path(output), options or EmbedOptions()
+    module, dtype = unwrap(model), options.dtype
+    collectives.agree("encode_to_file", {}, group=group, same={"dimension": module.embedding_dim, "dtype": str(dtype)})
+    texts, documents = collectives.together(lambda: _open_source(Path(source)), group)
+    shape = len(texts), module.embedding_dim
+    header = collectives.together(lambda: _header(output, dtype, shape), group)
+    ids_path = output.with_name(f"{output.name}.ids.txt")
+    first = collectives.rank(group) == 0
+    rows = share(len(texts), group)
+    options = options if first else replace(options, progress=None)
+
+    def create() -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with naming(output), partial(output).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + shape[0] * shape[1] * dtype.itemsize)
+        remove(partial(ids_path))  # of a run that was killed
+        if documents is not None:
+            with naming(ids_path), partial(ids_path).open("w", encoding="utf-8") as file:
+                file.writelines(map(_line, documents.own_ids()))
+
+    def fill() -> None:
+        # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
+        with naming(output), partial(output).open("r+b") as file:
+            file.seek(len(header) + rows.start * shape[1] * dtype.itemsize)
+            for start, window in embed_windows(module, texts, rows, options):
+                kept = window.to("cpu", dtype)
+                _require_finite(kept, rows.start + start, source)
+                file.write(kept.view(torch.uint8).numpy().data)
+
+    def finish() -> None:
+        remove(ids_path)  # before: at no time do the ids of other embeddings lie beside these
+        publish(output)
+        if documents is not None:
+            publish(ids_path)
+
+    try:
+        collectives.together(lambda: create() if first else None, group)
+        collectives.together(fill, group)
+        collectives.together(lambda: finish() if first else None, group)
+    except BaseException:
+        if first:
+            remove(partial(output))
+            remove(partial(ids_path))
+        raise
+    return shape
+
+
+def _line(doc_id: str) -> str:
+    if len(doc_id.splitlines()) != 1:
+        raise ValueError(f"the id {doc_id!r} does not fit on a line of its own")
+    return f"{doc_id}\n"
+
+
+def _require_finite(window: Tensor, start: int, source: str | os.PathLike) -> None:
+    bad = (~window.isfinite()).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{source}: the embedding of text {start + int(bad[0]) + 1} holds NaN or infinity as {window.dtype}; "
+            "expected finite numbers: look at the model's weights, or try float32 and precision fp32"
+        )
+
+
+def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
+    """Open the texts, and the documents that they are of, where they have ids; ValueError for what is not read."""
+    if source.is_dir():
+        corpus = find_file(source, "corpus.jsonl")
+        if corpus is None:
+            raise ValueError(f"{source} has no corpus.jsonl; expected {_KINDS}")
+        source = corpus
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist; expected {_KINDS}")
+    kind = Path(source.name.removesuffix(".gz")).suffix.lower()
+    if kind in (".jsonl", ".ndjson", ".json"):
+        documents = open_documents(source)
+        return DocumentTexts(documents), documents
+    if kind in _TABLES:
+        raise ValueError(f"{source} is a table, which is not read here; expected {_KINDS}: write its ids and texts so")
+    lines = Lines(source, _text)
+    if not len(lines):
+        raise ValueError(f"{source} is empty: expected one text a line")
+    for _ in lines:  # as records are: what cannot be read is said before hours of encoding
+        pass
+    return lines, None
+
+
+def _text(line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error}): save the file in that encoding") from None
+
+
+def _header(output: Path, dtype: torch.dtype, shape: tuple[int, int]) -> bytes:
+    """Return the bytes before the rows in the file; ValueError where the file cannot be made."""
+    formats = {".npy": _NPY, ".safetensors": _SAFETENSORS}
+    if output.suffix not in formats:
+        raise ValueError(f"the output is {output.name!r}; expected a name ending in .npy or .safetensors")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; expected the name of a file to write")
+    names = formats[output.suffix]
+    if dtype not in names:
+        raise ValueError(f"{output.suffix} files cannot hold {dtype}; expected float32 or float16, or .safetensors")
+    if output.suffix == ".npy":
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": names[dtype], "fortran_order": False, "shape": shape})
+        return header.getvalue()
+    tensor = {"dtype": names[dtype], "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
+    description = json.dumps({"embeddings": tensor})
+    size = -(-len(description) // 8) * 8
+    return size.to_bytes(8, "little") + description.encode().ljust(size)
