@@ -3,23 +3,38 @@
 Shapes: B texts, T token positions, D dimension.
 """
 
+import json
 import re
+import warnings
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import safe_open
 from tokenizers import normalizers
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from inbatch.encoder.st_folder import read_object
+from inbatch.encoder.st_folder import UnsupportedError, read_object
 
 # transformers marks "no limit" with a huge model_max_length.
 _NO_LIMIT = 10**9
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _OTHER_RUNTIMES = ["onnx/*", "openvino/*"]
+# Words, signs and letters that most vocabularies lack.
+_PROBE = "The 1st text, \u00fcn\u00efc\u00f6de: \u4e16\u754c \U0001f600."
 # Decoders that heed config.is_causal = False, each held by a test; any other one is asked, by a forward pass.
 BIDIRECTIONAL_DECODERS = ("llama", "ministral3", "qwen3")
 
@@ -43,31 +58,119 @@ def local_folder(name: str) -> Path:
     return Path(path)
 
 
-def load_backbone(folder: Path, dtype: str | torch.dtype | None, attn_implementation: str | None) -> PreTrainedModel:
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it into its base model first")
-    read_object(folder / "config.json")
+def load_backbone(
+    folder: Path,
+    home: str,
+    dtype: str | torch.dtype | None,
+    attn_implementation: str | None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Open the backbone in folder / home; ValueError in one line, before anything large is built, where it is wrong."""
+    place = folder / home
+    if (place / "adapter_config.json").is_file():
+        raise ValueError(f"{place} holds a LoRA adapter (adapter_config.json): merge it into its base model first")
+    values = read_object(folder, str(Path(home, "config.json"))) or {}
+    if not trust_remote_code:
+        _refuse_custom_code(place / "config.json", values, known=values.get("model_type") in CONFIG_MAPPING)
+        settings = read_object(folder, str(Path(home, "tokenizer_config.json"))) or {}
+        _refuse_custom_code(place / "tokenizer_config.json", settings, known=True)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     options = {key: value for key, value in options.items() if value is not None}
     try:
-        backbone, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be opened as a transformers model: {error}") from error
-    if backbone.config.is_encoder_decoder:
-        raise ValueError(f"{folder}: {backbone.config.model_type} is an encoder-decoder; use an encoder or a decoder")
+        _require_countable(place, values)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        if not trust_remote_code:
+            _require_weights_for(place, config)
+        backbone, report = AutoModel.from_pretrained(
+            place, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
+    except Exception as error:  # a wrong config.json raises whatever it runs into
+        raise ValueError(f"{place} cannot be opened as a transformers model: {in_one_line(error)}") from error
+    config = backbone.config
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "a model of several modalities"
+        raise UnsupportedError(f"{place}: {config.model_type} is {kind}, which is not supported")
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         # transformers would go on with random numbers in their place.
-        raise ValueError(f"{folder}: {len(missing)} weights of {type(backbone).__name__} are missing: {missing[:3]}...")
+        raise ValueError(f"{place}: {len(missing)} weights of {type(backbone).__name__} are missing: {missing[:3]}...")
     return backbone
 
 
-def load_tokenizer(folder: Path, lower_case: bool) -> PreTrainedTokenizerBase:
+def in_one_line(error: BaseException) -> str:
+    """Return the error's text, and its class where the text alone says little."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    return (
+        text
+        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+        else f"{type(error).__name__}: {text}"
+    )
+
+
+def _refuse_custom_code(path: Path, values: dict[str, Any], *, known: bool) -> None:
+    """Say what code is not run: an error, or a warning where transformers has a class of that name."""
+    auto_map = values.get("auto_map", {})
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{path}: auto_map is {auto_map!r:.80}; expected an object")
+    if not auto_map:
+        return
+    what = f"{path} names custom code ({json.dumps(auto_map):.120}), which is not run"
+    if not known:
+        raise ValueError(f"{what}: read it, and pass trust_remote_code=True (model.trust_remote_code) if you trust it")
+    warnings.warn(f"{what}: transformers' own class takes its place", stacklevel=4)
+
+
+def _weights_of(place: Path) -> tuple[int | None, int]:
+    """(number of tensors, or None where they are not in safetensors; bytes) of the weights in a folder."""
+    files = sorted(place.glob("*.safetensors"))
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            tensors += len(weights.keys())
+    return tensors if files else None, sum(file.stat().st_size for file in files or place.glob("*.bin"))
+
+
+def _require_countable(place: Path, values: dict[str, Any]) -> None:
+    """ValueError where transformers would loop over more layers, experts or labels than the weights can hold."""
+    tensors, _ = _weights_of(place)
+    for key, value in _numbers(values):
+        limit = max(512, tensors or 0) if tensors is not None else 4096
+        if re.search(r"(layers?|blocks|experts|labels|stages)$", key) and value > limit:
+            raise ValueError(f"config.json: {key} is {value}, more than its weights can hold")
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, (int, float)):
+            yield key, value
+
+
+def _require_weights_for(place: Path, config: PretrainedConfig) -> None:
+    """ValueError where the model that config.json describes is far larger than the weights beside it."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(deepcopy(config), trust_remote_code=False)
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    _, size = _weights_of(place)
+    if described > 2 * size + 2**24:  # two numbers a byte are the densest quantisation
+        raise ValueError(
+            f"config.json describes {described:.3g} numbers, its weights hold {size:.3g} bytes: one is wrong"
+        )
+
+
+def load_tokenizer(
+    folder: Path, options: Mapping[str, Any] | None = None, *, lower_case: bool, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Open the tokenizer with these options of its own; lower_case puts a Lowercase in front, saved with it."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers checks no tokenizer.json: a wrong one raises whatever it runs into
-        reason = str(error) if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
-        raise ValueError(f"{folder}: its tokenizer cannot be opened: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **(options or {}))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a wrong tokenizer.json runs into; a panic in Rust is no Exception
+        raise ValueError(f"{folder}: its tokenizer cannot be opened: {in_one_line(error)}") from error
     _require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -76,12 +179,21 @@ def load_tokenizer(folder: Path, lower_case: bool) -> PreTrainedTokenizerBase:
         # embedding of the eos token, which last-token pooling trains.
         tokenizer.pad_token = tokenizer.eos_token
     if lower_case:
-        backend = tokenizer.backend_tokenizer
-        if backend.normalizer is None:
-            backend.normalizer = normalizers.Lowercase()
-        elif backend.normalizer.normalize_str("A") != "a":
-            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
+        _lower_case(folder, tokenizer)
     return tokenizer
+
+
+def _lower_case(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{folder}: do_lower_case needs a tokenizer of the tokenizers library: save it as tokenizer.json"
+        )
+    normalizer = backend.normalizer
+    parts = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer] if normalizer else []
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        lower = normalizers.Lowercase()
+        backend.normalizer = normalizers.Sequence([lower, *parts]) if parts else lower
 
 
 def _require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,8 +265,58 @@ def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
     return None, 0
 
 
-def length_limit(saved: int | None, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> int | None:
-    """The tokens that a text is cut to: what was saved, else the least that tokenizer and config state; it must fit."""
-    stated = [saved] if saved else [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 0)]
-    limits = [*stated, position_table(backbone)[0]]
+def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
+    """ValueError where the tokenizer gives what the backbone cannot take: ids, types, or a limit that is none."""
+    limit = tokenizer.model_max_length
+    if type(limit) not in (int, float) or limit < 1 or (limit < _NO_LIMIT and type(limit) is float):
+        raise ValueError(f"{place}: the tokenizer's model_max_length is {limit!r}; expected a positive integer")
+    if "attention_mask" not in tokenizer.model_input_names:
+        raise ValueError(
+            f"{place}: the tokenizer's model_input_names {tokenizer.model_input_names} lack attention_mask: padding "
+            "would count as text; add it in tokenizer_config.json"
+        )
+    try:
+        tokens = tokenizer([_PROBE, ""], padding=True)
+        names = {id: token for token, id in tokenizer.get_vocab().items()}
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{place}: its tokenizer takes no text: {in_one_line(error)}") from error
+    try:
+        rows = backbone.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    except (AttributeError, NotImplementedError):  # it hashes characters, say
+        return
+    largest = max(*names, *(id for ids in tokens["input_ids"] for id in ids), tokenizer.pad_token_id)
+    if largest >= rows:
+        raise ValueError(
+            f"{place}: the tokenizer's largest id is {largest} ({names.get(largest, 'of no token')!r}), but the "
+            f"backbone embeds {rows} ids: take the tokenizer that it was trained with, or resize its embeddings"
+        )
+    if any(any(types) for types in tokens.get("token_type_ids", [])):
+        raise UnsupportedError(f"{place}: a tokenizer that gives texts a token type other than 0 is not supported")
+
+
+def padding_shifts(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, pooling: str) -> str | None:
+    """Return what padding on the left shifts in sentence-transformers, which counts it in; None where nothing."""
+    if tokenizer.padding_side != "left":
+        return None
+    if pooling == "weighted_mean":
+        return "weights"
+    scaled = "llama_4_scaling_beta" in (getattr(backbone.config, "rope_parameters", None) or {})
+    return "positions" if scaled or position_table(backbone)[0] else None
+
+
+def length_limit(
+    place: Path, saved: int | None, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel
+) -> int | None:
+    """Return the tokens that a text is cut to: what was saved, else the least that tokenizer and config state."""
+    positions = position_table(backbone)[0]
+    if saved is not None:
+        if positions is None or saved <= positions:
+            return saved
+        warnings.warn(
+            f"{place}: texts are cut to the backbone's {positions} positions, not to max_seq_length {saved}",
+            stacklevel=3,
+        )
+    limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 0), positions]
     return min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)

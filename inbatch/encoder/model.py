@@ -5,25 +5,27 @@ Shapes: B texts, T token positions, D dimension.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inbatch.encoder.first_words import first_words, holds_last_word, splits_at_blanks
 from inbatch.encoder.loading import (
+    in_one_line,
     length_limit,
     load_backbone,
     load_tokenizer,
     local_folder,
+    padding_shifts,
     position_table,
+    require_fit,
     set_attention,
 )
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
 from inbatch.encoder.pooling import check_pooling, pool
-from inbatch.encoder.st_folder import Layout, read_layout, write_layout
+from inbatch.encoder.st_folder import Folder, Layout, read_layout, write_layout
 from inbatch.grad_cache.memory import to_device
 
 
@@ -36,9 +38,23 @@ class BiEncoderModel(nn.Module):
         backbone: the transformers model. tokenizer: its tokenizer.
         prompts: name -> text put in front, e.g. "query", "document". default_prompt_name: what
             sentence-transformers uses when no prompt is named; `tokenize` uses prompts only when named.
-        max_seq_length: tokens a text is cut to by default, None is no limit. embedding_dim: D.
+        similarity: how embeddings are compared: "cosine", "dot", "euclidean" or "manhattan".
+        truncate_dim: components that an embedding keeps, after the normalisation; None is all. embedding_dim: D.
+        max_seq_length: tokens a text is cut to by default, None is no limit; query_length and document_length
+            take its place for texts with the prompts "query" and "document".
         packed: whether `encode` skips padding; may be switched off and on for a model opened with packed=True.
     """
+
+    pooling: str
+    l2_normalize: bool
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    similarity: str
+    truncate_dim: int | None
+    max_seq_length: int | None
+    query_length: int | None
+    document_length: int | None
+    do_lower_case: bool
 
     def __init__(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout, *, packed: bool = False
@@ -46,16 +62,12 @@ class BiEncoderModel(nn.Module):
         super().__init__()
         self.backbone: PreTrainedModel = backbone
         self.tokenizer = tokenizer
-        self._cuts_of: tuple[tuple[int, int], bool] | None = None  # see _may_cut
-        self.pooling = check_pooling(layout.pooling)
-        self.l2_normalize = layout.l2_normalize
-        self.prompts = dict(layout.prompts)
-        self.default_prompt_name = layout.default_prompt_name
-        self.similarity = layout.similarity
-        self.do_lower_case = layout.do_lower_case
+        check_pooling(layout.pooling)
+        for field in fields(Layout):
+            setattr(self, field.name, getattr(layout, field.name))
         self.position_limit, self.position_offset = position_table(backbone)
-        self.max_seq_length = layout.max_seq_length
-        self._check_length(self.max_seq_length)
+        for length in (self.max_seq_length, self.query_length, self.document_length):
+            self._check_length(length)
         # Asked once, here: a later wrapper (peft) takes anything.
         accepted = inspect.signature(backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -83,6 +95,7 @@ class BiEncoderModel(nn.Module):
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
         packed: bool = False,
+        trust_remote_code: bool = False,
     ) -> "BiEncoderModel":
         """Open a transformers or sentence-transformers model, from a folder or by its name on the hub.
 
@@ -97,34 +110,49 @@ class BiEncoderModel(nn.Module):
             dtype: "float32", torch.bfloat16, ...; None is the dtype of the weights on disk.
             attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers choose.
             packed: encode without padding (`inbatch.packing`): the same embeddings, to rounding.
+            trust_remote_code: run the code that a folder brings for its backbone or tokenizer.
 
         Raises:
-            ValueError: no such model; a module, pooling or backbone that is not supported.
+            ValueError: no such model; a file that is wrong; a setting, module or backbone that is not supported, the
+                latter as UnsupportedError where sentence-transformers would open it.
         """
         if packed and attn_implementation is not None:
             raise ValueError(
                 f"packed=True brings its own attention: leave out attn_implementation={attn_implementation!r}"
             )
         folder = local_folder(str(name_or_path))
-        saved = read_layout(folder) or Layout(pooling="mean", l2_normalize=True, bidirectional=True)
-        saved = replace(saved, pooling=check_pooling(pooling or saved.pooling))
-        home = folder / saved.backbone_path
-        backbone = load_backbone(home, dtype, attn_implementation)
+        saved = read_layout(folder, trust_remote_code=trust_remote_code)
+        from_sentence_transformers = saved is not None
+        saved = saved or Folder(layout=Layout(pooling="mean", l2_normalize=True), bidirectional=True)
+        layout = replace(saved.layout, pooling=check_pooling(pooling or saved.layout.pooling))
+        home = folder / saved.home
+        backbone = load_backbone(folder, saved.home, dtype, attn_implementation, trust_remote_code=trust_remote_code)
         set_attention(backbone, bidirectional, default=saved.bidirectional)
-        tokenizer = load_tokenizer(home, lower_case=saved.do_lower_case)
-        layout = replace(
-            saved,
-            l2_normalize=saved.l2_normalize if l2_normalize is None else l2_normalize,
-            prompts={**saved.prompts, **(prompts or {})},
-            max_seq_length=(
-                length_limit(saved.max_seq_length, tokenizer, backbone) if max_seq_length is None else max_seq_length
-            ),
+        tokenizer = load_tokenizer(
+            home, saved.tokenizer_options, lower_case=layout.do_lower_case, trust_remote_code=trust_remote_code
         )
-        return cls(backbone, tokenizer, layout, packed=packed)
+        require_fit(home, tokenizer, backbone)
+        if from_sentence_transformers and (what := padding_shifts(tokenizer, backbone, saved.layout.pooling)):
+            raise ValueError(
+                f"{home}: padding_side left shifts the {what} of shorter texts, so that their embeddings depend on the "
+                "longer ones; set it to right in tokenizer_config.json"
+            )
+        if max_seq_length is None:
+            max_seq_length = length_limit(home, layout.max_seq_length, tokenizer, backbone)
+        layout = replace(
+            layout,
+            l2_normalize=layout.l2_normalize if l2_normalize is None else l2_normalize,
+            prompts={**layout.prompts, **(prompts or {})},
+            max_seq_length=max_seq_length,
+        )
+        model = cls(backbone, tokenizer, layout, packed=packed)
+        model._require_finite(home)
+        return model
 
     @property
     def embedding_dim(self) -> int:
-        return self.backbone.config.get_text_config().hidden_size
+        width = self.backbone.config.hidden_size
+        return width if self.truncate_dim is None else min(width, self.truncate_dim)
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Embed a tokenised batch into [B, D] float32 (float64 for a float64 backbone).
@@ -147,11 +175,12 @@ class BiEncoderModel(nn.Module):
         else:
             positions = {"position_ids": positions_BT} if self._takes_positions else {}
             states_BTD = self.backbone(
-                input_ids=ids_BT, attention_mask=attend_BT.long(), **positions, **self._no_cache
+                input_ids=ids_BT, attention_mask=attend_BT.long(), return_dict=True, **positions, **self._no_cache
             ).last_hidden_state
         embeddings_BD = pool(states_BTD, mask_BT, self.pooling)
         if self.l2_normalize:
             embeddings_BD = nn.functional.normalize(embeddings_BD, dim=-1)
+        embeddings_BD = embeddings_BD[:, : self.truncate_dim]
         # Not a view, which FSDP2's hooks on the output would warn of.
         return embeddings_BD if rows else embeddings_BD[:0].clone()
 
@@ -171,13 +200,21 @@ class BiEncoderModel(nn.Module):
         return {name: to_device(value, device) for name, value in ready.items()}
 
     def tokenize(
-        self, texts: Sequence[str], *, prompt: str | None = None, max_length: int | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str | None = None,
+        task: str | None = None,
+        prefix: str | None = None,
+        max_length: int | None = None,
     ) -> dict[str, Tensor]:
         """Texts to padded int64 `input_ids` and `attention_mask` [B, T], T the longest text's length.
 
         Args:
             prompt: the name of one of `prompts`, put in front of every text; None is none.
-            max_length: tokens to cut to, special tokens included; None is `max_seq_length`.
+            task: "query" or "document": with the prompt of that name, if there is one, and its length limit.
+            prefix: text put in front instead of a prompt.
+            max_length: tokens to cut to, special tokens included; None is the model's length for such texts.
 
         Raises:
             ValueError: one string in place of a sequence, an unknown prompt, a length that is no positive integer or
@@ -187,45 +224,38 @@ class BiEncoderModel(nn.Module):
             raise ValueError(f"tokenize: texts is one string; expected a sequence of them: pass [{texts[:40]!r}]")
         if prompt is not None and prompt not in self.prompts:
             raise ValueError(f"unknown prompt {prompt!r}; this model has {sorted(self.prompts)}")
-        limit = self.max_seq_length if max_length is None else max_length
-        self._check_length(limit)
+        if prefix is None:
+            prefix = self.prompts.get(prompt or task or "", "")
+        if max_length is None:
+            lengths = {"query": self.query_length, "document": self.document_length}
+            max_length = lengths.get(task or prompt or "") or self.max_seq_length
+        self._check_length(max_length)
         if not texts:
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
-        prefix = self.prompts[prompt] if prompt else ""
-        tokens = self._cut_and_padded([prefix + text for text in texts], limit)
-        return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
-
-    def _cut_and_padded(self, whole: list[str], limit: int | None) -> BatchEncoding:
-        if limit is None or self.tokenizer.truncation_side != "right" or not self._may_cut():
-            return self._padded(whole, limit)
-        # A word mostly gives a token, so the first `limit` words hold the first `limit` tokens.
-        cut = [first_words(text, limit) for text in whole]
-        tokens = self._padded([text for text, _ in cut], limit)
-        short = (tokens["attention_mask"].sum(1) < limit).tolist()
-        texts = [
-            whole[row] if short[row] or holds_last_word(tokens, row, last, len(text)) else text
-            for row, (text, last) in enumerate(cut)
-        ]
-        if all(len(text) == len(first) for text, (first, _) in zip(texts, cut, strict=True)):
-            return tokens
-        return self._padded(texts, limit)
-
-    def _may_cut(self) -> bool:
-        """splits_at_blanks: asking takes a millisecond, so again only for another tokenizer or added tokens."""
-        asked = id(self.tokenizer), len(self.tokenizer)
-        if self._cuts_of is None or self._cuts_of[0] != asked:
-            self._cuts_of = asked, splits_at_blanks(self.tokenizer)
-        return self._cuts_of[1]
-
-    def _padded(self, texts: list[str], limit: int | None) -> BatchEncoding:
-        return self.tokenizer(
-            texts,
+        tokens = self.tokenizer(
+            [prefix + text for text in texts],
             padding=True,
-            truncation=limit is not None,
-            max_length=limit,
+            truncation=max_length is not None,
+            max_length=max_length,
             return_tensors="pt",
             return_token_type_ids=False,
         )
+        return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
+
+    @torch.no_grad()
+    def _require_finite(self, home: Path) -> None:
+        """ValueError where the model as it was opened cannot embed a text."""
+        training = self.training
+        try:
+            embeddings_BD = self.eval()(self.tokenize(["text"]))
+        except Exception as error:  # a wrong type or number in config.json raises whatever it runs into
+            raise ValueError(f"{home}: its model embeds no text: {in_one_line(error)}") from error
+        finally:
+            self.train(training)
+        if not embeddings_BD.isfinite().all():
+            raise ValueError(
+                f"{home}: its model's embeddings hold NaN or infinity: its weights or config.json are wrong"
+            )
 
     def _check_length(self, length: int | None) -> None:
         if length is None:
@@ -256,21 +286,12 @@ class BiEncoderModel(nn.Module):
             if not weights:
                 raise ValueError(f"state_dict has no key that starts with {prefix!r}; pass this model's own state_dict")
         self.backbone.save_pretrained(folder, state_dict=weights)
-        if self.pooling == "weighted_mean":
-            # sentence-transformers weighs by the column, padding included: only right padding gives our weights.
+        if padding_shifts(self.tokenizer, self.backbone, self.pooling):
             # In init_kwargs, or a tokenizer that has padded on the left is saved and opened doing so.
             self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "right"
         self.tokenizer.save_pretrained(folder)
-        layout = Layout(
-            pooling=self.pooling,
-            l2_normalize=self.l2_normalize,
-            prompts=self.prompts,
-            default_prompt_name=self.default_prompt_name,
-            similarity=self.similarity,
-            max_seq_length=self.max_seq_length,
-            do_lower_case=self.do_lower_case,
-        )
-        write_layout(folder, layout, self.embedding_dim)
+        layout = Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
+        write_layout(folder, layout, self.backbone.config.hidden_size)
 
 
 def _attended(mask_BT: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def packed_states(
         cu_seq_lens_k=starts,
         max_length_q=longest,
         max_length_k=longest,
+        return_dict=True,
         **options,
     ).last_hidden_state[0]
     padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, slots_N, states_ND)

@@ -1,10 +1,11 @@
 """The folder layout of sentence-transformers, read and written without importing it.
 
-Written: modules.json with the module names and the pooling flags that every release since 2.0 reads. Read: those,
-and the layout of release 6 (`pooling_mode`, the length limit in the tokenizer's own file).
+Every key of its files is known here: it is honoured, or changes no embedding, or is refused by name. Written: the
+module names and pooling flags that every release since 2.0 reads.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import transformers
 
 # sentence-transformers' name -> ours
 _POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last", "weightedmean": "weighted_mean"}
+# In the order in which sentence-transformers concatenates several.
 _FLAGS = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
@@ -23,25 +25,135 @@ _FLAGS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 _SUPPORTED = "Transformer, Pooling, Normalize"
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+# The Transformer module's settings are in the first of these files that holds any.
+_TRANSFORMER_FILES = [
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
+_TOKEN_STATES = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+# With one of these beside the tokenizer, sentence-transformers opens a processor of several modalities.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+# Options of a tokenizer that transformers takes when it opens one, and saves with it.
+_TOKENIZER_OPTIONS = {
+    **dict.fromkeys(("truncation_side", "padding_side"), "'left' or 'right'"),
+    **dict.fromkeys(("do_lower_case", "add_prefix_space", "use_fast", "clean_up_tokenization_spaces"), "true or false"),
+    **dict.fromkeys(
+        ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"), "text"
+    ),
+    "model_max_length": "a positive integer",
+}
+# What `processing_kwargs` may say of texts without changing a token.
+_USUAL_TOKENS = {
+    "padding": (True, "longest"),
+    "truncation": (True, "longest_first"),
+    "add_special_tokens": (True,),
+    "return_tensors": ("pt",),
+}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": _is_text,
+    "true or false": lambda value: isinstance(value, bool),
+    "a positive integer": lambda value: type(value) is int and value >= 1,
+    "an object": lambda value: isinstance(value, dict),
+    "an object of texts": lambda value: (
+        isinstance(value, dict) and all(_is_text(text) or text is None for text in value.values())
+    ),
+    "text or a list of texts": lambda value: _is_text(value) or (isinstance(value, list) and all(map(_is_text, value))),
+    "'left' or 'right'": lambda value: value in ("left", "right"),
+    f"one of {', '.join(SIMILARITIES)}": lambda value: value in SIMILARITIES,
+}
+
+
+class UnsupportedError(ValueError):
+    """A folder that sentence-transformers opens and BiEncoderModel does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a sentence-transformers folder says beyond the backbone's own files."""
+    """What a sentence-transformers folder says beyond the files of its backbone and tokenizer."""
 
     pooling: str
     l2_normalize: bool
-    backbone_path: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     similarity: str = "cosine"
+    truncate_dim: int | None = None
     max_seq_length: int | None = None
+    query_length: int | None = None
+    document_length: int | None = None
     do_lower_case: bool = False
-    bidirectional: bool = False  # what a decoder is whose config says nothing: sentence-transformers runs it causal
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where there is no such file."""
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """An opened folder: where its backbone is, and how to open that."""
+
+    layout: Layout
+    home: str = ""
+    tokenizer_options: dict[str, Any] = field(default_factory=dict)
+    bidirectional: bool = False  # a decoder whose config does not say; sentence-transformers runs it causal
+
+
+class _Settings:
+    """The settings of one file, taken one by one; `done` refuses by name what nobody took."""
+
+    def __init__(self, path: Path, values: dict[str, Any], inner: str = ""):
+        self._where, self._left = f"{path}: {inner}", dict(values)
+
+    def take(self, key: str, kind: str) -> Any:
+        """Return a value of this kind; None where it is absent or null."""
+        value = self._left.pop(key, None)
+        if value is not None and not _KINDS[kind](value):
+            raise ValueError(f"{self._where}{key} is {_short(value)}; expected {kind}")
+        return value
+
+    def require(self, key: str, *usual: Any) -> None:
+        """Refuse a value other than these, of which the first is meant where the key is absent."""
+        value = self._left.pop(key, usual[0])
+        if not any(type(value) is type(allowed) and value == allowed for allowed in usual):
+            raise UnsupportedError(f"{self._where}{key} {_short(value)} is not supported")
+
+    def ignore(self, *keys: str) -> None:
+        """Drop keys that change no embedding."""
+        for key in keys:
+            self._left.pop(key, None)
+
+    def done(self) -> None:
+        if self._left:
+            key, value = next(iter(self._left.items()))
+            raise ValueError(
+                f"{self._where}{key} ({_short(value)}) is not known here; if it changes no embedding, delete it there"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """Return the path of `name` in `folder`; ValueError where `..` or a link leads out of the folder."""
+    path, root = folder / name, folder.resolve()
+    try:
+        target = path.resolve()
+        path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: there can be no file {name!r:.80}: {error}") from None
+    # Files in a snapshot of the hub's cache are links to the blobs beside the snapshots.
+    if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
+        raise ValueError(f"{path} lies outside of the model's folder: copy it into the folder")
+    return path
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file of the folder, or None where there is no such file."""
+    path = file_within(folder, name)
     if not path.is_file():
         return None
     value = _read(path)
@@ -52,76 +164,177 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be saved
+        return value
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def _read_modules(path: Path) -> list[dict[str, str]]:
-    modules = _read(path)
-    objects = isinstance(modules, list) and all(isinstance(module, dict) for module in modules)
-    if not objects or not all(isinstance(module.get(key), str) for module in modules for key in ("type", "path")):
-        raise ValueError(f"{path} is no list of modules: expected objects, each with a type and a path")
-    return modules
+def read_layout(folder: Path, *, trust_remote_code: bool = False) -> Folder | None:
+    """Return what `folder` says, or None where it has no modules.json.
 
-
-def read_layout(folder: Path) -> Layout | None:
-    """The layout of `folder`, or None when it has no modules.json; ValueError for modules that we do not have."""
-    if not (folder / "modules.json").is_file():
+    Raises UnsupportedError for what only sentence-transformers can do, ValueError for custom code that is not trusted,
+    unknown keys and values of a wrong type.
+    """
+    if not file_within(folder, "modules.json").is_file():
         return None
-    modules = _read_modules(folder / "modules.json")
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    for kind, module in zip(kinds, modules, strict=True):
-        if kind not in ("Transformer", "Pooling", "Normalize"):
-            where = f" (folder {module['path']!r})" if module.get("path") else ""
-            raise ValueError(f"{folder}: module {module['type']}{where} is not supported; supported: {_SUPPORTED}")
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ValueError(f"{folder}: modules {kinds} are not supported; expected {_SUPPORTED}, in this order")
-    backbone = folder / modules[0]["path"]
-    transformer = read_object(backbone / "sentence_bert_config.json") or {}
-    _check_transformer(folder, transformer)
-    processor = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
-    top = read_object(folder / "config_sentence_transformers.json") or {}
-    return Layout(
-        pooling=_read_pooling(folder / modules[1]["path"] / "config.json"),
-        l2_normalize="Normalize" in kinds,
-        backbone_path=modules[0]["path"],
-        prompts={name: text or "" for name, text in (top.get("prompts") or {}).items()},
-        default_prompt_name=top.get("default_prompt_name"),
-        similarity=top.get("similarity_fn_name") or "cosine",
-        max_seq_length=transformer.get("max_seq_length") or processor.get("model_max_length"),
-        do_lower_case=bool(transformer.get("do_lower_case", False)),
+    kinds, paths = _read_modules(folder, trust_remote_code)
+    top = _settings(folder, "config_sentence_transformers.json")
+    top.ignore("__version__")
+    if (model_type := top.take("model_type", "text")) not in (None, "SentenceTransformer"):
+        raise ValueError(f"{folder}: model_type {model_type} is no bi-encoder of one vector a text")
+    top.require("requirements", {}, None)
+    prompts = {name: text or "" for name, text in (top.take("prompts", "an object of texts") or {}).items()}
+    default_prompt_name = top.take("default_prompt_name", "text")
+    if default_prompt_name not in (None, "query", "document", *prompts):
+        raise ValueError(
+            f"{folder / 'config_sentence_transformers.json'}: default_prompt_name {default_prompt_name!r} is none of "
+            f"its prompts {sorted(prompts)}"
+        )
+    similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
+    truncate_dim = top.take("truncate_dim", "a positive integer")
+    top.done()
+    lengths, tokenizer_options = _read_transformer(folder, paths[0])
+    pooling = _read_pooling(folder, str(Path(paths[1], "config.json")))
+    if len(kinds) == 3:
+        normalize = _settings(folder, str(Path(paths[2], "config.json")))
+        normalize.require("module_input_name", "sentence_embedding")
+        normalize.require("module_output_name", "sentence_embedding", None)
+        normalize.done()
+    layout = Layout(
+        pooling=pooling,
+        l2_normalize=len(kinds) == 3,
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
+        similarity=similarity or "cosine",
+        truncate_dim=truncate_dim,
+        **lengths,
     )
+    return Folder(layout=layout, home=paths[0], tokenizer_options=tokenizer_options)
 
 
-def _check_transformer(folder: Path, transformer: dict[str, Any]) -> None:
-    """ValueError for settings that would make sentence-transformers compute other states than the plain backbone."""
-    task = transformer.get("transformer_task", "feature-extraction")
-    text = transformer.get("modality_config", {"text": {}}).get("text")
-    if task != "feature-extraction" or text is None or text.get("method", "forward") != "forward":
-        raise ValueError(f"{folder}: its Transformer module is no plain text encoder (task {task}, text {text})")
-    for key in ("model_kwargs", "model_args", "config_kwargs", "config_args"):
-        if transformer.get(key):
+def _settings(folder: Path, name: str) -> _Settings:
+    return _Settings(folder / name, read_object(folder, name) or {})
+
+
+def _read_modules(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[str]]:
+    """Return the kinds and folders of the modules, which must be those that we have, in their order."""
+    path = folder / "modules.json"
+    modules = _read(path)
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("type", "path"))
+        for module in modules
+    ):
+        raise ValueError(f"{path} is no list of modules: expected objects, each with a type and a path")
+    for module in modules:
+        if module["path"].startswith("/") or ".." in Path(module["path"]).parts:
+            raise ValueError(f"{path}: the path {module['path']!r} leads out of the model's folder")
+        file_within(folder, module["path"])
+        if not module["type"].startswith("sentence_transformers."):
+            if trust_remote_code:
+                raise UnsupportedError(f"{folder}: module {module['type']}, which is custom code, is not supported")
             raise ValueError(
-                f"{folder}: sentence_bert_config.json sets {key}={transformer[key]}, which is not supported"
+                f"{folder}: module {module['type']} is custom code, which is not run: read it, and pass "
+                "trust_remote_code=True (model.trust_remote_code) if you trust it"
             )
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind not in ("Transformer", "Pooling", "Normalize"):
+            where = f" (folder {module['path']!r})" if module["path"] else ""
+            raise UnsupportedError(f"{folder}: module {module['type']}{where} is not supported")
+        settings = _Settings(path, module)
+        settings.take("kwargs", "text or a list of texts")  # names of arguments that none of the three has
+        settings.ignore("idx", "name", "path", "type")
+        settings.done()
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UnsupportedError(f"{folder}: modules {kinds} (expected {_SUPPORTED}, in this order) are not supported")
+    names = [module.get("name") for module in modules]
+    if any(names.count(name) > 1 for name in names):
+        raise ValueError(f"{path}: two modules have the name {_short(names[1])}; give each its own")
+    return kinds, [module["path"] for module in modules]
 
 
-def _read_pooling(path: Path) -> str:
-    config = read_object(path)
-    if config is None:
+def _read_transformer(folder: Path, home: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (fields of Layout, options for the tokenizer): what the Transformer module's file says."""
+    for name in _PROCESSOR_FILES:
+        if (folder / home / name).is_file():
+            raise UnsupportedError(f"{folder / home / name}: a model of several modalities is not supported")
+    for name in ("tokenizer_config.json", "config.json"):
+        if (read_object(folder, str(Path(home, name))) or {}).get("processor_class") is not None:
+            raise UnsupportedError(f"{folder / home / name}: a processor_class is not supported")
+    files = ((folder / home / name, read_object(folder, str(Path(home, name)))) for name in _TRANSFORMER_FILES)
+    path, values = next(((path, values) for path, values in files if values), (folder / home, {}))
+    settings = _Settings(path, values)
+    settings.require("transformer_task", "feature-extraction")
+    if "modality_config" in values:
+        settings.require("modality_config", _TOKEN_STATES)
+        settings.require("module_output_name", "token_embeddings")
+    settings.require("query_expansion", None)
+    settings.require("tokenizer_name_or_path", None)
+    settings.ignore("module_output_name", "unpad_inputs", "backend")
+    for key in ("model_kwargs", "model_args", "config_kwargs", "config_args"):
+        # That custom code may run is never for the folder to say.
+        if any(name != "trust_remote_code" for name in settings.take(key, "an object") or {}):
+            raise UnsupportedError(f"{path}: {key} {_short(values[key])} is not supported")
+    _require_usual_tokens(path, settings.take("processing_kwargs", "an object") or {})
+    new, old = (settings.take(key, "an object") for key in ("processor_kwargs", "tokenizer_args"))
+    if new and old is not None:
+        raise ValueError(f"{path}: processor_kwargs beside tokenizer_args, its older name, has no effect: delete one")
+    options = _Settings(path, new or old or {}, "processor_kwargs." if new else "tokenizer_args.")
+    options.ignore("trust_remote_code")
+    tokenizer = {name: options.take(name, kind) for name, kind in _TOKENIZER_OPTIONS.items()}
+    options.done()
+    tokenizer = {name: value for name, value in tokenizer.items() if value is not None}
+    lengths: dict[str, Any] = {
+        name: settings.take(name, "a positive integer")
+        for name in ("max_seq_length", "query_length", "document_length")
+    }
+    lengths["max_seq_length"] = tokenizer.pop("model_max_length", None) or lengths["max_seq_length"]
+    lengths["do_lower_case"] = bool(settings.take("do_lower_case", "true or false"))
+    settings.done()
+    return lengths, tokenizer
+
+
+def _require_usual_tokens(path: Path, processing: dict[str, Any]) -> None:
+    for modality, options in processing.items():
+        if modality in ("image", "audio", "video", "chat_template"):
+            continue  # texts never meet them
+        if modality not in ("text", "common") or not isinstance(options, dict):
+            raise ValueError(
+                f"{path}: processing_kwargs.{modality} ({_short(options)}) is not known here: delete it there"
+            )
+        for key, value in options.items():
+            if not any(type(value) is type(usual) and value == usual for usual in _USUAL_TOKENS.get(key, ())):
+                raise UnsupportedError(f"{path}: processing_kwargs.{modality}.{key} {_short(value)} is not supported")
+
+
+def _read_pooling(folder: Path, name: str) -> str:
+    path, values = folder / name, read_object(folder, name)
+    if values is None:
         raise ValueError(f"{path} is missing, which says how the model pools: copy it from the model's source")
-    modes = config.get("pooling_mode") or [mode for mode, flag in _FLAGS.items() if config.get(flag)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    settings = _Settings(path, values)
+    flags = [mode for mode, flag in _FLAGS.items() if settings.take(flag, "true or false")]
+    modes = settings.take("pooling_mode", "text or a list of texts")
+    if "pooling_mode" not in values:
+        modes = flags or "mean"
+    modes = [modes] if isinstance(modes, str) else modes or []
+    for key in ("embedding_dimension", "word_embedding_dimension"):
+        settings.take(key, "a positive integer")
+    settings.take("include_prompt", "true or false")
+    settings.done()
+    if not modes or not all(mode in _FLAGS for mode in modes):
+        raise ValueError(f"{path}: pooling_mode {_short(modes)} is unknown; supported: {', '.join(_POOLING)}")
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ValueError(f"{path}: pooling {'+'.join(modes)} is not supported; supported: {', '.join(_POOLING)}")
-    if not config.get("include_prompt", True):
-        raise ValueError(f"{path}: include_prompt=false (prompt tokens left out of the pooling) is not supported")
+        raise UnsupportedError(f"{path}: pooling_mode: pooling {'+'.join(modes)} is not supported")
+    if not values.get("include_prompt", True):
+        raise UnsupportedError(f"{path}: include_prompt=false (prompt tokens left out of the pooling) is not supported")
     return _POOLING[modes[0]]
 
 
 def write_layout(folder: Path, layout: Layout, embedding_dim: int) -> None:
-    """Write every file of the layout but the backbone's and the tokenizer's own."""
+    """Write every file of the layout but the backbone's and the tokenizer's own; embedding_dim: of the token states."""
     theirs = next(name for name, ours in _POOLING.items() if ours == layout.pooling)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * layout.l2_normalize
     modules = [
@@ -137,14 +350,16 @@ def write_layout(folder: Path, layout: Layout, embedding_dim: int) -> None:
         "default_prompt_name": layout.default_prompt_name,
         "similarity_fn_name": layout.similarity,
     }
+    transformer = {"max_seq_length": layout.max_seq_length, "do_lower_case": layout.do_lower_case}
+    # Releases that do not know these keys refuse the one file and ignore the other: only where they say something.
+    top |= {} if layout.truncate_dim is None else {"truncate_dim": layout.truncate_dim}
+    lengths = {"query_length": layout.query_length, "document_length": layout.document_length}
+    transformer |= {key: length for key, length in lengths.items() if length is not None}
     files: dict[str, Any] = {
         "modules.json": modules,
         "1_Pooling/config.json": pooling | {"include_prompt": True},
         "config_sentence_transformers.json": top,
-        "sentence_bert_config.json": {
-            "max_seq_length": layout.max_seq_length,
-            "do_lower_case": layout.do_lower_case,
-        },
+        "sentence_bert_config.json": transformer,
     }
     if layout.l2_normalize:
         files["2_Normalize/config.json"] = {}

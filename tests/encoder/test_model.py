@@ -4,13 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from inbatch import BiEncoderModel
-from inbatch.encoder.first_words import first_words, splits_at_blanks
 from inbatch.encoder.loading import BIDIRECTIONAL_DECODERS
 from inbatch.encoder.pooling import POOLINGS, pool
 from tests.tiny_models import CONFIGS, TEXTS, gradients, save_all, save_tiny, tiny_tokenizer
@@ -290,72 +287,3 @@ def test_batches_that_cannot_be_encoded(folders, kind):
 def test_unknown_pooling(folders):
     with pytest.raises(ValueError, match="unknown pooling 'max'; choose one of mean, cls, last, weighted_mean"):
         BiEncoderModel.from_pretrained(folders["bert"], pooling="max")
-
-
-_WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "sat", "on", "mat", ",", ".", "##the"]
-
-
-def test_texts_are_cut_to_their_first_tokens(tmp_path):
-    """Words beyond the limit never reach the tokenizer; what comes out is what it makes of the whole texts."""
-    model = BiEncoderModel.from_pretrained(save_tiny("bert", tmp_path))
-    model.tokenizer = BertTokenizerFast(vocab={word: n for n, word in enumerate(_WORDPIECES)})
-    long = "the cat sat, on the mat. " * 9
-    texts = [
-        long,
-        "cat",
-        "",
-        "  the  \t cat\n" * 8,
-        "\u200b \x00 \x01 " * 30 + "cat dog",
-        long.replace(" ", ""),
-        "\x00 " * 30,
-        "the\x85\x1cthe " * 9,  # control characters that the tokenizer deletes, which joins the words
-    ]
-    assert splits_at_blanks(model.tokenizer)
-    for limit in (2, 3, 5, 8, 64):
-        whole = model.tokenizer(
-            texts, padding=True, truncation=True, max_length=limit, return_tensors="pt", return_token_type_ids=False
-        )
-        actual = model.tokenize(texts, max_length=limit)
-        assert torch.equal(actual["input_ids"], whole["input_ids"])
-        assert torch.equal(actual["attention_mask"], whole["attention_mask"])
-
-
-_QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SLASHES = _QWEN.replace(r"+[\r\n]*", r"+[\r\n/]*")  # joins words that a line break separates
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-@pytest.mark.parametrize(
-    ("pre_tokenizer", "splits"),
-    [
-        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN), "isolated"), _BYTES]), True),
-        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_SLASHES), "isolated"), _BYTES]), False),
-        (pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]), True),
-        (pre_tokenizers.Metaspace(), False),  # at spaces only
-        (_BYTES, False),
-        (None, False),
-    ],
-)
-def test_texts_are_cut_as_their_tokenizer_splits_them(tmp_path, pre_tokenizer, splits):
-    """Merges across blanks and line breaks that belong to the word before them: still the tokens of whole texts."""
-    model = BiEncoderModel.from_pretrained(save_tiny("bert", tmp_path))
-    texts = ["cat dog.\n cat dog.\n " * 5, "cat\n\ndog  cat ./\n/ . " * 5, ".\n" * 20, "\xa0 \xa0" * 20]
-    backend = Tokenizer(models.BPE())
-    if pre_tokenizer is not None:
-        backend.pre_tokenizer = pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts * 9, trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>"], initial_alphabet=alphabet)
-    )
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
-    assert splits_at_blanks(model.tokenizer) == splits
-    for limit in range(1, 9):
-        whole = model.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        assert torch.equal(model.tokenize(texts, max_length=limit)["input_ids"], whole["input_ids"])
-
-
-def test_first_words():
-    assert first_words(" the\tcat  sat \n on the mat", 2) == (" the\tcat  sat", 10)
-    assert first_words("the cat sat", 2) == ("the cat sat", 11)
-    assert first_words("the\x85cat\xa0dog sat on a mat", 1) == ("the\x85cat\xa0dog sat", 12)
-    assert first_words("the \xa0 cat", 1) == ("the \xa0 cat", 9)
