@@ -141,7 +141,7 @@ def _require_countable(place: Path, values: dict[str, Any]) -> None:
             raise ValueError(f"config.json: {key} is {value}, more than its weights can hold")
 
 
-def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value)
@@ -190,7 +190,8 @@ def _lower_case(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{folder}: do_lower_case needs a tokenizer of the tokenizers library: save it as tokenizer.json"
         )
     normalizer = backend.normalizer
-    parts = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer] if normalizer else []
+    sequence: Any = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer] if normalizer else []
+    parts = list(sequence)
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
         lower = normalizers.Lowercase()
         backend.normalizer = normalizers.Sequence([lower, *parts]) if parts else lower
@@ -283,10 +284,12 @@ def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTr
     except BaseException as error:
         raise ValueError(f"{place}: its tokenizer takes no text: {in_one_line(error)}") from error
     try:
-        rows = backbone.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+        rows: int = backbone.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     except (AttributeError, NotImplementedError):  # it hashes characters, say
         return
-    largest = max(*names, *(id for ids in tokens["input_ids"] for id in ids), tokenizer.pad_token_id)
+    ids: Any = tokens["input_ids"]
+    pad: Any = tokenizer.pad_token_id
+    largest = max(*names, *ids[0], *ids[1], pad)
     if largest >= rows:
         raise ValueError(
             f"{place}: the tokenizer's largest id is {largest} ({names.get(largest, 'of no token')!r}), but the "
