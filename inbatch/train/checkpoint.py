@@ -1,38 +1,77 @@
-"""Checkpoints: folders that are either whole or absent.
+"""Checkpoints: folders that are either whole or absent, whose every byte is checked before it is used.
 
-A checkpoint is `step-00000100/`, written by all ranks through torch.distributed.checkpoint: the trainable parameters,
-the optimizer's state and the step. It is read back on any number of ranks, sharded or not; `inbatch export` makes a
-model of it. Nothing random is saved: batches and dropout are functions of (seed, step, rank).
+A checkpoint is `step-00000100/`:
+
+    rank-0.safetensors ...   what each rank wrote: whole tensors, or its rows of sharded ones
+    index.json               the step, and for each tensor its shape and the files that hold its rows
+    SHA256SUMS               as `sha256sum -c` reads it
+
+It holds the trainable parameters and the optimizer's state; any number of ranks reads it, sharded or not, and reading
+runs no code. `inbatch export` makes a model of it. Nothing random is saved: batches and dropout are functions of
+(seed, step, rank).
 """
 
-import pickle
+import hashlib
+import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from inbatch import collectives
-from inbatch.data.files import partial, publish, remove
+from inbatch.data.files import naming, partial, publish, remove
+from inbatch.train.parallel import on_rank_0
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-# Names in a checkpoint follow the modules, not the order of the parameters or where they lie; what is frozen is read
-# from where it came.
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
+_SUMS, _INDEX = "SHA256SUMS", "index.json"
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
+           torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Local:
+    """What this rank holds of a tensor: all of it, or the rows from `start` on."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]  # of the whole
+    start: int
+    sharded: bool
+
+
+def _local(tensor: Tensor) -> _Local:
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return _Local(tensor, tuple(tensor.shape), 0, sharded=False)
+    assert tensor.placements == (Shard(0),), f"expected FSDP2's shards of rows, got {tensor.placements}"
+    rows_per_rank = -(-tensor.shape[0] // collectives.world_size())
+    start = min(tensor.shape[0], rows_per_rank * collectives.rank())
+    return _Local(tensor.to_local(), tuple(tensor.shape), start, sharded=True)
+
+
+def _weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the trainable parameters and the buffers by name; what is frozen is read from where it came."""
+    root = nn.ModuleDict(modules)
+    frozen = {name for name, p in root.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in root.state_dict(keep_vars=True).items() if name not in frozen}
+
+
+def _moments(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state by name: "optimizer/NAME/exp_avg" and the like."""
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, weight in weights.items()
+        for key, value in optimizer.state.get(weight, {}).items()
+    }
+
+
+# ---- writing
 
 
 def save(
@@ -43,88 +82,160 @@ def save(
     optimizer: torch.optim.Optimizer,
     keep_last: int,
 ) -> Path:
-    """Writes the checkpoint of `step` (optimizer steps done) into `folder`, deletes all but the newest `keep_last`.
+    """Write the checkpoint of `step` (optimizer steps done) into `folder` and delete all but the newest `keep_last`.
 
-    Every rank calls it and writes a part: `folder` is on a file system that they share. modules: by name, as they are
-    (DDP may hold them); the optimizer's parameters are theirs.
+    Every rank calls it and writes a part: `folder` is on a file system that they share. modules: by name, without DDP
+    around them; the optimizer's parameters are theirs. Checkpoints of later steps, which are damaged or belong to a run
+    that was taken up again before them, are deleted too.
     """
     path = Path(folder) / f"step-{step:08d}"
-    first = collectives.rank() == 0
+    weights = _weights(modules)
+    tensors = {name: _local(value) for name, value in {**weights, **_moments(weights, optimizer)}.items()}
+    mine = _share(tensors)
+    file = f"rank-{collectives.rank()}.safetensors"
 
     def begin() -> None:
         remove(partial(path))
         partial(path).mkdir(parents=True)
 
-    collectives.together(lambda: begin() if first else None)
-    root = nn.ModuleDict(modules)
-    state = {
-        "model": get_model_state_dict(root, options=_OPTIONS),
-        "optimizer": get_optimizer_state_dict(root, optimizer, options=_OPTIONS),
-        "step": step,
+    on_rank_0(begin)
+    digest = collectives.together(lambda: _write(partial(path) / file, mine))
+    parts = {
+        name: (local.shape, file, local.start, len(local.tensor) if local.shape else 1) for name, local in mine.items()
     }
-    with _plain_errors(f"the checkpoint {path} cannot be written"):
-        state_dict_saver.save(state, checkpoint_id=partial(path), no_dist=collectives.world_size() == 1)
+    reports = collectives.gather_objects((file, digest, parts))
 
     def finish() -> None:
+        index: dict[str, Any] = {"step": step, "tensors": {}}
+        for _, _, parts in reports:
+            for name, (shape, *part) in parts.items():
+                index["tensors"].setdefault(name, {"shape": shape, "parts": []})["parts"].append(part)
+        text = json.dumps(index)
+        (partial(path) / _INDEX).write_text(text)
+        sums = {file: digest for file, digest, _ in reports} | {_INDEX: hashlib.sha256(text.encode()).hexdigest()}
+        (partial(path) / _SUMS).write_text(_sums_text(sums))
         publish(path)
-        for _, old in list_checkpoints(folder)[:-keep_last]:
-            remove(old)
+        kept = [s for s, _ in list_checkpoints(folder) if s <= step][-keep_last:]
+        for s, old in list_checkpoints(folder):
+            if s not in kept:
+                remove(old)
 
-    collectives.together(lambda: finish() if first else None)
+    on_rank_0(finish)
     return path
 
 
-def load(path: str | Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Loads a checkpoint into the same modules on any number of ranks; returns the number of steps done.
+def _share(tensors: Mapping[str, _Local]) -> dict[str, _Local]:
+    """Return what this rank writes: its rows of sharded tensors, and of the others its share by bytes."""
+    total = sum(local.tensor.nbytes for local in tensors.values() if not local.sharded)
+    mine, before = {}, 0
+    for name, local in tensors.items():
+        if local.sharded:
+            mine[name] = local
+            continue
+        if before * collectives.world_size() // max(1, total) == collectives.rank():
+            mine[name] = local
+        before += local.tensor.nbytes
+    return {name: local for name, local in mine.items() if local.tensor.numel()}
 
-    Frozen parameters are left as they are. Raises ValueError, on every rank, for a checkpoint of other modules.
+
+def _write(path: Path, tensors: Mapping[str, _Local]) -> str:
+    """Write a safetensors file, a tensor at a time, and return its SHA-256."""
+    header, stop = {}, 0
+    for name, local in tensors.items():
+        start, stop = stop, stop + local.tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[local.tensor.dtype],
+            "shape": local.tensor.shape,
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with naming(path), path.open("wb") as file:
+
+        def put(block: Any) -> None:
+            file.write(block)
+            digest.update(block)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for local in tensors.values():
+            put(local.tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---- reading
+
+
+def load(path: str | Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Load a checkpoint into the same modules on any number of ranks and return the number of steps done.
+
+    Every rank calls it. Frozen parameters are left as they are. Raises ValueError, on every rank, for a checkpoint of
+    other modules; damage is for `damage` to find first.
     """
     path = Path(path)
-    root = nn.ModuleDict(modules)
-    state: dict[str, Any] = {"model": get_model_state_dict(root, options=_OPTIONS), "step": 0}
-    collectives.together(lambda: _check_fits(path, state["model"]))
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(root, optimizer, options=_OPTIONS)
-    # A parameter that no batch has used yet has no moments in the checkpoint: it keeps its zeros.
-    planner = DefaultLoadPlanner(allow_partial_load=True)
-    with _plain_errors(f"the checkpoint {path} cannot be read"):
-        state_dict_loader.load(state, checkpoint_id=path, planner=planner, no_dist=collectives.world_size() == 1)
-    if optimizer is not None:
-        set_optimizer_state_dict(root, optimizer, state["optimizer"], options=_OPTIONS)
-    return state["step"]
+    weights = _weights(modules)
+
+    def fill() -> int:
+        index = json.loads((path / _INDEX).read_text())
+        reader = _Reader(path, index["tensors"])
+        for name, weight in weights.items():
+            known, expected = index["tensors"].get(name), tuple(weight.shape)
+            if known is None or tuple(known["shape"]) != expected:
+                given = "absent" if known is None else tuple(known["shape"])
+                raise ValueError(f"{path} is of another model: {name} is {given}, expected {expected}")
+        for name, weight in weights.items():
+            reader.fill(name, weight)
+        if optimizer is not None:
+            _fill_moments(reader, weights, optimizer)
+        return index["step"]
+
+    return collectives.together(fill)
 
 
-def _check_fits(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    if not (path / ".metadata").is_file():
-        raise ValueError(f"{path} is no checkpoint: it has no .metadata")
-    try:
-        known = FileSystemReader(path).read_metadata().state_dict_metadata
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no whole checkpoint: its .metadata cannot be read ({error})") from None
-    for key, tensor in state.items():
-        size = getattr(known.get(f"model.{key}"), "size", None)
-        if size != tensor.shape:
-            given = "absent" if size is None else tuple(size)
-            raise ValueError(f"{path} is of another model: {key} is {given}, expected {tuple(tensor.shape)}")
+def _fill_moments(reader: "_Reader", weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for name, weight in weights.items():
+        prefix = f"optimizer/{name}/"
+        # A parameter that no batch has used yet has no moments.
+        for known in [key for key in reader.tensors if key.startswith(prefix)]:
+            shape = tuple(reader.tensors[known]["shape"])
+            alike = shape == tuple(weight.shape)
+            moment = torch.zeros_like(weight) if alike else torch.zeros(shape, device=weight.device)
+            reader.fill(known, moment)
+            optimizer.state[weight][known.removeprefix(prefix)] = moment
 
 
-@contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
-    """What torch.distributed.checkpoint raises is no Exception; and it warns of running in one process, as asked."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            yield
-        except CheckpointException as error:
-            rank, failure = next(iter(error.failures.items()))
-            reason = failure[0] if isinstance(failure, tuple) else failure
-            if "DataLoader worker" in str(reason):  # a signal that arrived here, and is not of the files
-                raise reason from error
-            raise OSError(f"{what}, rank {rank}: {str(reason) or type(reason).__name__}") from error
+class _Reader:
+    """Reads tensors, or this rank's rows of them, from the files of a checkpoint."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Any]):
+        self.tensors = tensors
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copy a tensor of the checkpoint into `target`, which may be sharded."""
+        local = _local(target)
+        if not local.shape:
+            local.tensor.copy_(self._open(self.tensors[name]["parts"][0][0]).get_tensor(name))
+            return
+        stop = local.start + len(local.tensor)
+        for file, first, rows in self.tensors[name]["parts"]:
+            low, high = max(local.start, first), min(stop, first + rows)
+            if low < high:
+                part = self._open(file).get_slice(name)[low - first : high - first]
+                local.tensor[low - local.start : high - local.start].copy_(part)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, framework="pt")
+        return self._files[file]
+
+
+# ---- finding
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of the whole checkpoints, oldest first; partial ones and other files are not seen."""
+    """Return (step, path) of the checkpoints, oldest first; what was being written and other files are not seen."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -132,7 +243,57 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
-def latest(folder: str | Path) -> tuple[int, Path] | None:
-    """The newest whole checkpoint, or None."""
-    found = list_checkpoints(folder)
-    return found[-1] if found else None
+def newest_whole(folder: str | Path) -> tuple[int, Path] | None:
+    """Return the newest checkpoint without damage, on every rank; warn of damaged ones. None where there is none.
+
+    Every rank calls it. Raises ValueError where all are damaged: to begin again is not for us to decide.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        listed = on_rank_0(lambda: list_checkpoints(folder))
+        step, path = next(((s, p) for s, p in reversed(listed) if p not in damaged), (0, None))
+        if path is None:
+            break
+        problem = damage(path)
+        if problem is None:
+            if damaged and collectives.rank() == 0:
+                warnings.warn(f"{'; '.join(damaged.values())}; going on from {path.name}", stacklevel=2)
+            return step, path
+        damaged[path] = problem
+    if not listed:
+        return None
+    raise ValueError(f"no checkpoint is whole: {'; '.join(damaged.values())}. Bring one back, or delete {folder}")
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None. Every rank calls it and reads a share of the files."""
+    content = on_rank_0(lambda: (path / _SUMS).read_bytes() if (path / _SUMS).is_file() else b"")
+    lines = [line.partition("  ") for line in content.decode(errors="replace").splitlines()]
+    files = [file for _, _, file in lines]
+    mine = files[collectives.rank() :: collectives.world_size()]
+    shares = collectives.gather_objects({file: _digest(path, file) for file in mine})
+    found = {file: digest for share in shares for file, digest in share.items()}
+    if _INDEX in files and _sums_text(found).encode() == content:
+        return None
+    known = {file: digest for digest, _, file in lines}
+    bad = next((file for file in found if found[file] != known[file]), _SUMS)
+    return f"{path} is damaged: {bad} is missing or is not what was written"
+
+
+def _sums_text(sums: Mapping[str, str]) -> str:
+    # The index last, so that a list cut short lacks it.
+    return "".join(f"{sums[file]}  {file}\n" for file in sorted(sums, key=lambda file: (file == _INDEX, file)))
+
+
+def _digest(folder: Path, file: str) -> str:
+    """Return a file's SHA-256; "" where it cannot be read, or is not a file of this folder."""
+    if "/" in file or "\0" in file:
+        return ""
+    try:
+        digest = hashlib.sha256()
+        with (folder / file).open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    except OSError:
+        return ""

@@ -15,7 +15,6 @@ from inbatch.retrieval.metrics import check_evaluation
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, EvalConfig, LossConfig
 from inbatch.train.optim import build_optimizer
-from inbatch.train.parallel import on_rank_0
 from inbatch.train.report import NoReport, Report
 from inbatch.train.run_folder import RunFolder
 from inbatch.train.towers import open_towers, spread
@@ -73,7 +72,7 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     examples = together(lambda: open_examples(config.data.train, split=config.data.split, columns=config.data.columns))
     plan = BatchPlan(len(examples), config.train.global_batch_size, config.train.seed)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
-    newest = on_rank_0(lambda: checkpoint.latest(folder.checkpoints))
+    newest = checkpoint.newest_whole(folder.checkpoints)
     if is_finished(folder, total_steps, can_go_on=newest is not None):
         return None
     if newest is not None:

@@ -104,16 +104,25 @@ def export(source: str | Path, output: str | Path) -> Path:
     """
     if Path(output).exists():
         raise ValueError(f"{output} exists already: name a folder that does not")
-    newest = checkpoint.latest(Path(source) / "checkpoints")
-    path = newest[1] if newest else Path(source).resolve()
-    run = path.parent.parent
-    if not (run / "config.yaml").is_file():
-        raise ValueError(
-            f"{source} is neither a run with checkpoints nor a checkpoint in one: expected RUN or "
-            "RUN/checkpoints/step-00000100"
-        )
-    towers = open_towers(load(run / "config.yaml"))
-    checkpoint.load(path, modules=towers)
+    while True:
+        newest = checkpoint.newest_whole(Path(source) / "checkpoints")
+        path = newest[1] if newest else Path(source).resolve()
+        run = path.parent.parent
+        if not (run / "config.yaml").is_file():
+            raise ValueError(
+                f"{source} is neither a run with checkpoints nor a checkpoint in one: expected RUN or "
+                "RUN/checkpoints/step-00000100"
+            )
+        if newest is None and (problem := checkpoint.damage(path)) is not None:
+            raise ValueError(problem)
+        towers = open_towers(load(run / "config.yaml"))
+        try:
+            checkpoint.load(path, modules=towers)
+            break
+        except FileNotFoundError:
+            if newest is None or path.exists():
+                raise
+            # The run goes on and has deleted this one: there is a newer one.
     with replacing(output) as filled:
         for name, tower in towers.items():
             merge_lora(tower)

@@ -1,5 +1,7 @@
 """Folders are whole or absent, whatever happens while they are written."""
 
+import hashlib
+import random
 import subprocess
 import sys
 
@@ -50,22 +52,67 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         ValueError, match=r"step-00000007 is of another model: model.weight is absent, expected \(2, 2\)"
     ):
         checkpoint.load(path, modules={"model": torch.nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match="is no checkpoint"):
-        checkpoint.load(tmp_path, modules={"model": torch.nn.Linear(2, 2)})
+    assert checkpoint.damage(tmp_path) == f"{tmp_path} is damaged: SHA256SUMS is missing or is not what was written"
 
 
-def test_a_checkpoint_cut_short_is_refused(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    path = checkpoint.save(
-        tmp_path, 1, modules={"model": model}, optimizer=torch.optim.AdamW(model.parameters()), keep_last=1
-    )
-    (path / ".metadata").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"step-00000001 is no whole checkpoint: its \.metadata cannot be read"):
-        checkpoint.load(path, modules={"model": model})
+def test_every_flipped_byte_and_every_missing_file_is_found(tmp_path):
+    path = _save(tmp_path, 7)
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=path, check=False).returncode == 0
+    files = sorted(path.iterdir())
+    assert [file.name for file in files] == ["SHA256SUMS", "index.json", "rank-0.safetensors"]
+    assert checkpoint.damage(path) is None
+    for file in files:
+        content = file.read_bytes()
+        for place in {*random.sample(range(len(content)), min(len(content), 150)), 0, len(content) - 1}:
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << random.randrange(8)
+            file.write_bytes(flipped)
+            problem = checkpoint.damage(path)
+            assert problem is not None, (file.name, place)
+            assert file.name in problem or file.name == "SHA256SUMS"
+        for length in {0, 1, *random.sample(range(len(content)), 5), *(i for i, b in enumerate(content) if b == 10)}:
+            file.write_bytes(content[:length])
+            assert checkpoint.damage(path) is not None, (file.name, length)
+        file.unlink()
+        assert checkpoint.damage(path) is not None
+        file.write_bytes(content)
+    assert checkpoint.damage(path) is None
+
+
+def test_the_newest_whole_one_is_taken_with_a_warning(tmp_path):
+    assert checkpoint.newest_whole(tmp_path / "absent") is None
+    for step in (5, 10, 15):
+        _save(tmp_path, step, keep_last=3)
+    (tmp_path / "step-00000015" / "index.json").write_bytes(b"")
+    (tmp_path / "step-00000010" / "rank-0.safetensors").unlink()
+    with pytest.warns(
+        UserWarning, match=r"00000015 is damaged: index.json .*; .*00000010 is .*; going on from step-00000005"
+    ):
+        assert checkpoint.newest_whole(tmp_path) == (5, tmp_path / "step-00000005")
+    # The next one takes the place of what was damaged, or belongs to a run that was given up.
+    _save(tmp_path, 8)
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [5, 8]
+    for file in tmp_path.glob("*/SHA256SUMS"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is whole: .*00000008 is damaged: SHA256SUMS is missing"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_a_checkpoint_lists_only_files_of_its_own_folder(tmp_path):
+    path = _save(tmp_path, 7)
+    (tmp_path / "other").write_text("x")
+    with (path / "SHA256SUMS").open("a") as file:
+        file.write(f"{hashlib.sha256(b'x').hexdigest()}  ../other\n")
+    assert checkpoint.damage(path) is not None
+
+
+def test_equal_states_give_equal_bytes(tmp_path):
+    one, two = (_save(tmp_path / name, 7) for name in ("one", "two"))
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes(), file.name
 
 
 def test_newest_are_kept_and_found(tmp_path):
-    assert checkpoint.latest(tmp_path / "absent") is None
     for step in (5, 10, 15):
         _save(tmp_path, step)
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [10, 15]
@@ -73,8 +120,7 @@ def test_newest_are_kept_and_found(tmp_path):
     (tmp_path / ".step-00000020.partial").mkdir()
     (tmp_path / "step-20").mkdir()
     (tmp_path / "notes.txt").touch()
-    found = checkpoint.latest(tmp_path)
-    assert found == (15, tmp_path / "step-00000015")
+    assert checkpoint.newest_whole(tmp_path) == (15, tmp_path / "step-00000015")
 
 
 def test_killed_while_writing_is_not_seen(tmp_path):
@@ -89,7 +135,7 @@ def test_killed_while_writing_is_not_seen(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, check=False)
     assert killed.returncode == -9
     assert (tmp_path / ".step-00000009.partial" / "half").exists()
-    assert checkpoint.latest(tmp_path) == (5, tmp_path / "step-00000005")
+    assert checkpoint.newest_whole(tmp_path) == (5, tmp_path / "step-00000005")
     _save(tmp_path, 9)
-    assert checkpoint.latest(tmp_path) == (9, tmp_path / "step-00000009")
+    assert checkpoint.newest_whole(tmp_path) == (9, tmp_path / "step-00000009")
     assert not (tmp_path / ".step-00000009.partial").exists()

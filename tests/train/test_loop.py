@@ -211,7 +211,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, wor
     kill_at = random.randint(6, 30)
     start_and_kill(tmp_path / "killed.yaml", tmp_path / "killed", world_size, kill_at)
     assert not (tmp_path / "killed" / "done.json").exists()
-    assert checkpoint.latest(tmp_path / "killed" / "checkpoints") is not None
+    assert checkpoint.newest_whole(tmp_path / "killed" / "checkpoints") is not None
     pool.run(train_body, world_size, config("killed"))
 
     whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
