@@ -1,157 +1,310 @@
-"""From a record, in any of the usual column conventions, to an ``Example``."""
+"""Which columns of a record hold what: one table of the names that the field uses, and readers of what they hold."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from reprlib import Repr
+from typing import Any
+
+import numpy as np
 
 from inbatch.data.lines import Where
-from inbatch.data.records import ID_NAMES, Example, Passage, normalised
+from inbatch.data.records import Passage
 
-QUERY_NAMES = ("query", "question", "anchor")
-QUERY_ID_NAMES = ("query_id", "question_id")
-POSITIVE_NAMES = ("positive", "pos", "pos_doc", "positive_passages")
-_NEGATIVE = re.compile(r"neg|neg_doc|negative_passages|negative(_(\d+))?")
+GivenColumns = Mapping[str, str | Sequence[str]]
+Roles = Mapping[str, tuple[str, ...]]
+
+_DOCS = "docs?|documents?|passages?"
+_NEGATIVE = f"neg(ative)?s?(_({_DOCS}|ctxs?|contexts?|texts?|messages|list))?(_?[0-9]+)?"
+# role: patterns of its columns' names, the preferred first. Names are compared in lower case and with _ for spaces,
+# hyphens and the joints of camelCase.
+EXAMPLE: Roles = {
+    "query": ("query|question|anchor|query_text|question_text|messages",),
+    "query_id": ("query_id", "question_id", "qid"),
+    "positive": (f"pos(itive)?s?(_({_DOCS}|ctxs?|contexts?|texts?|messages|list))?(_?[0-9]+)?|response",),
+    "positive_ids": (f"pos(itive)?_(({_DOCS})_?)?ids?",),
+    "negative": (f"(hard|mined)_{_NEGATIVE}", f"{_NEGATIVE}|(bm25|dense|random|easy)_{_NEGATIVE}|rejected_response"),
+    "negative_ids": (f"(hard_)?neg(ative)?_(({_DOCS})_?)?ids?",),
+    "prompt": ("prompt",),
+    "corpus": ("corpus_id",),
+}
+DOCUMENT: Roles = {
+    "id": (
+        "_id",
+        "id",
+        "pid",
+        "docid",
+        "doc_id",
+        "document_id",
+        "passage_id",
+        "psg_id",
+        "qid",
+        "query_id",
+        "question_id",
+    ),
+    "text": ("text", "contents?", "passage", "document", "body", "query", "query_text", "question"),
+    "title": ("title",),
+}
+JUDGEMENT: Roles = {
+    "query": ("query_id", "qid", "topic_id", "topic", "query", "question_id"),
+    "document": ("corpus_id", "doc_id", "docid", "document_id", "pid", "passage_id", "document", "doc"),
+    "score": ("score", "relevance", "rel", "label", "grade", "judge?ment"),
+}
 CONVENTIONS = (
-    "anchor, positive, negative[_1.._n] (sentence-transformers); query, pos, neg (FlagEmbedding); "
-    "question or query, pos_doc, neg_doc (NeMo); query_id, query, positive_passages, negative_passages (Tevatron)"
+    "anchor, positive, negative[_1.._n] (sentence-transformers); query, pos, neg, prompt (FlagEmbedding); question or "
+    "query, pos_doc, neg_doc (NeMo); query_id, query, positive_passages, negative_passages, or query_text, "
+    "positive_document_ids, negative_document_ids (Tevatron); question, positive_ctxs, negative_ctxs (DPR); messages, "
+    "positive_messages, negative_messages (ms-swift)"
 )
-FIELDS = ("query", "query_id", "positive", "negative", "corpus")
+_MOST = 100  # names kept for messages, whatever number a malformed file has
+_short = Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlevel = 2
 
 
-@dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a record hold what; ``negatives=None`` takes each record's own by their usual names."""
+    """The columns of one source by role: those that the caller gave, the others by their usual names.
 
-    query: str
-    positive: str
-    query_id: str | None = None
-    negatives: tuple[str, ...] | None = None
-    corpus: str = "corpus_id"
-
-    def used(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that an example is made of."""
-        negatives = set(self.negatives_in(names))
-        single = {self.query, self.positive, self.query_id, self.corpus}
-        return [name for name in names if name in single or name in negatives]
-
-    def negatives_in(self, names: Iterable[str]) -> Sequence[str]:
-        if self.negatives is not None:
-            return self.negatives
-        found = [match for match in map(_NEGATIVE.fullmatch, names) if match]
-        return [match[0] for match in sorted(found, key=lambda match: int(match[2] or 0))]
-
-
-def find_columns(names: Sequence[str], given: Mapping[str, str | Sequence[str]] | None, where: Where) -> Columns:
-    """The columns among ``names``: those ``given`` (our field -> column), the others by their usual names.
-
-    Raises ValueError where a given column or our field does not exist, or the usual names leave none or several.
+    Each record counts on its own, since some files say `query` in one line and `question` in the next: a given column
+    has its role in the records that have it. `unread` collects the columns that hold something and have no role.
     """
-    given = given or {}
-    for field, value in given.items():
-        wanted = [value] if isinstance(value, str) else list(value)
-        if field not in FIELDS:
-            raise ValueError(f"columns has the unknown field {field!r}: the fields are {list(FIELDS)}")
-        if len(wanted) != 1 and field != "negative":
-            raise ValueError(f"columns[{field!r}] must name one column, got {value!r}")
-        for name in wanted:
-            if name not in names:
-                raise ValueError(f"{where()}: columns names {name!r} for {field!r}, but the columns are {list(names)}")
 
-    def one(field: str, usual: Sequence[str], *, needed: bool) -> str | None:
-        if field in given:
-            value = given[field]
-            return value if isinstance(value, str) else value[0]
-        found = [name for name in usual if name in names]
-        if len(found) > 1 or (needed and not found):
-            problem = f"several could be the {field}: {found}" if found else f"none is known to be the {field}"
+    def __init__(self, roles: Roles, given: GivenColumns | None = None):
+        self._patterns = [(role, re.compile(f"(?:{name})")) for role, names in roles.items() for name in names]
+        self.given = {
+            field: [value] if isinstance(value, str) else list(value) for field, value in (given or {}).items()
+        }
+        for field, names in self.given.items():
+            if field not in roles:
+                raise ValueError(f"columns has the unknown field {field!r}: the fields are {list(roles)}")
+            if len(names) != 1 and field != "negative":
+                raise ValueError(f"columns[{field!r}] must name one column, got {names}")
+        self._layouts: dict[tuple, dict[str, list[Any]]] = {}
+        self._nested: dict[str, Columns] = {}
+        self._present: set[str] = set()
+        self._instead: dict[str, str] = {}  # role: where a record has another column than the given one
+        self.roles: dict[str, str] = {}
+        self.unread: dict[str, None] = {}
+
+    def layout(self, record: Mapping) -> dict[str, list[Any]]:
+        """Return the record's columns by role, and under "" those without a role."""
+        names = tuple(record)
+        layout = self._layouts.get(names)
+        if layout is None:
+            if len(self._layouts) == _MOST:
+                self._layouts.clear()
+            layout = self._layouts[names] = self._arrange(names)
+        for name in layout[""]:
+            if str(name) not in self.unread and not empty(record[name]):
+                self.leave([name])
+        return layout
+
+    def wanted(self, names: Sequence[str], source: str) -> list[str]:
+        """Return the columns of a header that have a role, and note the others; ValueError if there are none."""
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{source}: the columns {repeated} stand there twice: rename or drop one")
+        rest = self._arrange(tuple(names))[""]
+        if len(rest) == len(names):
             raise ValueError(
-                f"{where()}: of the columns {list(names)} {problem}. Known conventions: {CONVENTIONS}. "
-                f"Name it yourself: columns: {{{field}: <column>}}."
+                f"{source}: of the columns {rest[:_MOST]} none is known. Known conventions: {CONVENTIONS}. Name them "
+                "yourself: columns: {<field>: <column>}."
             )
-        return found[0] if found else None
+        self.leave(rest)
+        return [name for name in names if name not in rest]
 
-    negative = given.get("negative")
-    query, positive = one("query", QUERY_NAMES, needed=True), one("positive", POSITIVE_NAMES, needed=True)
-    assert query is not None
-    assert positive is not None
-    return Columns(
-        query=query,
-        positive=positive,
-        query_id=one("query_id", QUERY_ID_NAMES, needed=False),
-        negatives=(negative,) if isinstance(negative, str) else negative if negative is None else tuple(negative),
-        corpus=one("corpus", ("corpus_id",), needed=False) or "corpus_id",
-    )
+    def knows(self, name: str) -> bool:
+        """Return True for a column that has a role by its usual or by its given name."""
+        return any(name in names for names in self.given.values()) or self._usual(name) is not None
+
+    def nested(self, name: Any) -> "Columns":
+        """Return the columns of the objects {id, title, text} within a column."""
+        if str(name) not in self._nested:
+            self._nested[str(name)] = Columns(DOCUMENT)
+        return self._nested[str(name)]
+
+    def all_unread(self) -> list[str]:
+        """Return the names of all columns that hold something and have no role, those within others as a.b."""
+        return [*self.unread, *(f"{name}.{inner}" for name, part in self._nested.items() for inner in part.unread)]
+
+    def check_given(self) -> None:
+        """Raise ValueError where a given column is in some records, and another one in its place in others."""
+        for role, where in self._instead.items():
+            if self._present.intersection(self.given[role]):
+                raise ValueError(
+                    f"{where}: the record lacks {self.given[role][0]!r}, which columns names for the {role}: complete "
+                    "it, or leave `columns` out if the usual names do"
+                )
+
+    def missing(self) -> dict[str, str]:
+        """Return the given columns (name -> field) that no record had."""
+        return {name: field for field, names in self.given.items() for name in names if name not in self._present}
+
+    def one_of(self, record: Mapping, role: str, where: Where) -> list[Any]:
+        """Return the columns that hold the query or the positive: one, or a numbered series (positive_1, positive_2).
+
+        It may be empty, or missing where other records have it. ValueError where none is known, or several are filled.
+        """
+        names = self.layout(record)[role] or [name for name, known in self.roles.items() if known == role][:1]
+        full = [name for name in names if not empty(record.get(name))]
+        if full and role in self.given and self.given[role] != full:
+            self._instead.setdefault(role, where())
+        if not names or len({re.sub(r"_?[0-9]+$", "", str(name)) for name in full}) > 1:
+            problem = f"several could be the {role}: {full}" if names else f"none is known to be the {role}"
+            raise ValueError(
+                f"{where()}: of the columns {list(record)[:_MOST]} {problem}. Known conventions: {CONVENTIONS}. "
+                f"Name it yourself: columns: {{{role}: <column>}}."
+            )
+        return full or names[:1]
+
+    def leave(self, names: Sequence[Any]) -> None:
+        """Note columns that are not read."""
+        for name in names[: max(0, _MOST - len(self.unread))]:
+            self.unread[str(name)] = None
+
+    def seen(self) -> np.ndarray:
+        """Return what was seen of the columns so far as bytes, which `learn` takes back in another process."""
+        nested = {name: columns.unread for name, columns in self._nested.items()}
+        seen = {
+            "roles": self.roles,
+            "unread": self.unread,
+            "present": sorted(self._present),
+            "instead": self._instead,
+            "nested": nested,
+        }
+        return np.frombuffer(json.dumps(seen).encode() + b"\n", np.uint8)
+
+    def learn(self, seen: np.ndarray) -> None:
+        """Add what others saw, one after the other."""
+        for line in seen.tobytes().splitlines():
+            other = json.loads(line)
+            self.roles |= other["roles"]
+            self.unread |= other["unread"]
+            self._present.update(other["present"])
+            self._instead = other["instead"] | self._instead
+            for name, unread in other["nested"].items():
+                self.nested(name).unread |= unread
+
+    def _usual(self, name: Any) -> tuple[int, str] | None:
+        """Return the first pattern, as (its place in the table, its role), that a name matches."""
+        plain = re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", str(name).strip()).lower()
+        return next(((place, role) for place, (role, p) in enumerate(self._patterns) if p.fullmatch(plain)), None)
+
+    def _arrange(self, names: tuple) -> dict[str, list[Any]]:
+        by_role: dict[str, list[Any]] = {role: [] for role, _ in self._patterns}
+        given = {field: [name for name in wanted if name in names] for field, wanted in self.given.items()}
+        by_role.update({field: present for field, present in given.items() if present})
+        self._present.update(*given.values())
+        named = {name for present in by_role.values() for name in present}
+        usual = [(place, _number(name), name) for name in names if name not in named and (place := self._usual(name))]
+        for (_, role), _, name in sorted(usual, key=lambda found: (found[0][0], found[1])):
+            # What is optional and single counts once; the query and the positive may be in any one of several columns.
+            if not given.get(role) and (not by_role[role] or role in ("query", "positive", "negative")):
+                by_role[role].append(name)
+                named.add(name)
+        if len(self.roles) < _MOST:
+            self.roles |= {str(name): role for role, present in by_role.items() for name in present}
+        return by_role | {"": [name for name in names if name not in named]}
 
 
-def example_from(record: object, columns: Columns, corpus: str, where: Where) -> tuple[Example, bool]:
-    """The example of an inline record, and whether a negative that equals a positive was left out of it."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where()}: expected an object with named columns, found {type(record).__name__}")
-    positives = _passages(record.get(columns.positive), columns.positive, where)
-    if not positives:
-        raise ValueError(
-            f"{where()}: the record has no positive: its {columns.positive!r} is missing or empty. Expected at least "
-            "one text: complete the record or delete it."
-        )
-    names = columns.negatives_in(record)
-    negatives = [passage for name in names for passage in _passages(record.get(name), name, where)]
-    kept = without_positives(positives, negatives)
-    example = Example(
-        query=query_text(record.get(columns.query), columns.query, where),
-        query_id=None if columns.query_id is None else id_text(record.get(columns.query_id), columns.query_id, where),
-        positives=tuple(positives),
-        negatives=tuple(kept),
-        corpus=id_text(record.get(columns.corpus), columns.corpus, where) or corpus,
-    )
-    return example, len(kept) < len(negatives)
+def _number(name: Any) -> int:
+    digits = re.search(r"[0-9]+$", str(name))
+    return int(digits[0][:9]) if digits else 0
 
 
-def without_positives(positives: Sequence[Passage], negatives: Sequence[Passage]) -> list[Passage]:
-    """The negatives that equal no positive, neither in text nor in id."""
-    if not negatives:
-        return []
-    texts = {normalised(passage.full_text) for passage in positives}
-    ids = {passage.doc_id for passage in positives} - {None}
-    return [p for p in negatives if p.doc_id not in ids and normalised(p.full_text) not in texts]
+def empty(value: object) -> bool:
+    """Return True for what stands for nothing: null, and a text, list or object without content."""
+    return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
 
 
-def query_text(value: object, name: str, where: Where) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where()}: expected the query's text in {name!r}, found {_show(value)}")
-    return value
+def notice(message: str) -> None:
+    """Warn, in the name of the first caller outside this package."""
+    depth, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("inbatch."):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, stacklevel=depth)
+
+
+def not_read(source: str, names: Sequence[str], advice: str = "") -> None:
+    """Say in one line which parts of a source are not read, if any."""
+    if names:
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        notice(f"{source}: not read: {', '.join(map(repr, names[:20]))}{more}{advice}")
 
 
 def id_text(value: object, name: str, where: Where) -> str | None:
-    """An id as a string; None and "" are no id."""
+    """Return an id as a string; None for null and ""."""
     if value is None or value == "":
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError(f"{where()}: expected an id (a string or an integer) in {name!r}, found {_show(value)}")
+        raise ValueError(f"{where()}: expected an id (a string or an integer) in {name!r}, found {show(value)}")
     return str(value)
 
 
-def _passages(value: object, name: str, where: Where) -> list[Passage]:
-    """A text, an object {text, title?, id?}, or a list of these. Empty texts and nulls stand for nothing."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [Passage(value)] if value.strip() else []
-    if isinstance(value, list):
-        if any(isinstance(item, list) for item in value):
-            raise ValueError(f"{where()}: expected texts or objects in the list {name!r}, found a list within it")
-        return [passage for item in value for passage in _passages(item, name, where)]
-    if isinstance(value, Mapping):
-        text, title = value.get("text"), value.get("title") or ""
-        if isinstance(text, str) and isinstance(title, str):
-            key = next((key for key in ID_NAMES if value.get(key) not in (None, "")), None)
-            doc_id = None if key is None else id_text(value[key], key, where)
-            return [Passage(text, title, doc_id)] if text.strip() or title.strip() else []
-    raise ValueError(
-        f"{where()}: expected in {name!r} a text, an object {{text, title, id}} or a list of these, found "
-        f"{_show(value)}. Documents given by id alone need a JSON file that names their corpus folder: "
-        "{corpus: [{path}], data: [...]}."
+def text_of(value: object) -> str | None:
+    """Return a text, also that of a conversation of one message [{role, content}]; None for anything else."""
+    if isinstance(value, list) and len(value) == 1 and is_conversation(value):
+        value = value[0]["content"]
+    return value if isinstance(value, str) else None
+
+
+def is_conversation(value: object) -> bool:
+    """Return True for a list of messages {role, content}."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value)
     )
 
 
-def _show(value: object) -> str:
-    return f"{type(value).__name__} {str(value)[:80]!r}"
+def passages(value: object, name: str, columns: Columns, where: Where) -> list[Passage]:
+    """Read a text, an object {text, title, id}, a conversation of one message, or a list of these.
+
+    Empty texts and nulls stand for nothing.
+    """
+    if value is None:
+        return []
+    if (text := text_of(value)) is not None:
+        return [Passage(text)] if text.strip() else []
+    if isinstance(value, list) and not is_conversation(value):
+        if any(isinstance(item, list) and not is_conversation(item) for item in value):
+            raise ValueError(f"{where()}: expected texts or objects in the list {name!r}, found a list within it")
+        return [passage for item in value for passage in passages(item, name, columns, where)]
+    if isinstance(value, Mapping):
+        passage = _document(value, columns.nested(name), where)
+        if passage is not None:
+            return [passage] if passage.full_text.strip() else []
+    raise ValueError(
+        f"{where()}: expected in {name!r} a text, an object {{text, title, id}}, one message {{role, content}} or a "
+        f"list of these, found {show(value)}. Documents given by id alone need a JSON file that names their corpus "
+        "folder, {corpus: [{path}], data: [...]}, or a column positive_document_ids and a corpus beside the records."
+    )
+
+
+def document(record: object, columns: Columns, where: Where, *, needs_id: bool = True) -> Passage:
+    """Read a record {id, text, title} of a corpus or of queries; a null text is an empty one."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where()}: expected an object with an id and a text, found {type(record).__name__}")
+    passage = _document(record, columns, where)
+    if passage is None or (needs_id and passage.doc_id is None):
+        ids = ", ".join(DOCUMENT["id"])
+        described = ", ".join(f"{name}: {type(value).__name__}" for name, value in list(record.items())[:_MOST])
+        raise ValueError(
+            f"{where()}: expected an id ({ids}), a string `text` and optionally a string `title`, found {{{described}}}"
+        )
+    return passage
+
+
+def _document(record: Mapping, columns: Columns, where: Where) -> Passage | None:
+    layout = columns.layout(record)
+    text, title, key = (next(iter(layout[role]), None) for role in ("text", "title", "id"))
+    content, heading = ("" if name is None or record[name] is None else record[name] for name in (text, title))
+    if text is None or not isinstance(content, str) or not isinstance(heading, str):
+        return None
+    return Passage(content, heading, None if key is None else id_text(record[key], str(key), where))
+
+
+def show(value: object) -> str:
+    """Return a short, one-line picture of any value, however large or deep, for messages."""
+    return f"{type(value).__name__} {_short.repr(value if isinstance(value, str) else str(_short.repr(value)))}"

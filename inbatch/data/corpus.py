@@ -1,119 +1,193 @@
-"""Texts with ids that stay on disk: a corpus, or the queries of a BEIR folder."""
+"""Texts with ids that stay on disk: a corpus, or the queries of a retrieval set; in any format."""
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from inbatch.data.columns import id_text
+from inbatch.data.columns import DOCUMENT, Columns, GivenColumns, document, empty, not_read, show
 from inbatch.data.index import Arrays
-from inbatch.data.lines import Lines, Rows, Where, scanned
-from inbatch.data.records import ID_NAMES, Passage, normalised
+from inbatch.data.lines import Lines, Rows, Where, json_value, scanned, text_value
+from inbatch.data.records import Passage
+from inbatch.data.tables import BY_ID, find_part, name_of, open_table, suffix
 from inbatch.ids import stable_id
+
+CORPUS_NAMES = ("corpus", "collection", "msmarco-docs")
+METADATA = "merlin_metadata.json"
 
 
 class Documents(Rows[Passage]):
-    """The documents of one or several files of records ``{_id, title, text}``, found by row or by id.
+    """The documents of a table with columns for id, text and title, found by row or by id; row order is file order.
 
-    Every record is parsed once (see ``scanned``), so that a broken one is reported when opening. Of documents with
-    equal texts all get the id of the first: a copy of a positive is no negative, whatever its id. Row order is file
-    order; ``own_ids()`` gives the ids as written.
+    Every record is parsed once (see `scanned`), so that a broken one is reported when opening. has_ids: False where the
+    table has none, and documents are found by row alone.
     """
 
-    def __init__(self, records: Rows):
-        self._records = records
-        super().__init__(len(records), self._as_trained, records.where, files=records.files)
-        found = scanned(records, "documents", None, _facts, finish=self._index)
+    def __init__(self, name: str, records: Rows[Any], columns: Columns, has_ids: bool):
+        self.name, self.has_ids, self._columns = name, has_ids, columns
+
+        def read(row: int) -> Passage:
+            return self._parse(records[row], partial(records.where, row))
+
+        super().__init__(len(records), read, records.where, files=records.files, nbytes=records.nbytes)
+        found = scanned(records, "documents", (columns.given, has_ids), self._facts, finish=self._index)
         self._rows_by_key, self._sorted_keys = found["rows_by_key"], found["sorted_keys"]
-        self._first_of_equals = found["first_of_equals"]
         self._ids, self._id_ends = found["ids"], found["id_ends"]
+        columns.learn(found["columns"])
+        not_read(name, columns.all_unread(), ". What is read: an id, a text and a title")
 
-    def _as_trained(self, index: int) -> Passage:
-        passage = self.own(index)
-        first = int(self._first_of_equals[index]) if len(self._first_of_equals) else index
-        return passage if first == index else Passage(passage.text, passage.title, self.own(first).doc_id)
+    def _parse(self, record: object, where: Where) -> Passage:
+        return document(record, self._columns, where, needs_id=self.has_ids)
 
-    def own(self, row: int) -> Passage:
-        """The document of a row under the id written in its record."""
-        return parse_document(self._records[row], lambda: self.where(row))
+    @property
+    def texts(self) -> Rows[str]:
+        """The full texts, title and text joined, read on access."""
+        return Rows(len(self), lambda row: self[row].full_text, self.where, files=self.files, nbytes=self.nbytes)
 
-    def own_ids(self) -> Iterator[str]:
-        """Every document's id as written, in row order."""
+    def ids(self) -> Iterator[str]:
+        """Yield every document's id, in row order."""
         start = 0
         for stop in self._id_ends.tolist():
             yield self._ids[start:stop].tobytes().decode()
             start = stop
 
     def row(self, doc_id: str) -> int | None:
-        """The row of an id; None where it is unknown."""
+        """Return the row of an id; None where it is unknown."""
         key = stable_id("", doc_id)
         place = int(np.searchsorted(self._sorted_keys, key))
         if place == len(self) or self._sorted_keys[place] != key:
             return None
         return int(self._rows_by_key[place])
 
+    def find(self, doc_id: str | None) -> Passage | None:
+        """Return the document of an id; None where it is unknown."""
+        row = None if doc_id is None else self.row(doc_id)
+        return None if row is None else self[row]
+
+    def _facts(self, records: Iterator[tuple[object, Where]]) -> Arrays:
+        """Return what is kept of some documents: their ids, hashed and as written, and the columns that they have."""
+        ids = [self._parse(record, where).doc_id or "" for record, where in records]
+        encoded = [doc_id.encode() for doc_id in ids]
+        return {
+            "keys": np.array([stable_id("", doc_id) for doc_id in ids], np.int64),
+            "ids": np.frombuffer(b"".join(encoded), np.uint8),
+            "id_lengths": np.array(list(map(len, encoded)), np.int64),
+            "columns": self._columns.seen(),
+        }
+
     def _index(self, found: Arrays) -> Arrays:
-        """Order the keys, find equal texts, and check that no two documents have one id."""
+        """Order the keys, and check that no two documents have one id."""
         rows_by_key = np.argsort(found["keys"], kind="stable")
         sorted_keys = found["keys"][rows_by_key]
-        _, first, group = np.unique(found["texts"], return_index=True, return_inverse=True)
         repeats = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])
-        if len(repeats):
+        if self.has_ids and len(repeats):
             first, second = rows_by_key[repeats[0] : repeats[0] + 2].tolist()
             raise ValueError(
-                f"{self.where(second)}: the id {self.own(second).doc_id!r} is taken by {self.where(first)} "
+                f"{self.where(second)}: the id {self[second].doc_id!r} is taken by {self.where(first)} "
                 f"({len(repeats)} such records). Expected each id once: delete or rename the repeated records."
             )
         return {
             "rows_by_key": rows_by_key,
             "sorted_keys": sorted_keys,
-            "first_of_equals": first[group] if len(first) < len(group) else np.empty(0, np.int64),
             "ids": found["ids"],
             "id_ends": np.cumsum(found["id_lengths"]),
+            "columns": found["columns"],
         }
 
 
-class DocumentTexts(Rows[str]):
-    """The full texts (title and text joined) of ``Documents``, read on access."""
+def open_corpus(
+    source: Any, *, columns: GivenColumns | None = None, split: str | None = None, needs_ids: bool = True
+) -> Documents:
+    """Open the documents of any source: a judged folder (its corpus), what `open_table` reads, or a text file.
 
-    def __init__(self, documents: Documents):
-        super().__init__(len(documents), lambda row: documents.own(row).full_text, documents.where)
+    source: records with an id, a text and optionally a title, under their usual names or those of `columns` (our field
+    id, text, title -> column). split: as `open_table` takes it. needs_ids: if False, a source without any id may be
+    opened too, such as a .txt file with a text a line; `Documents.has_ids` is then False.
 
-
-def _facts(records: Iterator[tuple[object, Where]]) -> Arrays:
-    """Return what is kept of some documents: hashes of ids and of texts, and the ids."""
-    passages = [parse_document(record, where) for record, where in records]
-    ids = [passage.doc_id or "" for passage in passages]
-    encoded = [doc_id.encode() for doc_id in ids]
-    return {
-        "keys": np.array([stable_id("", doc_id) for doc_id in ids], np.int64),
-        "texts": np.array([stable_id("", normalised(passage.full_text)) for passage in passages], np.int64),
-        "ids": np.frombuffer(b"".join(encoded), np.uint8),
-        "id_lengths": np.array(list(map(len, encoded)), np.int64),
-    }
-
-
-def parse_document(record: object, where: Where) -> Passage:
-    """A ``Passage`` with an id from ``{_id, title, text}``; ``where()`` names the record in messages."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where()}: expected an object with an id and a text, found {type(record).__name__}")
-    name = next((name for name in ID_NAMES if record.get(name) not in (None, "")), None)
-    text, title = record.get("text"), record.get("title") or ""
-    if name is None or not isinstance(text, str) or not isinstance(title, str):
+    Raises ValueError, naming file and place, for what cannot be read, lacks a text or an id, or has an id twice.
+    """
+    described = Columns(DOCUMENT, columns)
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is not None and path.is_dir():
+        source = find_part(path, *CORPUS_NAMES) or path
+    if path is not None and suffix(path) == ".txt" and path.is_file():
+        rows: Rows[Any] = Lines(path, lambda line: {"text": text_value(line).strip()})
+    else:
+        rows = open_table(source, described, split)
+    if not len(rows):
+        raise ValueError(f"{source} is empty: expected one text a line")
+    first = rows[0]
+    has_ids = not isinstance(first, Mapping) or any(not empty(first[name]) for name in described.layout(first)["id"])
+    documents = Documents(name_of(source), rows, described, needs_ids or has_ids)
+    if missing := described.missing():
         raise ValueError(
-            f"{where()}: expected an id ({', '.join(ID_NAMES)}), a string `text` and optionally a string `title`, "
-            f"found {_describe(record)}"
+            f"{documents.name}: columns names {list(missing)}, but the columns are {list(described.roles)}"
         )
-    return Passage(text, title, id_text(record[name], name, where))
+    return documents
 
 
-def _describe(record: Mapping) -> str:
-    return "{" + ", ".join(f"{name}: {type(value).__name__}" for name, value in record.items()) + "}"
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents that records name by id, and the instructions that it puts before queries and passages, if any."""
+
+    documents: Documents
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
 
 
-def open_documents(path: str | os.PathLike) -> Documents:
-    """``Documents`` of one JSONL file."""
-    lines = Lines(path)
-    if not len(lines):
-        raise ValueError(f"{path} is empty: expected one JSON object {{_id, title, text}} a line")
-    return Documents(lines)
+# By NeMo's corpus_id, or else by path: sources that share a corpus share its index.
+Corpora = dict[str, Corpus]
+
+
+def open_once(part: Any, corpora: Corpora) -> tuple[str, Corpus]:
+    """Open documents, unless some source did so before, and return their name and them."""
+    name = name_of(part) if isinstance(part, (str, os.PathLike)) else f"{name_of(part)} at {id(part):x}"
+    if name not in corpora:
+        corpora[name] = Corpus(documents=open_corpus(part))
+    return name, corpora[name]
+
+
+def open_corpora(path: Path, places: Any, corpora: Corpora) -> list[str]:
+    """Open the corpus folders that NeMo AutoModel's corpus-id file names, each once, and return their corpus_ids.
+
+    A folder holds merlin_metadata.json, {class: TextQADataset, corpus_id, query_instruction, passage_instruction}, and
+    files of {id, text, title}; its path is relative to the file's.
+    """
+    places = [places] if isinstance(places, Mapping) else places
+    if not isinstance(places, list) or not all(
+        isinstance(p, Mapping) and isinstance(p.get("path"), str) for p in places
+    ):
+        raise ValueError(f"{path}: expected {BY_ID}, found another `corpus`: {show(places)}")
+    return [_open_corpus_folder(path.parent / place["path"], corpora) for place in places]
+
+
+def _open_corpus_folder(folder: Path, corpora: Corpora) -> str:
+    path = folder / METADATA
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: expected it in a corpus folder, holding {{class, corpus_id}}")
+    try:
+        metadata = json_value(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    read = ("class", "corpus_id", "query_instruction", "passage_instruction")
+    texts = {name: metadata.get(name) or "" for name in read} if isinstance(metadata, dict) else {}
+    if (
+        texts.get("class") != "TextQADataset"
+        or not texts["corpus_id"]
+        or not all(isinstance(t, str) for t in texts.values())
+    ):
+        raise ValueError(f"{path}: expected {{class: TextQADataset, corpus_id: <name>}}, found {show(metadata)}")
+    name, folder = texts["corpus_id"], folder.resolve()
+    if name in corpora and corpora[name].documents.name != str(folder):
+        known = corpora[name].documents.name
+        raise ValueError(f"corpus_id {name!r} names two folders, {known} and {folder}: rename one in its {METADATA}")
+    if name not in corpora:
+        not_read(str(path), [key for key in metadata if key not in read])
+        prefixes = [texts[role] + " " if texts[role] else None for role in read[2:]]
+        documents = open_corpus(folder)
+        corpora[name] = Corpus(documents=documents, query_prefix=prefixes[0], passage_prefix=prefixes[1])
+    return name

@@ -7,7 +7,7 @@ import os
 import shutil
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, overload
@@ -17,8 +17,7 @@ import numpy as np
 from inbatch.data.index import HEADER, Arrays, arrays_made_once, made_once, spread
 
 _BLOCK_BYTES = 1 << 22
-# json.loads without its preparations, which take as long as a short record.
-_scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # pyright: ignore
+_BLANK = b" \t\r\v\f\xef\xbb\xbf"  # white space, and a byte-order mark
 
 T = TypeVar("T")
 Where = Callable[[], str]
@@ -171,7 +170,7 @@ def _gunzip(path: Path, file: IO[bytes]) -> None:
 
 
 def json_value(line: bytes) -> Any:
-    """Parse one JSON value; ValueError says what is wrong."""
+    """Parse one JSON value; ValueError says what is wrong, also of a key that stands twice: JSON would keep one."""
     try:
         text = line.decode().removeprefix("\ufeff")
         try:
@@ -179,13 +178,34 @@ def json_value(line: bytes) -> Any:
         except StopIteration:
             end = 0
         if not end or text[end:].strip():  # what the scanner alone does not take, and most errors
-            value = json.loads(text)
+            value = _DECODER.decode(text)
         if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair passes as JSON, and no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode()
         return value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         shown = line[:60].decode("utf-8", "replace")
         raise ValueError(f"is not JSON ({error}): {shown!r}. Expected one JSON object a line, in UTF-8.") from None
+
+
+def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(members)
+    if len(value) < len(members):
+        names = [name for name, _ in members]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+# decode without its preparations, which take as long as a short record.
+_scan_json: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # pyright: ignore
+
+
+def text_value(line: bytes) -> str:
+    """Decode one line of plain text."""
+    try:
+        return line.decode("utf-8-sig").rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error}): save the file in that encoding") from None
 
 
 class Lines(Rows[Any]):
@@ -210,6 +230,11 @@ class Lines(Rows[Any]):
         self._starts, self._stops = bounds["starts"], bounds["stops"]
         super().__init__(len(self._starts), self._line, self._place, files=[self.path], nbytes=len(self.content))
 
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and stops of the records in the content."""
+        return self._starts, self._stops
+
     def _line(self, index: int) -> Any:
         return self._value(self.content[int(self._starts[index]) : int(self._stops[index])], index)
 
@@ -232,13 +257,6 @@ class Lines(Rows[Any]):
             for place in range(first, last):
                 yield self._value(block[starts[place] - zero : stops[place] - zero], rows.start + place)
             first = last
-
-    def whole(self) -> Any:
-        """The JSON value that the file is when read as one."""
-        try:
-            return json.loads(self.content[:])
-        except ValueError as error:
-            raise ValueError(f"{self.path} is not JSON: {error}") from None
 
     def _place(self, index: int) -> str:
         """The place of record `index`, as in "data/train.jsonl, line 3" (lines count from 1)."""
@@ -267,41 +285,9 @@ def line_bounds(content: Content) -> Arrays:
     starts[:1], starts[1:] = 0, stops[:-1] + 1
     # Short lines are the only ones that can be blank, so only they are looked at one by one.
     short = np.flatnonzero(stops - starts <= 8)
-    blank = [i for i in short.tolist() if not content[int(starts[i]) : int(stops[i])].strip()]
+    blank = [i for i in short.tolist() if not content[int(starts[i]) : int(stops[i])].strip(_BLANK)]
     return (
         {"starts": np.delete(starts, blank), "stops": np.delete(stops, blank)}
         if blank
         else {"starts": starts, "stops": stops}
     )
-
-
-def spooled(path: str | os.PathLike, values: Iterable[Any], *, unit: str, settings: object = None) -> Lines:
-    """Return `Lines` over values unpacked from another kind of file; `values` is not asked where they are kept already.
-
-    settings: what the values depend on beside the file.
-    """
-
-    def unpack(file: IO[bytes]) -> None:
-        for number, value in enumerate(values, 1):
-            try:
-                file.write(json.dumps(value).encode() + b"\n")
-            except TypeError as error:
-                raise ValueError(
-                    f"{path}, {unit} {number}: expected texts, numbers and lists of them; {error}"
-                ) from None
-
-    content = Content(Path(path), unpack, kind=f"{unit}-values", settings=settings)
-    bounds = arrays_made_once([Path(path)], f"{unit}s", settings, lambda: line_bounds(content))
-    return Lines(path, content=content, bounds=bounds, unit=unit)
-
-
-def find_file(folder: Path, name: str) -> Path | None:
-    """``folder/name`` or ``folder/name.gz``, whichever exists; None if neither does."""
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def open_text(path: Path) -> IO[str]:
-    """A UTF-8 text file, gzipped if its name ends in .gz."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    # A byte that is no UTF-8 becomes a sign that no id holds, and so is reported with its line.
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace")  # type: ignore[return-value]

@@ -22,7 +22,8 @@ class ParquetRows(Rows[dict[str, Any]]):
 
     def __init__(self, path: Path, choose: Callable[[Sequence[str]], list[str]]):
         self.path = path
-        names = choose(parquet_names(path))
+        with _open(path) as file:
+            names = choose(file.schema_arrow.names)
         content = Content(path, lambda file: _unpack(path, names, file), kind="rows", settings=names)
         reader = pa.ipc.open_file(pa.py_buffer(content.mapped()))
         self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -43,14 +44,16 @@ class ParquetRows(Rows[dict[str, Any]]):
             number = int(np.searchsorted(self._starts, rows.start, side="right")) - 1
             start, stop = self._starts[number : number + 2].tolist()
             length = min(stop - rows.start, len(rows))
-            yield from self._batches[number].slice(rows.start - start, length).to_pylist()
+            yield from self._values(self._batches[number].slice(rows.start - start, length), rows.start)
             rows = rows[length:]
 
-
-def parquet_names(path: Path) -> list[str]:
-    """The top-level column names."""
-    with _open(path) as file:
-        return list(file.schema_arrow.names)
+    def _values(self, batch: pa.RecordBatch, first: int) -> list[dict[str, Any]]:
+        try:
+            return batch.to_pylist()
+        except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date beyond Python's
+            if len(batch) > 1:
+                return [self._values(batch.slice(row, 1), first + row)[0] for row in range(len(batch))]
+            raise ValueError(f"{self.where(first)} holds what cannot be read: {_one_line(error)}") from None
 
 
 def _unpack(path: Path, names: list[str], target: IO[bytes]) -> None:
@@ -58,16 +61,27 @@ def _unpack(path: Path, names: list[str], target: IO[bytes]) -> None:
         fields = [source.schema_arrow.field(name) for name in names]
         # An Arrow file takes one dictionary a column, Parquet one a row group.
         schema = pa.schema([f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in fields])
-        try:
-            with pa.ipc.new_file(target, schema) as sink:
-                for batch in source.iter_batches(_BATCH_ROWS, columns=names):
-                    sink.write_batch(batch.select(names).cast(schema))
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
+        with pa.ipc.new_file(target, schema) as sink:
+            for batch in _batches(path, source, names, schema):
+                sink.write_batch(batch)
+
+
+def _batches(path: Path, source: pq.ParquetFile, names: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    try:
+        for batch in source.iter_batches(_BATCH_ROWS, columns=names):
+            batch = batch.select(names).cast(schema)
+            batch.validate(full=True)  # a damaged offset would be read outside the file
+            yield batch
+    except (pa.ArrowException, OSError, MemoryError) as error:  # MemoryError: of an absurd size
+        raise ValueError(f"{path} is not a whole Parquet file: {_one_line(error)}") from None
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise ValueError(f"{path} is not a Parquet file: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

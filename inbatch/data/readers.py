@@ -1,112 +1,319 @@
-"""Training examples from files and folders, whatever their format."""
+"""Training examples from any source: records with their texts, records that name documents by id, judged folders."""
 
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from inbatch.data.beir import BeirExamples, is_beir_folder
-from inbatch.data.columns import find_columns
-from inbatch.data.corpus_id import SHAPE, Corpora, CorpusIdExamples
-from inbatch.data.examples import Examples, InlineExamples
-from inbatch.data.lines import Lines, Rows, joined, spooled
-from inbatch.data.parquet import ParquetRows, parquet_names
-from inbatch.data.records import Example
+import numpy as np
 
-GivenColumns = Mapping[str, str | Sequence[str]] | None
-KINDS = "*.jsonl, *.json (each also .gz), *.parquet, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/*.tsv)"
+from inbatch.data.columns import (
+    EXAMPLE,
+    Columns,
+    GivenColumns,
+    empty,
+    id_text,
+    not_read,
+    notice,
+    passages,
+    show,
+    text_of,
+)
+from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, open_corpora, open_once
+from inbatch.data.identity import id_texts, merged, without_positives
+from inbatch.data.index import Arrays
+from inbatch.data.judged import is_judged, judged_examples, open_judged
+from inbatch.data.lines import Rows, Where, joined, scanned
+from inbatch.data.records import Example, Passage
+from inbatch.data.tables import find_files, find_part, name_of, open_json, open_table, suffix
+from inbatch.ids import stable_id
+
+SETTINGS = ("path", "num_samples", "split", "columns", "corpus")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One opened source: its examples, which columns hold what (None: a judged folder), and `id_texts` of its ids."""
+
+    name: str
+    examples: Rows[Example]
+    columns: Columns | None = None
+    id_texts: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+
+
+class Examples(Rows[Example]):
+    """The training examples of all sources, one after the other.
+
+    `same` maps the keys of texts that share an id to one of them, for the collator; `sources` is what was recognised.
+    """
+
+    def __init__(self, sources: Sequence[Source], same: Mapping[int, int]):
+        rows = joined([source.examples for source in sources])
+        super().__init__(len(rows), rows.__getitem__, rows.where)
+        self.sources, self.same = sources, same
 
 
 def open_examples(
-    paths: str | os.PathLike | Sequence[str | os.PathLike], *, split: str = "train", columns: GivenColumns = None
-) -> Sequence[Example]:
-    """The training examples of one or several sources, one after the other, with random access.
+    sources: Any,
+    *,
+    split: str = "train",
+    columns: GivenColumns | None = None,
+    corpus: Any = None,
+    seed: int = 42,
+) -> Examples:
+    """Open the training examples of one or several sources, one after the other, with random access.
 
-    A source is a JSONL or Parquet file of inline records (columns found by their usual names, or named by
-    ``columns``: our field -> column, fields query, query_id, positive, negative, corpus), a corpus-id JSON file, or a
-    BEIR folder, of which ``split`` is read. Examples are parsed on access; memory holds their places in the file
-    (about 16 bytes each), not their texts. Opening reads everything once, so that whatever is wrong is said now.
+    A source is a file, folder or glob of records, a judged folder (BEIR and its like), of which `split` is read, a
+    sequence of mappings such as a `datasets.Dataset`, or a mapping {path, num_samples, split, columns, corpus} of a
+    source and its own settings; docs/formats.md lists the formats. Columns are found by their usual names or named by
+    `columns` (our field -> column), in those sources that have them. `corpus`: where documents are that records name by
+    id, unless it lies beside them. `num_samples` examples of a source are drawn by `seed`.
 
-    Inline ids belong to the record's ``corpus_id`` or else to the path as given: files that share documents under the
-    same ids should name a common ``corpus_id``. Negatives that equal a positive are left out, with a warning.
-
-    Raises ValueError naming file and line: a missing, empty or unreadable file, a record that is no JSON object or
-    has no query or no positive, values of a wrong type, unknown or ambiguous columns, an unknown split, an id that is
-    not in its corpus, an id that occurs twice in a corpus.
+    Examples are parsed on access; memory holds their places in the file (about 16 bytes each), not their texts. Opening
+    reads everything once, so that whatever is wrong is said now: ValueError, naming file and place. What is not used is
+    named in a warning: columns, files, negatives that equal a positive, judged documents that are in no corpus.
     """
-    sources = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not sources:
-        raise ValueError(f"no training data given: expected one or more of {KINDS}")
+    asked = [_settings(source, split, columns, corpus) for source in _listed(sources)]
+    if not asked:
+        raise ValueError("no training data given: expected one or more files or folders")
     corpora: Corpora = {}
-    opened = [_open(Path(source), split, columns, corpora) for source in sources]
-    for source, examples in zip(sources, opened, strict=True):
-        if examples.left_out:
-            warnings.warn(
-                f"{source}: {examples.left_out} of {len(examples)} records "
-                f"({examples.left_out / len(examples):.1%}) have a negative that equals one of their positives. Those "
-                "negatives are left out; mine again with the known positives excluded.",
-                stacklevel=2,
-            )
-    return joined(opened)
+    opened = [_open(settings, corpora, seed) for settings in asked]
+    _check_given([source.columns for source in opened], opened[0].name, columns)
+    return Examples(opened, merged(np.concatenate([source.id_texts for source in opened])))
 
 
-def _open(path: Path, split: str, columns: GivenColumns, corpora: Corpora) -> Examples:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: expected {KINDS}")
-    if path.is_dir():
-        if not is_beir_folder(path):
-            found = sorted(entry.name for entry in path.iterdir())[:20]
-            raise ValueError(f"{path} is not a BEIR folder: expected {KINDS}, found a folder with {found}")
-        _refuse(columns, path, "a BEIR folder")
-        return BeirExamples(path, split)
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        used = find_columns(parquet_names(path), columns, lambda: str(path))
-        lines = ParquetRows(path, used.used)
-        _not_empty(lines, path)
-        return InlineExamples(lines, used, str(path))
-    if name.endswith((".jsonl", ".ndjson")):
-        return _inline(Lines(path), columns)
-    if name.endswith(".json"):
-        return _open_json(path, columns, corpora)
-    raise ValueError(f"{path} is of no known kind: expected {KINDS}")
+def _listed(sources: Any) -> list[Any]:
+    """Return the sources of an argument that may be one of them."""
+    records = isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], Mapping)
+    if not isinstance(sources, (list, tuple)) or (records and "path" not in sources[0]):
+        return [sources]
+    return list(sources)
 
 
-def _open_json(path: Path, columns: GivenColumns, corpora: Corpora) -> Examples:
-    """A .json file is a corpus-id file, a list of records, or (as some write it) one record a line."""
-    lines = Lines(path)
-    _not_empty(lines, path)
-    try:
-        content = lines[0]
-    except ValueError:  # laid out over several lines
-        content = lines.whole()
-        if isinstance(content, dict) and not content.keys() >= {"corpus", "data"}:
+def _settings(source: Any, split: str, columns: GivenColumns | None, corpus: Any) -> dict[str, Any]:
+    given = source if isinstance(source, Mapping) and "path" in source else {"path": source}
+    if unknown := [key for key in given if key not in SETTINGS]:
+        raise ValueError(f"a source has the unknown settings {unknown}: expected {list(SETTINGS)}")
+    number = given.get("num_samples")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise ValueError(f"{given['path']}: num_samples is {number!r}, expected a whole number of at least 1")
+    return {"split": split, "columns": columns, "corpus": corpus, "num_samples": None} | dict(given)
+
+
+def _open(asked: Mapping[str, Any], corpora: Corpora, seed: int) -> Source:
+    place = Path(asked["path"]) if isinstance(asked["path"], (str, os.PathLike)) else asked["path"]
+    if isinstance(place, Path) and place.is_dir() and is_judged(place):
+        examples = judged_examples(place, open_judged(place, asked["split"]), asked["split"])
+        source = Source(name=str(place), examples=examples)
+    else:
+        source = _open_records(place, asked, corpora)
+    return replace(source, examples=_sampled(source, asked["num_samples"], seed))
+
+
+class _Lookup:
+    """Documents, and queries, that the records of a source name by id: opened when the first record does so."""
+
+    def __init__(self, name: str, asked: Mapping[str, Any], folder: Path | None, corpora: Corpora):
+        self._name, self._corpora = name, corpora
+        self._corpus = asked["corpus"] if asked["corpus"] is not None else folder and find_part(folder, *CORPUS_NAMES)
+        self._queries = folder and find_part(folder, f"queries.{asked['split']}", "queries")
+        # The corpora of a corpus-id file, all of whose documents are named by id; each record says which is its own.
+        self.by_id: list[str] | None = None
+
+    @property
+    def parts(self) -> list[Path]:
+        """Return the files and folders that hold no records."""
+        return [Path(part) for part in (self._corpus, self._queries) if isinstance(part, (str, os.PathLike))]
+
+    @property
+    def files(self) -> list[Path] | None:
+        """Return the files that examples may be read from beside their records; None if not all are files."""
+        if self.by_id is not None:
+            return [file for name in self.by_id for file in self._corpora[name].documents.files]
+        if self._corpus is not None and not isinstance(self._corpus, (str, os.PathLike)):
+            return None
+        return [file for part in self.parts for file in find_files(part, None)]
+
+    def open_for(self, record: Any, columns: Columns) -> None:
+        """Open what a first record names by id, so that not each of several processes has to."""
+        if self.by_id is None and isinstance(record, Mapping):
+            layout = columns.layout(record)
+            if self._corpus is not None and any(not empty(record[column]) for column in layout["positive_ids"]):
+                open_once(self._corpus, self._corpora)
+            if self._queries is not None and not layout["query"]:
+                open_once(self._queries, self._corpora)
+
+    def corpus(self, given: str | None, where: Where) -> tuple[str, Corpus]:
+        """Return name and documents of the corpus of a record whose corpus_id is `given`."""
+        if self.by_id is not None:
+            name = self.by_id[0] if given is None and len(self.by_id) == 1 else given
+            if name not in self.by_id:
+                raise ValueError(f"{where()}: corpus_id is {given!r}, but the file's corpora are {self.by_id}")
+            return name, self._corpora[name]
+        if self._corpus is None:
             raise ValueError(
-                f"{path} is one object over several lines, with the keys {list(content)[:20]}: expected one JSON "
-                f"object a line, a list of records, or {SHAPE}"
-            ) from None
-    if isinstance(content, dict) and not content.keys() >= {"corpus", "data"}:
-        return _inline(lines, columns)
-    if isinstance(content, list):
-        return _inline(spooled(path, content, unit="record"), columns)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected {SHAPE}, a list of records or one record a line, found {content!r:.60}")
-    _refuse(columns, path, "a corpus-id file")
-    return CorpusIdExamples(path, content, corpora)
+                f"{where()}: the record names documents by id, but no corpus is given or lies beside {self._name}: put "
+                "corpus.jsonl there, or name one by `corpus`"
+            )
+        return open_once(self._corpus, self._corpora)
+
+    @property
+    def has_queries(self) -> bool:
+        """Return True where queries lie beside the records."""
+        return self._queries is not None
+
+    def query(self, query_id: str | None, where: Where) -> str:
+        """Return the text of a query that a record names by id alone."""
+        found = self._queries and open_once(self._queries, self._corpora)[1].documents.find(query_id)
+        if not found:
+            raise ValueError(f"{where()}: the query {query_id!r} has no text, and is in no queries beside {self._name}")
+        return found.full_text
 
 
-def _inline(lines: Lines, columns: GivenColumns) -> Examples:
-    _not_empty(lines, lines.path)
-    # Records may lack what they have none of, so the names are those of the first hundred together.
-    names = dict.fromkeys(name for record in lines[:100] if isinstance(record, dict) for name in record)
-    return InlineExamples(lines, find_columns(list(names), columns, lambda: str(lines.path)), str(lines.path))
+def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora) -> Source:
+    columns, name = Columns(EXAMPLE, asked["columns"]), name_of(place)
+    folder = None if not isinstance(place, Path) else place if place.is_dir() else place.parent
+    lookup = _Lookup(name, asked, folder, corpora)
+    if isinstance(place, Path) and place.is_file() and suffix(place) == ".json":
+        rows, named = open_json(place)
+        lookup.by_id = None if named is None else open_corpora(place, named, corpora)
+        if not len(rows):
+            raise ValueError(f"{place} is empty: expected records")
+    else:
+        rows = open_table(place, columns, asked["split"], lookup.parts)
+
+    lookup.open_for(rows[0], columns)
+
+    def read(index: int) -> Example:
+        return _example(rows[index], columns, lookup, name, partial(rows.where, index))
+
+    examples = Rows(len(rows), read, rows.where, files=rows.files, nbytes=rows.nbytes)
+    found = _survey(rows, name, columns, lookup)
+    return Source(name=name, examples=examples, columns=columns, id_texts=found)
 
 
-def _not_empty(lines: Rows, path: Path) -> None:
-    if not len(lines):
-        raise ValueError(f"{path} is empty: expected one record a line, or {SHAPE}")
+def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: Where) -> Example:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where()}: expected an object with named columns, found {type(record).__name__}")
+    full = {role: [c for c in names if not empty(record[c])] for role, names in columns.layout(record).items()}
+    query_id, corpus, prompt = (
+        next((id_text(record[c], c, where) for c in full[role]), None) for role in ("query_id", "corpus", "prompt")
+    )
+    query = _query(record, full, query_id, columns, lookup, where)
+    found: dict[str, list[Passage]] = {}
+    instructions: Corpus | None = None
+    positive = None
+    for role in ("positive", "negative"):
+        by_text, by_id = full[role], full[f"{role}_ids"]
+        if lookup.by_id is not None:
+            by_text, by_id = [], by_text
+        if by_text or not by_id:
+            columns.leave(by_id)
+            if role == "positive":
+                by_text = columns.one_of(record, role, where)
+            found[role] = [p for c in by_text for p in passages(record.get(c), c, columns, where)]
+        else:
+            corpus, instructions = lookup.corpus(corpus, where)
+            found[role] = [p for c in by_id for p in _by_id(record[c], c, instructions.documents, corpus, where)]
+        positive = positive or (by_text or by_id)[0]
+    if not found["positive"]:
+        raise ValueError(
+            f"{where()}: the record has no positive: its {positive!r} is missing or empty. Expected at least one: "
+            "complete the record or delete it."
+        )
+    negatives = without_positives(found["positive"], found["negative"])
+    return Example(
+        query=query,
+        query_id=query_id,
+        positives=tuple(found["positive"]),
+        negatives=tuple(negatives),
+        corpus=corpus or name,
+        query_prefix=prompt if prompt is not None or instructions is None else instructions.query_prefix,
+        passage_prefix=None if instructions is None else instructions.passage_prefix,
+        left_out=len(found["negative"]) - len(negatives),
+    )
 
 
-def _refuse(columns: GivenColumns, path: Path, kind: str) -> None:
-    if columns:
-        raise ValueError(f"{path} is {kind}, whose columns are fixed: leave `columns` out (got {dict(columns)})")
+def _query(
+    record: Mapping, full: Mapping, query_id: str | None, columns: Columns, lookup: _Lookup, where: Where
+) -> str:
+    if not full["query"] and query_id is not None and lookup.has_queries:
+        return lookup.query(query_id, where)
+    column = columns.one_of(record, "query", where)[0]
+    text = text_of(record.get(column))
+    if text is None or not text.strip():
+        raise ValueError(f"{where()}: expected the query's text in {column!r}, found {show(record.get(column))}")
+    return text
+
+
+def _by_id(value: Any, column: str, documents: Documents, corpus: str, where: Where) -> Iterator[Passage]:
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        given = item.get("id") if isinstance(item, Mapping) else item
+        passage = documents.find(id_text(given, column, where))
+        if passage is None:
+            raise ValueError(
+                f"{where()}: {column} names the document {given!r:.80}, which is not in corpus {corpus!r}. Expected "
+                "ids of that corpus: add the document or delete the reference."
+            )
+        yield passage
+
+
+def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> np.ndarray:
+    """Parse every record once: what is broken must not wait for its step of a run, nor what is not read go unnamed.
+
+    Return the ids and the texts that they come with, int64 [n, 2].
+    """
+
+    def visit(some: Iterator[tuple[Any, Where]]) -> Arrays:
+        examples = [_example(record, columns, lookup, name, where) for record, where in some]
+        # The name of a file may change while what is kept of it stays.
+        own = [replace(example, corpus="") for example in examples if example.corpus == name]
+        other = [example for example in examples if example.corpus != name]
+        return {
+            "left_out": np.array([sum(example.left_out > 0 for example in examples)]),
+            "columns": columns.seen(),
+            "own": id_texts(own),
+            "other": id_texts(other),
+        }
+
+    if lookup.files is None:  # documents that are no files: nothing can tell whether they are what they were
+        rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)
+    found = scanned(rows, "examples", (columns.given, lookup.by_id), visit, also=lookup.files or ())
+    columns.learn(found["columns"])
+    columns.check_given()
+    if not len(found["own"]) and not len(found["other"]):  # then corpus_id says nothing, whatever it holds
+        columns.leave([column for column, role in columns.roles.items() if role == "corpus"])
+    not_read(name, columns.all_unread(), ". Name what is to be read by columns, such as columns: {negative: <column>}")
+    if left_out := int(found["left_out"].sum()):
+        notice(
+            f"{name}: {left_out} of {len(rows)} records ({left_out / len(rows):.1%}) have a negative that equals one "
+            "of their positives. Those negatives are left out; mine again with the known positives excluded."
+        )
+    own = found["own"] ^ np.array([stable_id("corpus", name), 0])
+    return np.concatenate([own, found["other"]])
+
+
+def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
+    examples = source.examples
+    if number is None or number >= len(examples):
+        if number is not None and number > len(examples):
+            notice(f"{source.name}: num_samples is {number}, but there are {len(examples)}: all are taken")
+        return examples
+    chosen = np.array(random.Random(seed).sample(range(len(examples)), number))
+    return Rows(number, lambda index: examples[int(chosen[index])], lambda index: examples.where(int(chosen[index])))
+
+
+def _check_given(opened: Sequence[Columns | None], name: str, columns: GivenColumns | None) -> None:
+    """Raise ValueError for a given column that no source has."""
+    read = [described for described in opened if described is not None]
+    if columns and not read:
+        raise ValueError(
+            f"{name} is a judged folder, whose columns are fixed: leave `columns` out (got {dict(columns)})"
+        )
+    for column, role in read[0].missing().items() if read else ():
+        if all(column in described.missing() for described in read):
+            present = list(dict.fromkeys(n for described in read for n in (*described.roles, *described.unread)))
+            raise ValueError(f"{name}: columns names {column!r} for {role!r}, but the columns are {present}")

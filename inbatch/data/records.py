@@ -1,20 +1,10 @@
-"""What travels through the package's data side: examples, training batches, retrieval sets, and their integer ids."""
+"""What travels through the package's data side: examples, training batches, retrieval sets."""
 
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from inbatch.ids import stable_id
-
-# Namespaces that no corpus name can collide with, since stable_id() keeps the two parts apart.
-TEXT_NAMESPACE = "text of a passage"
-QUERY_TEXT_NAMESPACE = "text of a query"
-
-# What the field calls a document's id.
-ID_NAMES = ("_id", "id", "docid", "doc_id")
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,9 @@ class Passage:
 class Example:
     """One query with its known positives (at least one) and its hard negatives (possibly none).
 
-    ``corpus`` names what the ids belong to: equal ids of two corpora are different documents.
+    ``corpus`` names what the ids belong to: equal ids of two corpora are different documents. ``query_prefix`` and
+    ``passage_prefix`` are the instructions that the data itself brings, instead of the collator's; None if it has none.
+    ``left_out`` counts the negatives that were dropped because they equal a positive.
     """
 
     query: str
@@ -43,6 +35,9 @@ class Example:
     positives: tuple[Passage, ...]
     negatives: tuple[Passage, ...] = ()
     corpus: str = ""
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
+    left_out: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,28 +89,3 @@ class RetrievalData:
     doc_ids: list[str]
     documents: Sequence[str]
     qrels: dict[str, dict[str, int]]
-
-
-def normalised(text: str) -> str:
-    """Text as it is compared: Unicode NFC, runs of white space as one space. Case is kept: cased models see it."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def passage_key(passage: Passage, corpus: str) -> int:
-    """The int64 id under which the loss knows a passage.
-
-    A passage with an id is that id within its corpus: ids are trusted, so two ids are two documents, and an id'd
-    document never equals an inline text. (A corpus file gives documents of equal text one id; see ``Documents``.)
-    A passage without an id is its normalised text (title included), in one namespace: equal inline texts are equal
-    wherever they come from.
-    """
-    if passage.doc_id is not None:
-        return stable_id(f"documents of {corpus}", passage.doc_id)
-    return stable_id(TEXT_NAMESPACE, normalised(passage.full_text))
-
-
-def query_key(example: Example) -> int:
-    """The int64 id of an example's query: its id within its corpus or, without one, its normalised text."""
-    if example.query_id is not None:
-        return stable_id(f"queries of {example.corpus}", example.query_id)
-    return stable_id(QUERY_TEXT_NAMESPACE, normalised(example.query))

@@ -6,7 +6,6 @@ Shapes: n texts, D dimension.
 import io
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from inbatch import collectives
-from inbatch.data.corpus import Documents, DocumentTexts, open_documents
+from inbatch.data import open_corpus
 from inbatch.data.files import naming, partial, publish, remove
-from inbatch.data.lines import Lines, find_file
 from inbatch.retrieval.embed import EmbedOptions, embed_windows, share, unwrap
 
 _NPY = {torch.float32: "<f4", torch.float16: "<f2"}
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_TABLES = (".tsv", ".csv", ".parquet", ".arrow", ".feather", ".xlsx")
-_KINDS = "a BEIR folder, a JSONL file of {_id, title, text} records or a text file"
 
 
 def encode_to_file(
@@ -36,8 +32,7 @@ def encode_to_file(
 ) -> tuple[int, int]:
     """Write the embeddings of a file's texts, one a row in file order, and return their shape (n, D).
 
-    source: a BEIR folder (its corpus), a JSONL file of {_id, title, text} records, or a text file with a text a line
-    (blank lines left out). output: ends in .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to
+    source: texts in any format that `open_corpus` reads, a .txt file with a text a line among them. output: ends in .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to
     output + ".ids.txt", one a line. options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0.
 
     Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
@@ -48,7 +43,8 @@ def encode_to_file(
     output, options = Path(output), options or EmbedOptions()
     module, dtype = unwrap(model), options.dtype
     collectives.agree("encode_to_file", {}, group=group, same={"dimension": module.embedding_dim, "dtype": str(dtype)})
-    texts, documents = collectives.together(lambda: _open_source(Path(source)), group)
+    documents = collectives.together(lambda: open_corpus(source, needs_ids=False), group)
+    texts = documents.texts
     shape = len(texts), module.embedding_dim
     header = collectives.together(lambda: _header(output, dtype, shape), group)
     ids_path = output.with_name(f"{output.name}.ids.txt")
@@ -62,9 +58,9 @@ def encode_to_file(
             file.write(header)
             file.truncate(len(header) + shape[0] * shape[1] * dtype.itemsize)
         remove(partial(ids_path))  # of a run that was killed
-        if documents is not None:
+        if documents.has_ids:
             with naming(ids_path), partial(ids_path).open("w", encoding="utf-8") as file:
-                file.writelines(map(_line, documents.own_ids()))
+                file.writelines(map(_line, documents.ids()))
 
     def fill() -> None:
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
@@ -78,7 +74,7 @@ def encode_to_file(
     def finish() -> None:
         remove(ids_path)  # before: at no time do the ids of other embeddings lie beside these
         publish(output)
-        if documents is not None:
+        if documents.has_ids:
             publish(ids_path)
 
     try:
@@ -106,36 +102,6 @@ def _require_finite(window: Tensor, start: int, source: str | os.PathLike) -> No
             f"{source}: the embedding of text {start + int(bad[0]) + 1} holds NaN or infinity as {window.dtype}; "
             "expected finite numbers: look at the model's weights, or try float32 and precision fp32"
         )
-
-
-def _open_source(source: Path) -> tuple[Sequence[str], Documents | None]:
-    """Open the texts, and the documents that they are of, where they have ids; ValueError for what is not read."""
-    if source.is_dir():
-        corpus = find_file(source, "corpus.jsonl")
-        if corpus is None:
-            raise ValueError(f"{source} has no corpus.jsonl; expected {_KINDS}")
-        source = corpus
-    if not source.is_file():
-        raise ValueError(f"{source} does not exist; expected {_KINDS}")
-    kind = Path(source.name.removesuffix(".gz")).suffix.lower()
-    if kind in (".jsonl", ".ndjson", ".json"):
-        documents = open_documents(source)
-        return DocumentTexts(documents), documents
-    if kind in _TABLES:
-        raise ValueError(f"{source} is a table, which is not read here; expected {_KINDS}: write its ids and texts so")
-    lines = Lines(source, _text)
-    if not len(lines):
-        raise ValueError(f"{source} is empty: expected one text a line")
-    for _ in lines:  # as records are: what cannot be read is said before hours of encoding
-        pass
-    return lines, None
-
-
-def _text(line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 ({error}): save the file in that encoding") from None
 
 
 def _header(output: Path, dtype: torch.dtype, shape: tuple[int, int]) -> bytes:

@@ -85,7 +85,7 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     batches = Batches(
         examples,
         plan,
-        build_collator(config, next(iter(learner.towers.values()))),
+        build_collator(config, next(iter(learner.towers.values())), examples.same),
         rank=collectives.rank(),
         world_size=collectives.world_size(),
         accumulation_steps=config.train.accumulation_steps,
@@ -171,7 +171,7 @@ def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torc
             loss(row_1D, row_1D)
 
 
-def build_collator(config: Config, model: BiEncoderModel) -> Collator:
+def build_collator(config: Config, model: BiEncoderModel, same: Mapping[int, int]) -> Collator:
     return Collator(
         lambda texts, max_length: model.tokenize(texts, max_length=max_length),
         query_max_len=config.data.query_max_len,
@@ -179,4 +179,5 @@ def build_collator(config: Config, model: BiEncoderModel) -> Collator:
         query_prefix=model.prompts.get("query", ""),
         passage_prefix=model.prompts.get("document", ""),
         train_n_passages=config.data.train_n_passages,
+        same=same,
     )

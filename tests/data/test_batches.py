@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from inbatch.data import BatchPlan, Collator, Example, Passage, stable_id
 from inbatch.data.plan import share
+from inbatch.data.identity import id_texts, merged
 from tests.data_files import tokenize
 
 # ------------------------------------------------------------------------------------------------------------------ ids
@@ -154,17 +155,46 @@ def test_an_empty_rank_gets_an_empty_batch():
     assert batch.positives.dtype == batch.query_ids.dtype == batch.passage_ids.dtype == torch.int64
 
 
-def test_ids_belong_to_their_corpus():
-    def example(corpus, doc_id, text="t"):
-        return Example(query="q", query_id="1", positives=(Passage(text, doc_id=doc_id),), corpus=corpus)
+def test_equal_texts_or_equal_ids_of_a_corpus_are_one():
+    def example(corpus, doc_id, text, query="q", query_id=None):
+        return Example(query=query, query_id=query_id, positives=(Passage(text, doc_id=doc_id),), corpus=corpus)
 
-    batch = collator()(
-        [example("wiki", "12"), example("wiki", "12", "u"), example("web", "12"), example("wiki", None)], 0
-    )
-    wiki, again, web, inline = batch.passage_ids.tolist()
-    assert wiki == again
-    assert len({wiki, web, inline}) == 3
-    assert batch.query_ids[0] == batch.query_ids[1] != batch.query_ids[2]
+    examples = [
+        example("wiki", "12", "t", "why", "1"),
+        example("wiki", "12", "u", "why not", "1"),  # an id with another text
+        example("wiki", "13", " t ", "why", "2"),  # a text under another id
+        example("web", "12", "v", "how", "1"),  # an id of another corpus
+        example("web", None, "u", "why not"),  # a text of another corpus, without id
+        example("web", "14", "w"),
+    ]
+    batch = collator(same=merged(id_texts(examples)))(examples, 0)
+    for ids in (batch.passage_ids.tolist(), batch.query_ids.tolist()):
+        assert ids[0] == ids[1] == ids[2] == ids[4]
+        assert len({ids[0], ids[3], ids[5]}) == 3
+    assert merged(id_texts(examples[2:])) == {}  # nothing to merge where each id has one text
+    plain = collator()(examples, 0).passage_ids.tolist()
+    assert plain[0] == plain[2] != plain[1]
+
+
+def test_sharing_an_id_carries_over():
+    texts = [("1", "a"), ("1", "b"), ("2", "b"), ("2", "c"), ("3", "c"), ("4", "d"), ("5", "e"), ("5", "f")]
+    examples = [Example(query=f"{i}", positives=(Passage(t, doc_id=d),)) for i, (d, t) in enumerate(texts)]
+    ids = collator(same=merged(id_texts(examples)))(examples, 0).passage_ids.tolist()
+    assert len(set(ids[:5])) == 1
+    assert ids[6] == ids[7]
+    assert len({ids[0], ids[5], ids[6]}) == 3
+
+
+def test_a_prefix_that_the_data_brings_replaces_the_usual_one():
+    examples = [
+        Example(query="a", positives=(Passage("p"),), query_prefix="task: ", passage_prefix="doc: "),
+        Example(query="b", positives=(Passage("p"),), query_prefix=""),
+        Example(query="c", positives=(Passage("p"),)),
+    ]
+    batch = collator(query_prefix="q: ", passage_prefix="p: ")(examples, 0)
+    assert decoded(batch.queries) == ["task: a", "b", "q: c"]
+    assert decoded(batch.passages) == ["doc: p", "p: p", "p: p"]
+    assert len(set(batch.passage_ids.tolist())) == 1
 
 
 def test_the_collator_travels_to_workers_and_batches_to_devices():

@@ -546,7 +546,7 @@ def test_encode_to_file(pool, tmp_path, world_size):
     [
         ("missing.txt", "a.npy", {}, "missing.txt does not exist"),
         ("empty.txt", "a.npy", {}, "empty.txt is empty"),
-        (".", "a.npy", {}, "has no corpus.jsonl"),
+        ("empty", "a.npy", {}, "holds no data: expected"),
         ("texts.txt", "a.csv", {}, "expected a name ending in .npy or .safetensors"),
         ("texts.txt", "a.npy", {"dtype": torch.bfloat16}, ".npy files cannot hold torch.bfloat16"),
         ("texts.tsv", "a.npy", {}, r"texts.tsv is a table, which is not read here; expected .*JSONL"),
@@ -557,6 +557,7 @@ def test_encode_to_file(pool, tmp_path, world_size):
     ],
 )
 def test_misuse_of_encode_to_file(tmp_path, source, output, options, message):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").touch()
     for name in ("texts.txt", "texts.tsv", "texts.CSV.gz", "texts.parquet"):
         (tmp_path / name).write_text("a\n")

@@ -1,0 +1,75 @@
+"""Which passages are one document, and which queries one query: those of equal text, and those of one id in a corpus.
+
+The key of either is its text's hash, so copies are known wherever they come from. An id adds something only where it
+comes with several texts: `merged` finds those, and gives all of them one key.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from inbatch.data.records import Example, Passage
+from inbatch.ids import stable_id
+
+
+def normalised(text: str) -> str:
+    """Return a text as it is compared: Unicode NFC, runs of white space as one space. Case is kept: models see it."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def passage_key(passage: Passage) -> int:
+    """Return the int64 key of a passage's text, its title included."""
+    return stable_id("text of a passage", normalised(passage.full_text))
+
+
+def query_key(example: Example) -> int:
+    """Return the int64 key of a query's text."""
+    return stable_id("text of a query", normalised(example.query))
+
+
+def without_positives(positives: Sequence[Passage], negatives: Sequence[Passage]) -> list[Passage]:
+    """Return the negatives that equal no positive, neither in text nor in id."""
+    if not negatives:
+        return []
+    texts = {normalised(passage.full_text) for passage in positives}
+    ids = {passage.doc_id for passage in positives} - {None}
+    return [p for p in negatives if p.doc_id not in ids and normalised(p.full_text) not in texts]
+
+
+def id_texts(examples: Iterable[Example]) -> np.ndarray:
+    """Return the different (key of an id within its corpus, key of a text that it comes with): int64 [n, 2]."""
+    pairs: list[tuple[int, int]] = []
+    for example in examples:
+        if example.query_id is not None:
+            pairs.append((stable_id(f"queries of {example.corpus}", example.query_id), query_key(example)))
+        for passage in (*example.positives, *example.negatives):
+            if passage.doc_id is not None:
+                pairs.append((stable_id(f"documents of {example.corpus}", passage.doc_id), passage_key(passage)))
+    return distinct(np.array(pairs, np.int64).reshape(-1, 2))
+
+
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """Return the different rows of [n, 2], sorted."""
+    pairs = pairs[np.lexsort(pairs.T[::-1])]
+    return pairs[np.append(True, (pairs[1:] != pairs[:-1]).any(1))[: len(pairs)]]
+
+
+def merged(pairs: np.ndarray) -> dict[int, int]:
+    """Return {text key: the text key that stands for it} for the texts that share an id, from what `id_texts` returns.
+
+    Sharing carries over: a text under two ids joins what either id comes with.
+    """
+    ids, texts = distinct(pairs).T
+    several = np.flatnonzero(ids[1:] == ids[:-1])
+    parent: dict[int, int] = {}
+
+    def root(key: int) -> int:
+        while (above := parent.get(key, key)) != key:
+            parent[key] = key = parent.get(above, above)  # halves the path for the next that takes it
+        return key
+
+    for first, second in zip(texts[several].tolist(), texts[several + 1].tolist(), strict=True):
+        one, other = root(first), root(second)
+        parent[max(one, other)] = min(one, other)
+    return {key: root(key) for key in list(parent) if root(key) != key}

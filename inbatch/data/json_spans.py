@@ -1,0 +1,79 @@
+"""Where the elements of a large JSON array or object lie, so that none is held but the one that is read."""
+
+import json
+import re
+from collections.abc import Iterator
+
+# A string is one token; a quote on its own begins one that never ends. Commas matter at one level alone.
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_MARKS = re.compile(_STRING + rb'|["\[\]{},]', re.DOTALL)
+_BRACKETS = re.compile(_STRING + rb'|["\[\]{}]', re.DOTALL)
+_QUOTE, _COMMA, _OPENING, _CLOSING = ord('"'), ord(","), tuple(b"[{"), tuple(b"]}")
+_DEEPEST = 200
+
+
+def elements(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of each element, or "key": value, of the array or object from `start` to `end`.
+
+    ValueError where something follows it, brackets do not match, a string does not end, an element is missing, or
+    nesting is absurd. What an element holds is not looked at.
+    """
+    closing = _CLOSING[_OPENING.index(data[start])]
+    begin = place = start + 1
+    count = 0
+    while mark := _MARKS.search(data, place):
+        kind, place = data[mark.start()], mark.end()
+        if kind == _QUOTE:
+            _require_end(mark)
+        elif kind in _OPENING:
+            place = end_of(data, mark.start())
+        else:
+            missing = not bytes(data[begin : mark.start()]).strip()
+            if kind not in (_COMMA, closing) or (missing and (kind == _COMMA or count)):
+                raise ValueError(f"{chr(kind)!r} is not expected at byte {mark.start()}")
+            if not missing:
+                yield begin, mark.start()
+            if kind == closing:
+                if bytes(data[place:end]).strip():
+                    raise ValueError(f"something follows at byte {place}")
+                return
+            count += 1
+            begin = place
+    raise ValueError(f"what opens at byte {start} does not end")
+
+
+def members(data: memoryview, start: int, end: int) -> dict[str, tuple[int, int]]:
+    """Return where the values of the object from `start` to `end` lie, by key."""
+    places: dict[str, tuple[int, int]] = {}
+    for begin, stop in elements(data, start, end):
+        key = re.compile(rb"\s*(" + _STRING + rb")\s*:", re.DOTALL).match(data, begin, stop)
+        if not key:
+            raise ValueError(f"a key and a colon are expected at byte {begin}")
+        name = json.loads(key[1])
+        if name in places:
+            raise ValueError(f"the key {name!r} stands twice")
+        places[name] = key.end(), stop
+    return places
+
+
+def end_of(data: memoryview, start: int) -> int:
+    """Return the place after the array or object that opens at `start`."""
+    depth = 0
+    for mark in _BRACKETS.finditer(data, start):
+        kind = data[mark.start()]
+        if kind in _OPENING:
+            depth += 1
+            if depth > _DEEPEST:
+                raise ValueError(f"more than {_DEEPEST} brackets lie within one another at byte {mark.start()}")
+        elif kind in _CLOSING:
+            depth -= 1
+            if not depth:
+                return mark.end()
+        else:
+            _require_end(mark)
+    raise ValueError(f"what opens at byte {start} does not end")
+
+
+def _require_end(string: re.Match[bytes]) -> None:
+    if string.end() - string.start() == 1:
+        raise ValueError(f"the string at byte {string.start()} does not end")

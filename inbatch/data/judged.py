@@ -1,0 +1,204 @@
+"""Folders of a corpus, queries and judgements: as BEIR, MTEB and MS MARCO lay them out, in any kind of file.
+
+corpus.jsonl  queries.jsonl  qrels/test.tsv                     BEIR (Thakur et al. 2021); MTEB: qrels/test.jsonl
+corpus/*.parquet  queries/*.parquet  data/test-*.parquet        MTEB on the hub
+collection.tsv  queries.train.tsv  qrels.train.tsv              MS MARCO
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from inbatch.data.columns import JUDGEMENT, Columns, notice, show
+from inbatch.data.corpus import CORPUS_NAMES, Documents, open_corpus
+from inbatch.data.identity import without_positives
+from inbatch.data.lines import Lines, Rows, text_value
+from inbatch.data.records import Example, RetrievalData
+from inbatch.data.tables import SUFFIXES, find_part, has_split, listing, open_file, suffix
+
+Qrels = dict[str, dict[str, int]]
+SHAPE = "a corpus (corpus.jsonl), queries (queries.jsonl) and qrels/<split>.tsv, or MTEB's or MS MARCO's names of these"
+_TEXT = (".tsv", ".txt", ".trec")
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")
+_SCORE = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One split of a retrieval folder."""
+
+    corpus: Documents
+    queries: Documents
+    qrels: Qrels
+
+
+def load_retrieval(path: str | os.PathLike, split: str = "test") -> RetrievalData:
+    """Open the retrieval test set of one split of a folder.
+
+    Queries are those of the split, in the order of its qrels; the corpus is always the whole one, its texts read
+    from disk on access. A judged document that is in no corpus stays in the qrels, as never found, with a warning.
+
+    Raises ValueError, naming file and place, for a missing file or split, a record or row that is malformed, a query of
+    the qrels that is not among the queries, an id that occurs twice.
+    """
+    judged = open_judged(Path(path), split)
+    queries = [judged.queries.find(query_id) for query_id in judged.qrels]
+    return RetrievalData(
+        query_ids=list(judged.qrels),
+        queries=[query.full_text for query in queries if query is not None],
+        doc_ids=list(judged.corpus.ids()),
+        documents=judged.corpus.texts,
+        qrels=judged.qrels,
+    )
+
+
+def judged_examples(folder: Path, judged: Judged, split: str) -> Rows[Example]:
+    """Return the training examples of a split, one a query with a relevant document.
+
+    Documents judged not relevant (a score of 0 or less) are its hard negatives.
+    """
+    corpus, queries = judged.corpus, judged.queries
+    query_rows, sizes, doc_rows, grades = [], [0], [], []
+    for query_id, of_query in judged.qrels.items():
+        known = [(row, grade) for doc_id, grade in of_query.items() if (row := corpus.row(doc_id)) is not None]
+        if any(grade > 0 for _, grade in known):
+            query_rows.append(queries.row(query_id))
+            sizes.append(len(known))
+            doc_rows += [row for row, _ in known]
+            grades += [grade for _, grade in known]
+    if not query_rows:
+        raise ValueError(f"{folder}: no row of qrels split {split!r} has a score above 0, so nothing to train on")
+    # Flat arrays, cut by offsets: Python containers would cost ten times as much.
+    row_of_query, offsets = np.array(query_rows, np.int64), np.cumsum(sizes)
+    row_of_doc, relevant = np.array(doc_rows, np.int64), np.array(grades, np.int64) > 0
+
+    def read(index: int) -> Example:
+        query = queries[int(row_of_query[index])]
+        rows, good = (values[offsets[index] : offsets[index + 1]] for values in (row_of_doc, relevant))
+        positives, negatives = ([corpus[int(row)] for row in rows[which]] for which in (good, ~good))
+        return Example(
+            query=query.full_text,
+            query_id=query.doc_id,
+            positives=tuple(positives),
+            negatives=tuple(without_positives(positives, negatives)),
+            corpus=str(folder),
+        )
+
+    return Rows(len(row_of_query), read, lambda index: queries.where(int(row_of_query[index])))
+
+
+def is_judged(folder: Path) -> bool:
+    """Return True for a folder with a corpus and judgements."""
+    return find_part(folder, *CORPUS_NAMES) is not None and bool(qrels_files(folder))
+
+
+def qrels_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of judgements by split."""
+    files: dict[str, list[Path]] = {}
+    # On the hub the judgements may be in a folder of any data, which are judgements where there are queries.
+    for place in ("qrels", "data", "default") if find_part(folder, "queries") else ("qrels",):
+        for file in sorted((folder / place).glob("*")):
+            if suffix(file) in (*SUFFIXES, *_TEXT) and not file.name.startswith("."):
+                files.setdefault(_SHARD.sub("", file.name.removesuffix(".gz").rpartition(".")[0]), []).append(file)
+        if files:
+            return files
+    for file in sorted(folder.glob("*qrels*")):
+        if match := re.fullmatch(r"(?:msmarco-doc)?(?:qrels[.-](.+)|(.+)-qrels)\.(?:tsv|txt|trec)(?:\.gz)?", file.name):
+            files.setdefault(match[1] or match[2], []).append(file)
+    return files
+
+
+def open_judged(folder: Path, split: str) -> Judged:
+    """Open the corpus, the queries and one split's judgements."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: expected a folder with {SHAPE}")
+    corpus = find_part(folder, *CORPUS_NAMES)
+    queries = find_part(folder, f"queries.{split}", f"queries-{split}", f"msmarco-doc{split}-queries", "queries")
+    files = qrels_files(folder)
+    for name, part in (("corpus.jsonl", corpus), ("queries.jsonl", queries), (f"qrels/{split}.tsv", files)):
+        if not part:
+            raise ValueError(f"{folder} has no {name} (nor {name}.gz): expected {SHAPE}, found {listing(folder)}")
+    if split not in files:
+        raise ValueError(f"{folder} has no qrels split {split!r}: it has {sorted(files)}")
+    assert queries is not None
+    documents = open_corpus(corpus)
+    asked = open_corpus(queries, split=split if queries.is_dir() and has_split(queries, split) else None)
+    return Judged(documents, asked, read_qrels(files[split], asked, documents))
+
+
+def read_qrels(paths: list[Path], queries: Documents, corpus: Documents) -> Qrels:
+    """Read judgements, whose queries must be known; of two grades for one pair the last counts, with a warning."""
+    qrels: Qrels = {}
+    rows = changed = unknown = 0
+    first_changed = first_unknown = ""
+    for path in paths:
+        for query, document, score, where in _judgements(path):
+            rows += 1
+            grades = qrels.setdefault(query, {})
+            if not grades and queries.row(query) is None:
+                raise ValueError(
+                    f"{where()}: the query id {query!r} is not in {queries.name}. Expected every query of the qrels "
+                    "there: add the record or delete the line."
+                )
+            if grades.get(document, score) != score:
+                changed += 1
+                first_changed = first_changed or f"{where()}: {grades[document]}, then {score}"
+            if document not in grades and corpus.row(document) is None:
+                unknown += 1
+                first_unknown = first_unknown or f"{where()}: {document!r}"
+            grades[document] = score
+    pairs = sum(map(len, qrels.values()))
+    if not rows:
+        raise ValueError(f"{paths[0]} has no judgements: expected rows of query-id, corpus-id, score")
+    if unknown == pairs:
+        raise ValueError(
+            f"{first_unknown} is not in {corpus.name}, nor is any other judged document: is it that corpus?"
+        )
+    if changed:
+        notice(f"{changed} pairs are judged twice with different scores, of which the last counts ({first_changed})")
+    if unknown:
+        notice(
+            f"{unknown} of {pairs} judged documents are not in {corpus.name} ({first_unknown}): they count as never "
+            "found in an evaluation, and are left out in training"
+        )
+    return qrels
+
+
+def _judgements(path: Path) -> Iterator[tuple[str, str, int, Callable[[], str]]]:
+    """Yield query id, document id, score and place."""
+    columns = Columns(JUDGEMENT)
+    rows = Lines(path, text_value) if suffix(path) in _TEXT else open_file(path, columns)
+    for index, record in enumerate(rows):
+        where = partial(rows.where, index)
+        cells = _cells(record, columns)
+        if (
+            index == 0
+            and isinstance(record, str)
+            and len(cells) == 3
+            and re.fullmatch("[A-Za-z][A-Za-z_ -]*", cells[2])
+        ):
+            continue  # the header
+        if len(cells) != 3 or not _SCORE.fullmatch(cells[2]):
+            raise ValueError(
+                f"{where()}: expected query-id, corpus-id and an integer score (in three tab-separated cells, or under "
+                f"these names), found {show(record)}"
+            )
+        yield cells[0], cells[1], int(cells[2].split(".")[0]), where
+
+
+def _cells(record: object, columns: Columns) -> list[str]:
+    """Return query id, document id and score, each as text; another number of cells if it is no judgement."""
+    if isinstance(record, str):
+        cells = [cell.strip() for cell in (record.split("\t") if "\t" in record else record.split())]
+        quoted = [len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells]
+        cells = [cell[1:-1].replace('""', '"') if q else cell for cell, q in zip(cells, quoted, strict=True)]
+        return [*cells[:1], *cells[2:]] if len(cells) == 4 else cells  # TREC's second of four says nothing
+    if not isinstance(record, dict):
+        return []
+    values = [record[name] for names in columns.layout(record).values() for name in names[:1]]
+    return [str(value) for value in values if isinstance(value, (str, int, float)) and not isinstance(value, bool)]

@@ -1,0 +1,336 @@
+"""Records from files of any kind: JSONL, JSON, Parquet, CSV, TSV, folders and globs of these, `datasets`, sequences."""
+
+import csv
+import glob
+import os
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inbatch.data.columns import Columns, not_read, show
+from inbatch.data.index import Arrays, arrays_made_once
+from inbatch.data.json_spans import elements, members
+from inbatch.data.lines import Lines, Rows, joined, json_value, text_value
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+KINDS = "*.jsonl, *.json, *.csv, *.tsv (each also .gz), *.parquet, a folder or a glob of these"
+BY_ID = "{corpus: [{path}], data: [{question_id, question, corpus_id, pos_doc: [{id}], neg_doc: [{id}]}]}"
+# JSON files that describe a folder, and hold no records.
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "merlin_metadata.json"}
+_SPLIT = re.compile(r"(?:^|[-._])(train|dev|development|valid|validation|val|test|eval)(?=[-._]|$)", re.IGNORECASE)
+_SAME_SPLIT = {"development": "dev", "valid": "dev", "validation": "dev", "val": "dev", "eval": "dev"}
+
+# The csv module's limit of 128 KiB a cell cuts real documents. A larger cell than this is a quote that is not closed.
+csv.field_size_limit(1 << 24)
+
+
+def open_table(source: Any, columns: Columns, split: str | None = "train", without: Sequence[Path] = ()) -> Rows[Any]:
+    """Return the records of a source; of several files, one after the other.
+
+    source: a path, a glob, or a sequence of mappings such as a `datasets.Dataset`. split: which files of a folder are
+    read if their names or folders say one (train-00000-of-00002.parquet); None is train, or the only one there is.
+    columns: which columns of a file with a header are wanted. without: files of a folder to leave out.
+
+    Raises ValueError, naming file and place, for what does not exist, has no known kind, is empty or cannot be read.
+    """
+    if not isinstance(source, (str, Path)):
+        return _sequence(source, columns, split, name_of(source))
+    path = Path(source)
+    if is_datasets_folder(path):
+        return _sequence(_load_from_disk(path), columns, split, str(path))
+    rows = joined([open_file(file, columns) for file in find_files(path, split, without)])
+    if not len(rows):
+        raise ValueError(f"{source} is empty: expected one record a line")
+    return rows
+
+
+def open_file(path: Path, columns: Columns) -> Rows[Any]:
+    """Return the records of one file, by the ending of its name."""
+    kind = suffix(path)
+    if kind in (".jsonl", ".ndjson"):
+        return Lines(path)
+    if kind == ".parquet":
+        from inbatch.data.parquet import ParquetRows  # JSON and CSV need no pyarrow
+
+        return ParquetRows(path, lambda names: columns.wanted(names, str(path)))
+    if kind in (".csv", ".tsv"):
+        return _delimited(path, columns)
+    if kind == ".json":
+        rows, corpora = open_json(path)
+        if corpora is not None:
+            raise ValueError(f"{path} names corpora: give it as a source of its own, not in a folder or glob")
+        return rows
+    raise ValueError(f"{path} is of no known kind: expected {KINDS}")
+
+
+def suffix(path: Path) -> str:
+    """Return the ending that says what a file holds, less .gz, in lower case."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+# ---------------------------------------------------------------------------------------------------- folders and globs
+
+
+def find_part(folder: Path, *stems: str) -> Path | None:
+    """Return the first file or folder of a name without its ending, such as corpus: corpus.jsonl.gz or corpus/."""
+    for stem in stems:
+        for name in (stem + ending + packed for ending in SUFFIXES for packed in ("", ".gz")):
+            if (folder / name).is_file():
+                return folder / name
+        if (folder / stem).is_dir():
+            return folder / stem
+    return None
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Return True for a folder of which some file is named by the split."""
+    return any(_split_of(Path(file.name)) == _SAME_SPLIT.get(split, split) for file in folder.iterdir())
+
+
+def name_of(source: Any) -> str:
+    """Return what a source is called in messages."""
+    return str(source) if isinstance(source, (str, os.PathLike)) else f"the given {type(source).__name__}"
+
+
+def find_files(path: Path, split: str | None = "train", without: Sequence[Path] = ()) -> list[Path]:
+    """Return the files of a path: itself, what a glob matches, or a folder's files of one split."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _shards(path, split, without)
+    files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+    if not files:
+        problem = "matches no file" if glob.has_magic(str(path)) else "does not exist"
+        raise ValueError(f"{path} {problem}: expected {KINDS}")
+    return files
+
+
+def _shards(folder: Path, split: str | None, without: Sequence[Path]) -> list[Path]:
+    files = {
+        file: _split_of(file.relative_to(folder))
+        for file in sorted(folder.rglob("*"))
+        if suffix(file) in SUFFIXES and file.name not in _DESCRIPTIONS and file.is_file()
+        if not any(path in without for path in (file, *file.parents))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    }
+    if not files:
+        raise ValueError(f"{folder} holds no data: expected {KINDS}, found {listing(folder)}")
+    splits = sorted({name for name in files.values() if name})
+    wanted = _SAME_SPLIT.get(split, split) if split else splits[0] if len(splits) == 1 else "train"
+    if wanted not in splits if splits else wanted != "train":
+        raise ValueError(f"{folder} has no split {wanted!r}: it has {splits or [file.name for file in files][:20]}")
+    taken = [file for file, name in files.items() if name == wanted or not splits]
+    places = sorted({str(file.parent) for file in taken})
+    if len(places) > 1:
+        raise ValueError(
+            f"{folder} holds several sets, in {places[:20]}: name one of them, or all by a glob such as "
+            f"{str(folder / '**' / ('*' + suffix(taken[0])))!r}"
+        )
+    # A split that was not asked for needs no mention; a corpus has none, so what is left of it does.
+    rest = [file for file, name in files.items() if file not in taken and (name is None or split is None)]
+    not_read(str(folder), [str(file.relative_to(folder)) for file in rest])
+    return taken
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a file's name, or else the folder next above it, is named by."""
+    for part in reversed(path.parts):
+        if match := _SPLIT.search(part):
+            return _SAME_SPLIT.get(match[1].lower(), match[1].lower())
+    return None
+
+
+def listing(folder: Path) -> list[str]:
+    """Return the names in a folder, for messages."""
+    return sorted(entry.name for entry in folder.iterdir())[:20]
+
+
+# ----------------------------------------------------------------------------------------------------- Python's objects
+
+
+def is_datasets_folder(path: Path) -> bool:
+    """Return True for what `datasets` writes with save_to_disk."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _load_from_disk(path: Path) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} was saved by `datasets`, which is not installed: pip install datasets") from None
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # of any class, from JSON to Arrow
+        raise ValueError(f"{path} cannot be read by datasets.load_from_disk: {_one_line(error)}") from None
+
+
+def _sequence(source: Any, columns: Columns, split: str | None, name: str) -> Rows[Any]:
+    """Return the records of a sequence of mappings, or of one split of a mapping of such."""
+    if isinstance(source, Mapping):
+        key = split or ("train" if "train" in source else next(iter(source), "train"))
+        if key not in source:
+            raise ValueError(f"{name} has no split {key!r}: it has {list(source)[:20]}")
+        source = source[key]
+    if names := getattr(source, "column_names", None):
+        source = source.select_columns(columns.wanted(names, name))
+
+    def read(index: int) -> Any:
+        try:
+            return source[index]
+        except Exception as error:
+            raise ValueError(f"{where(index)} cannot be read: {_one_line(error)}") from None
+
+    def where(index: int) -> str:
+        return f"{name}, record {index + 1}"
+
+    if not len(source):
+        raise ValueError(f"{name} is empty: expected one record or more")
+    return Rows(len(source), read, where)
+
+
+# -------------------------------------------------------------------------------------------------------- kinds of file
+
+
+def open_json(path: Path) -> tuple[Lines, Any]:
+    """Return the records of a .json file, and what it says of corpora (None: nothing).
+
+    It is a list of records, an object {data: [...]} or {corpus, data: [...]}, or has one record a line, as some write
+    it. Only the places of the records are kept, whatever the layout.
+    """
+    lines = Lines(path)
+    try:
+        if not len(lines) or (len(lines) > 1 and isinstance(lines[0], dict)):
+            return lines, None
+    except ValueError:  # its records are laid out over several lines
+        pass
+    content = lines.content
+    try:
+        found = arrays_made_once([path], "records", None, lambda: _json_records(content.mapped(), len(lines)))
+        corpora = json_value(found["corpora"].tobytes()) if len(found["corpora"]) else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that holds records: {error}") from None
+    if not len(found["starts"]):
+        raise ValueError(f"{path} is empty: it holds no record")
+    not_read(str(path), found["unread"].tobytes().decode().splitlines())
+    return Lines(path, content=content, bounds=found, unit="record"), corpora
+
+
+def _json_records(data: memoryview, num_lines: int) -> Arrays:
+    """Return `starts` and `stops` of the records, the text of `corpora`, and the names of what is `unread`."""
+    start, stop = _next(data, 3 if data[:3] == b"\xef\xbb\xbf" else 0), len(data)
+    corpora, unread = b"", []
+    if data[start] == ord("{"):
+        places = members(data, start, stop)
+        if "data" not in places and num_lines == 1:
+            return _texts(corpora, unread) | {"starts": np.array([start]), "stops": np.array([stop])}
+        if "data" not in places:
+            raise ValueError(
+                f"it is one object over several lines, with the keys {list(places)[:20]}: expected one JSON object a "
+                f"line, a list of records, or {BY_ID}"
+            )
+        if "corpus" in places:
+            corpora = bytes(data[slice(*places["corpus"])])
+        unread = [name for name in places if name not in ("data", "corpus")]
+        start, stop = places["data"]
+        start = _next(data, start)
+    if data[start] != ord("["):
+        shown = bytes(data[start : start + 60])
+        raise ValueError(f"expected {BY_ID}, a list of records or one record a line, found {shown!r}")
+    spans = np.fromiter((place for span in elements(data, start, stop) for place in span), np.int64).reshape(-1, 2)
+    return _texts(corpora, unread) | {"starts": spans[:, 0], "stops": spans[:, 1]}
+
+
+def _texts(corpora: bytes, unread: Sequence[str]) -> dict[str, np.ndarray]:
+    lines = "\n".join(" ".join(name.split()) for name in unread)
+    return {"corpora": np.frombuffer(corpora, np.uint8), "unread": np.frombuffer(lines.encode(), np.uint8)}
+
+
+def _next(data: memoryview, start: int) -> int:
+    """Return the place of the first byte that is not white space."""
+    mark = re.compile(rb"\S").search(data, start)
+    if mark is None:
+        raise ValueError("nothing is there")
+    return mark.start()
+
+
+def _delimited(path: Path, columns: Columns) -> Lines:
+    """Return the rows of a CSV or TSV file, under the names of its header.
+
+    The cells of a .csv may be quoted, over several lines too. So may those of a .tsv with a header, if its quotes obey
+    the rules of CSV throughout; else, and in MS MARCO's files without a header, quotes are text.
+    """
+    lines = Lines(path, text_value)
+    if not len(lines):
+        return lines
+    first, tabs = lines[0], suffix(path) == ".tsv"
+    delimiter = "\t" if tabs else next((mark for mark in ",;\t" if mark in first), ",")
+    names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
+    if not any(map(columns.knows, names)):
+        names = _usual_names(path, first.split("\t")) if tabs else None
+        if names is None:
+            raise ValueError(
+                f"{path}: no cell of the first line names a known column: {show(first)}. Add a header, or name its "
+                "columns yourself: columns: {<field>: <name>}"
+            )
+        return Lines(path, partial(_plain_row, names), content=lines.content)
+    columns.wanted(names, str(path))
+    try:
+        settings = (delimiter, names)
+        bounds = arrays_made_once([path], "csv", settings, lambda: _csv_bounds(lines, delimiter, names))
+        return Lines(path, partial(_csv_row, names, delimiter), content=lines.content, bounds=bounds)
+    except ValueError:
+        if not tabs:
+            raise
+        starts, stops = lines.bounds
+        bounds = {"starts": starts[1:], "stops": stops[1:]}
+        return Lines(path, partial(_plain_row, names), content=lines.content, bounds=bounds)
+
+
+def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
+    """Return the columns of MS MARCO's files, which have no header."""
+    name = path.name.lower()
+    if "triples" in name and len(cells) == 3:
+        by_id = all(cell.isdecimal() for cell in cells)
+        return ["query_id", "positive_ids", "negative_ids"] if by_id else ["query", "positive", "negative"]
+    if len(cells) == 4 and "docs" in name:
+        return ["id", "url", "title", "text"]
+    return ["id", "text"] if len(cells) == 2 and re.search("[0-9]", cells[0]) else None
+
+
+def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
+    """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    firsts, afters = array("q"), array("q")
+    after = 0
+    try:
+        for row in reader:  # it takes the lines of one row at a time
+            if any(cell.strip() for cell in row):
+                if len(row) != len(names):
+                    raise ValueError(f"{len(row)} cells, expected {len(names)}: {list(names)}")
+                firsts.append(after)
+                afters.append(reader.line_num)
+            after = reader.line_num
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{lines.where(after)} is not CSV: {error}") from None
+    starts, stops = lines.bounds
+    return {"starts": starts[np.array(firsts[1:])], "stops": stops[np.array(afters[1:]) - 1]}
+
+
+def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str]:
+    return dict(zip(names, next(csv.reader([text_value(line)], delimiter=delimiter)), strict=True))
+
+
+def _plain_row(names: Sequence[str], line: bytes) -> dict[str, str]:
+    cells = text_value(line).split("\t")
+    if len(cells) != len(names):
+        raise ValueError(f"has {len(cells)} cells, expected {len(names)}: {names}")
+    return dict(zip(names, cells, strict=True))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{error or type(error).__name__}".split())[:300]
