@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | evaluate | encode | export`.
+"""The command line: `inbatch train | evaluate | encode | data | export`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -160,6 +160,20 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
     encode.set_defaults(function=_encode)
 
+    data = commands.add_parser(
+        "data", help="show what is recognised in training data", allow_abbrev=False,
+        description="Show what is recognised in a source of training data, or in a corpus: columns, counts, lengths, "
+        "the first examples, and what is not read.",
+    )  # fmt: skip
+    data.add_argument("source", metavar="SOURCE", help="file, folder or glob (docs/formats.md lists the formats)")
+    data.add_argument("--split", default="train", help="of a folder (default: %(default)s)")
+    data.add_argument(
+        "--columns", nargs="+", metavar="FIELD=COLUMN", type=_column, help="such as query=question negative=worse,worst"
+    )
+    data.add_argument("--corpus", help="where documents are that records name by id, unless they lie beside them")
+    data.add_argument("--first", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
+    data.set_defaults(function=_data, nproc_per_node=1)
+
     export = commands.add_parser(
         "export", help="make a model of a checkpoint", allow_abbrev=False,
         description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
@@ -189,6 +203,13 @@ def _encoding_options() -> argparse.ArgumentParser:
     options.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="padded tokens per batch")
     options.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
     return options
+
+
+def _column(text: str) -> tuple[str, list[str]]:
+    field, equals, names = text.partition("=")
+    if not equals or not names:
+        raise argparse.ArgumentTypeError(f"{text}: expected FIELD=COLUMN or FIELD=COLUMN,COLUMN")
+    return field, names.split(",")
 
 
 def _positive(text: str) -> int:
@@ -319,6 +340,13 @@ def _encode(known: argparse.Namespace) -> None:
         rows, dimension = encode_to_file(model, known.input, known.output, options)
         if collectives.rank() == 0:
             print(f"{known.output}: {rows} x {dimension} {known.dtype}")
+
+
+def _data(known: argparse.Namespace) -> None:
+    from inbatch.data.describe import describe
+
+    columns = dict(known.columns) if known.columns else None
+    print(describe(known.source, split=known.split, columns=columns, corpus=known.corpus, first=known.first))
 
 
 def _export(known: argparse.Namespace) -> None:

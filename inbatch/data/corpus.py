@@ -143,9 +143,14 @@ class Corpus:
 Corpora = dict[str, Corpus]
 
 
+def key_of(part: Any) -> str:
+    """Return what tells one corpus from another: its path, or which object it is."""
+    return str(part) if isinstance(part, (str, os.PathLike)) else f"{name_of(part)} at {id(part):x}"
+
+
 def open_once(part: Any, corpora: Corpora) -> tuple[str, Corpus]:
-    """Open documents, unless some source did so before, and return their name and them."""
-    name = name_of(part) if isinstance(part, (str, os.PathLike)) else f"{name_of(part)} at {id(part):x}"
+    """Open documents, unless some source did so before, and return their key and them."""
+    name = key_of(part)
     if name not in corpora:
         corpora[name] = Corpus(documents=open_corpus(part))
     return name, corpora[name]

@@ -22,7 +22,7 @@ from inbatch.data.columns import (
     show,
     text_of,
 )
-from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, open_corpora, open_once
+from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, key_of, open_corpora, open_once
 from inbatch.data.identity import id_texts, merged, without_positives
 from inbatch.data.index import Arrays
 from inbatch.data.judged import is_judged, judged_examples, open_judged
@@ -82,15 +82,19 @@ def open_examples(
     corpora: Corpora = {}
     opened = [_open(settings, corpora, seed) for settings in asked]
     _check_given([source.columns for source in opened], opened[0].name, columns)
+    for name in dict.fromkeys(key_of(given["corpus"]) for given in asked if given["corpus"] is not None):
+        if name not in corpora:
+            notice(f"the corpus {name} is not used: no record names documents by id")
     return Examples(opened, merged(np.concatenate([source.id_texts for source in opened])))
 
 
 def _listed(sources: Any) -> list[Any]:
     """Return the sources of an argument that may be one of them."""
-    records = isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], Mapping)
-    if not isinstance(sources, (list, tuple)) or (records and "path" not in sources[0]):
+    if not isinstance(sources, (list, tuple)):
         return [sources]
-    return list(sources)
+    first = sources[0] if sources else None
+    records = isinstance(first, Mapping) and "path" not in first and not hasattr(first, "column_names")
+    return [sources] if records else list(sources)
 
 
 def _settings(source: Any, split: str, columns: GivenColumns | None, corpus: Any) -> dict[str, Any]:
@@ -199,9 +203,12 @@ def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: W
     if not isinstance(record, Mapping):
         raise ValueError(f"{where()}: expected an object with named columns, found {type(record).__name__}")
     full = {role: [c for c in names if not empty(record[c])] for role, names in columns.layout(record).items()}
-    query_id, corpus, prompt = (
-        next((id_text(record[c], c, where) for c in full[role]), None) for role in ("query_id", "corpus", "prompt")
+    query_id, corpus = (
+        next((id_text(record[c], c, where) for c in full[role]), None) for role in ("query_id", "corpus")
     )
+    prompt = next((record[c] for c in columns.layout(record)["prompt"]), None)  # "" stands for no instruction
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"{where()}: expected a text as the query's prompt, found {show(prompt)}")
     query = _query(record, full, query_id, columns, lookup, where)
     found: dict[str, list[Passage]] = {}
     instructions: Corpus | None = None

@@ -321,15 +321,20 @@ def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
     return {"starts": starts[np.array(firsts[1:])], "stops": stops[np.array(afters[1:]) - 1]}
 
 
-def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str]:
-    return dict(zip(names, next(csv.reader([text_value(line)], delimiter=delimiter)), strict=True))
+def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str | None]:
+    return _row(names, next(csv.reader([text_value(line)], delimiter=delimiter)))
 
 
-def _plain_row(names: Sequence[str], line: bytes) -> dict[str, str]:
+def _plain_row(names: Sequence[str], line: bytes) -> dict[str, str | None]:
     cells = text_value(line).split("\t")
     if len(cells) != len(names):
         raise ValueError(f"has {len(cells)} cells, expected {len(names)}: {names}")
-    return dict(zip(names, cells, strict=True))
+    return _row(names, cells)
+
+
+def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, str | None]:
+    """Return the cells by name; an empty one is null, which these files cannot tell from an empty text."""
+    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
 def _one_line(error: BaseException) -> str:

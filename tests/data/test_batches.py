@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inbatch.data import BatchPlan, Collator, Example, Passage, stable_id
-from inbatch.data.plan import share
 from inbatch.data.identity import id_texts, merged
+from inbatch.data.plan import share
 from tests.data_files import tokenize
 
 # ------------------------------------------------------------------------------------------------------------------ ids
