@@ -32,8 +32,9 @@ def encode_to_file(
 ) -> tuple[int, int]:
     """Write the embeddings of a file's texts, one a row in file order, and return their shape (n, D).
 
-    source: texts in any format that `open_corpus` reads, a .txt file with a text a line among them. output: ends in .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to
-    output + ".ids.txt", one a line. options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0.
+    source: texts in any format that `open_corpus` reads, a .txt file with a text a line among them. output: ends in
+    .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to output + ".ids.txt", one a line.
+    options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0.
 
     Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
     a rank holds no more than a window of texts. The files appear under their names when all is complete, and ids of an
