@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         "input", metavar="INPUT", help="BEIR folder (its corpus), JSONL of {_id, title, text}, or text lines"
     )
     encode.add_argument("output", metavar="OUTPUT", help="file name ending in .npy or .safetensors")
-    encode.add_argument("--prompt", help="the model's prompt to put before each text, such as query or document")
+    encode.add_argument("--prompt", help="name of the prompt before each text (default: the model's, if any)")
     encode.add_argument("--prefix", help="text to put before each text, instead of a prompt")
     encode.add_argument("--max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
     encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
@@ -325,6 +325,7 @@ def _encode(known: argparse.Namespace) -> None:
         from inbatch.retrieval.encode_file import encode_to_file
 
         model = _open_model(known.model, device)
+        name = known.prompt or model.default_prompt_name
         if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
             raise ValueError(
                 f"--prompt {known.prompt}: expected one of {sorted(model.prompts)}, and no --prefix beside it"
@@ -332,7 +333,7 @@ def _encode(known: argparse.Namespace) -> None:
         options = _embedding(
             known,
             device,
-            prefix=model.prompts[known.prompt] if known.prompt else known.prefix or "",
+            prefix=model.prompts.get(name or "", "") if known.prefix is None else known.prefix,
             max_length=known.max_len,
             dtype=getattr(torch, known.dtype),
             progress=f"encode {Path(known.input).name}" if known.progress else None,

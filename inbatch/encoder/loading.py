@@ -183,6 +183,20 @@ def load_tokenizer(
     return tokenizer
 
 
+def cut_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """Return the padding and truncation that tokenizer.json would be saved with; each call sets them anew."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (None, None) if backend is None else (backend.padding, backend.truncation)
+
+
+def restore_cut(tokenizer: PreTrainedTokenizerBase, cut: tuple[Any, Any]) -> None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        padding, truncation = cut
+        backend.enable_padding(**padding) if padding else backend.no_padding()
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+
+
 def _lower_case(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inbatch.encoder.loading import (
+    cut_of,
     in_one_line,
     length_limit,
     load_backbone,
@@ -21,6 +22,7 @@ from inbatch.encoder.loading import (
     padding_shifts,
     position_table,
     require_fit,
+    restore_cut,
     set_attention,
 )
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
@@ -62,6 +64,7 @@ class BiEncoderModel(nn.Module):
         super().__init__()
         self.backbone: PreTrainedModel = backbone
         self.tokenizer = tokenizer
+        self._cut = cut_of(tokenizer)
         check_pooling(layout.pooling)
         for field in fields(Layout):
             setattr(self, field.name, getattr(layout, field.name))
@@ -131,6 +134,7 @@ class BiEncoderModel(nn.Module):
         tokenizer = load_tokenizer(
             home, saved.tokenizer_options, lower_case=layout.do_lower_case, trust_remote_code=trust_remote_code
         )
+        cut = cut_of(tokenizer)
         require_fit(home, tokenizer, backbone)
         if from_sentence_transformers and (what := padding_shifts(tokenizer, backbone, saved.layout.pooling)):
             raise ValueError(
@@ -146,6 +150,7 @@ class BiEncoderModel(nn.Module):
             max_seq_length=max_seq_length,
         )
         model = cls(backbone, tokenizer, layout, packed=packed)
+        model._cut = cut
         model._require_finite(home)
         return model
 
@@ -286,12 +291,17 @@ class BiEncoderModel(nn.Module):
             if not weights:
                 raise ValueError(f"state_dict has no key that starts with {prefix!r}; pass this model's own state_dict")
         self.backbone.save_pretrained(folder, state_dict=weights)
+        # Else tokenizer.json would say what the last call in this process happened to need.
+        restore_cut(self.tokenizer, self._cut)
         if padding_shifts(self.tokenizer, self.backbone, self.pooling):
-            # In init_kwargs, or a tokenizer that has padded on the left is saved and opened doing so.
-            self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "right"
+            self.tokenizer.padding_side = "right"
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         self.tokenizer.save_pretrained(folder)
         layout = Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
         write_layout(folder, layout, self.backbone.config.hidden_size)
+        for weights_file in folder.glob("*.safetensors"):
+            # safetensors makes its files for their owner alone, whatever the umask.
+            weights_file.chmod((folder / "modules.json").stat().st_mode)
 
 
 def _attended(mask_BT: Tensor) -> Tensor:

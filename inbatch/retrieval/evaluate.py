@@ -136,6 +136,8 @@ def retrieve(
 
     def embed_share(what: str, texts: Sequence[str], encoder, prefix: str | None, **changes) -> Tensor:
         prefix = encoder.prompts.get(what, "") if prefix is None else prefix
+        if changes["max_length"] is None:
+            changes["max_length"] = getattr(encoder, f"{what}_length", None)
         how = replace(options.embedding, prefix=prefix, progress=what if bars else None, **changes)
         return embed(encoder, texts, how, rows=share(len(texts), group))
 

@@ -44,6 +44,8 @@ class ModelConfig:
     """attention kernel, as transformers names it (sdpa, eager, flash_attention_2)"""
     packed: bool = False
     """encode without padding, where the backbone allows it: the same embeddings"""
+    trust_remote_code: bool = False
+    """run the code that the model's folder brings; read it first"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     separate_towers: bool = False
@@ -217,8 +219,8 @@ class EvalConfig:
     """evaluate before the first step as well"""
     measures: list[str] = Field(default=["nDCG@10", "R@100", "RR@10"], min_length=1)
     """as ir-measures names them; the best figure is kept by the first"""
-    similarity: Literal["cosine", "dot"] = "cosine"
-    """how query and document vectors are compared"""
+    similarity: Literal["cosine", "dot"] | None = None
+    """how query and document vectors are compared, saved with the model; null takes the model's"""
 
 
 @settings("checkpoint")

@@ -38,7 +38,12 @@ def _open(config: Config, *, frozen: bool) -> BiEncoderModel:
         dtype=torch.float32,
         attn_implementation=config.model.attn_implementation,
         packed=config.model.packed,
+        trust_remote_code=config.model.trust_remote_code,
     ).train()
+    # Lengths by task are kept as what they were trained at, too; and the comparison as the one that was measured.
+    tower.query_length = tower.query_length and config.data.query_max_len
+    tower.document_length = tower.document_length and config.data.passage_max_len
+    tower.similarity = config.eval.similarity or tower.similarity
     if frozen:
         # In evaluation mode too: its dropout would only be noise.
         return tower.requires_grad_(False).eval()

@@ -139,6 +139,74 @@ def test_a_saved_folder_keeps_what_nobody_asked_to_change(folders, tmp_path):
     torch.testing.assert_close(ours(fourth), ours(third), rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_saved_does_not_depend_on_what_was_tokenised(folders, tmp_path):
+    model = BiEncoderModel.from_pretrained(folders["minilm"])
+    model.save_pretrained(tmp_path / "first")
+    model.tokenize(TEXTS, max_length=5)
+    model.save_pretrained(tmp_path / "second")
+    for path in (tmp_path / "first").rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
+    saved, opened = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path / "first", minilm()))
+    assert saved["padding"] == opened["padding"]
+    assert saved["truncation"] == {"direction": "Right"} | opened["truncation"]
+    assert len({path.stat().st_mode for path in (tmp_path / "first").glob("*.*") if path.is_file()}) == 1
+
+
+@pytest.mark.parametrize("bad", ["../../elsewhere", "/etc", "link"])
+def test_paths_out_of_the_folder_are_refused(folders, tmp_path, bad):
+    BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "link").symlink_to("/etc")
+    path = tmp_path / "model" / "modules.json"
+    modules = json.loads(path.read_text())
+    modules[1]["path"] = bad
+    path.write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"(leads|lies) out(side)? of the model's folder"):
+        BiEncoderModel.from_pretrained(tmp_path / "model")
+
+
+def test_a_file_that_is_a_link_out_of_the_folder(folders, tmp_path):
+    BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / "model")
+    secret = tmp_path / "secret"
+    secret.write_text("key = 5")
+    (tmp_path / "model" / "1_Pooling" / "config.json").unlink()
+    (tmp_path / "model" / "1_Pooling" / "config.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="lies outside of the model's folder") as error:
+        BiEncoderModel.from_pretrained(tmp_path / "model")
+    assert "key" not in str(error.value)
+
+
+def test_a_snapshot_of_the_hub_s_cache_links_to_its_blobs(folders, tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(snapshot)
+    blobs.mkdir()
+    for number, path in enumerate(path for path in [*snapshot.rglob("*")] if path.is_file()):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    assert ours(BiEncoderModel.from_pretrained(snapshot)).isfinite().all()
+
+
+def test_custom_code_is_not_run_and_nobody_is_asked(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    shutil.copytree(folders["bert"], tmp_path / "model")
+    (tmp_path / "model" / "modeling_mine.py").write_text("raise SystemExit('it ran')")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_mine.MyConfig", "AutoModel": "modeling_mine.MyModel"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"config\.json names custom code .*modeling_mine.*not run: transformers' own"):
+        assert ours(BiEncoderModel.from_pretrained(tmp_path / "model")).isfinite().all()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    with pytest.raises(ValueError, match=r"custom code .*not run: read it, and pass trust_remote_code=True"):
+        BiEncoderModel.from_pretrained(tmp_path / "model")
+    BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / "modules")
+    text = (tmp_path / "modules" / "modules.json").read_text()
+    (tmp_path / "modules" / "modules.json").write_text(
+        text.replace("sentence_transformers.models.Pooling", "mine.Pooling")
+    )
+    with pytest.raises(ValueError, match=r"module mine\.Pooling is custom code, which is not run"):
+        BiEncoderModel.from_pretrained(tmp_path / "modules")
+
+
 def test_a_whole_state_can_be_saved_in_place_of_the_parameters(folders, tmp_path):
     model = BiEncoderModel.from_pretrained(folders["llama"])
     state = {key: value * 0.5 for key, value in model.state_dict().items()}
