@@ -6,10 +6,11 @@ position within its group. `rows` are the row counts (sizes of dim 0) by rank, a
 """
 
 from inbatch.collectives.agreement import OtherRankError, agree, barrier, broadcast_object, gather_objects, together
-from inbatch.collectives.gather import all_gather, all_reduce, reduce_scatter_rows
+from inbatch.collectives.gather import all_gather, all_reduce, gather_rows, reduce_scatter_rows
 from inbatch.collectives.process_group import (
     ProcessGroup,
     device,
+    device_types,
     global_rank,
     group_of_one,
     rank,
@@ -29,7 +30,9 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "device",
+    "device_types",
     "gather_objects",
+    "gather_rows",
     "global_rank",
     "group_of_one",
     "rank",

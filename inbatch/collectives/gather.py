@@ -20,7 +20,7 @@ _reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or geta
 
 
 def all_gather(tensor: Tensor, group: ProcessGroup | None = None, *, rows: Sequence[int] | None = None) -> Tensor:
-    """Concatenates the ranks' tensors along dim 0, in rank order, with gradient.
+    """Concatenate the ranks' tensors along dim 0, in rank order, with gradient.
 
         out = cat([tensor of rank 0, ..., tensor of rank W-1])          d tensor = (sum over ranks of d out)[my rows]
 
@@ -59,7 +59,11 @@ def _gather_op(tensor: Tensor, group: str, rows: list[int] | None, differentiabl
         error = None if tensor.ndim else _NO_ROWS
         same = {"requires_grad": differentiable}  # in here the tensor itself does not tell
         rows = agree("all_gather", {"tensor": tensor.detach()}, group=pg, same=same, error=error)["tensor"]
-    return _gather_rows(tensor, rows, pg), torch.tensor(rows, dtype=torch.int64)
+    elif len(rows) != world_size(pg) or rows[rank(pg)] != len(tensor):
+        raise ValueError(
+            f"all_gather: rows {rows} do not fit {world_size(pg)} ranks and {len(tensor)} rows on rank {rank(pg)}"
+        )
+    return gather_rows(tensor, rows, pg), torch.tensor(rows, dtype=torch.int64)
 
 
 @_gather_op.register_fake
@@ -94,38 +98,34 @@ def _(tensor, rows, group, local_rows):
     return tensor.new_empty(local_rows, *tensor.shape[1:])
 
 
-def _gather_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """The gather itself, without gradient. Bytes travel, so that every dtype works on every backend."""
-    size, mine = world_size(group), tensor.shape[0]
-    if len(rows) != size or rows[rank(group)] != mine:
-        raise ValueError(f"all_gather: rows {list(rows)} do not fit {size} ranks and {mine} rows on rank {rank(group)}")
-    longest = max(rows)
+def gather_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup | None = None) -> Tensor:
+    """Concatenate the ranks' tensors as `all_gather` does, without gradient and without agreement.
+
+    rows: the row counts by rank. Bytes travel, so that every dtype works on every backend.
+    """
+    mine, longest = tensor.shape[0], max(rows)
     even = min(rows) == longest
     if even:
         source = tensor.contiguous()
     else:
         source = tensor.new_empty(longest, *tensor.shape[1:])
         source[:mine] = tensor
-    gathered = tensor.new_empty(size * longest, *tensor.shape[1:])
+    gathered = tensor.new_empty(len(rows) * longest, *tensor.shape[1:])
     if gathered.numel():
-        gather_into(as_bytes(gathered), as_bytes(source), group=group)
+        gather_into(gathered.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8), group=group)
     if even:
         return gathered
     return torch.cat([part[:n] for part, n in zip(gathered.split(longest), rows, strict=True)])
 
 
-def as_bytes(contiguous: Tensor) -> Tensor:
-    return contiguous.view(-1).view(torch.uint8)
-
-
 def reduce_scatter_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup | None = None) -> Tensor:
-    """Adds `tensor` [sum(rows), ...] over the ranks and returns this rank's rows. No gradient.
+    """Add `tensor` [sum(rows), ...] over the ranks and return this rank's rows. No gradient.
 
     float16 and bfloat16 travel and are added in float32, see `all_gather`. With one process: the very same object.
     """
     if len(rows) == 1:
         return tensor
-    mine, longest = rows[rank(group)], max(rows)
+    mine, longest = rows[dist.get_rank(group)], max(rows)
     wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
     if min(rows) == longest:
         source = tensor.contiguous().to(wide)
@@ -140,7 +140,7 @@ def reduce_scatter_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup
 
 
 def all_reduce(tensor: Tensor, op: str = "sum", group: ProcessGroup | None = None) -> Tensor:
-    """Reduces in place over the ranks ("sum", "max" or "min") and returns the tensor. No gradient."""
+    """Reduce in place over the ranks ("sum", "max" or "min") and return the tensor. No gradient."""
     if world_size(group) > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
     return tensor

@@ -5,11 +5,11 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inbatch.collectives.gather import as_bytes
-from inbatch.collectives.process_group import ProcessGroup, global_rank, rank, world_size
+from inbatch.collectives.process_group import ProcessGroup
 
 
 class RingShift:
@@ -26,22 +26,25 @@ class RingShift:
 
 
 def ring_shift(tensors: Sequence[Tensor], rows: Sequence[int], group: ProcessGroup | None = None) -> RingShift:
-    """Starts sending each tensor to the next rank and receiving its counterpart from the previous rank.
+    """Start sending each tensor to the next rank and receiving its counterpart from the previous rank.
 
     tensors: each [rows[rank], ...], any dtypes. rows: how many rows each rank holds NOW, before the shift: what arrives
     has rows[rank - 1]. Runs beside computation until `.wait()`; the tensors must not be written to before that.
     """
-    size, me = world_size(group), rank(group)
-    if size == 1:
+    if len(rows) == 1:
         return RingShift(list(tensors), [], [])
+    size, me = len(rows), dist.get_rank(group)
     assert all(t.shape[0] == rows[me] for t in tensors), f"expected {rows[me]} rows, got {[t.shape for t in tensors]}"
     sent = [t.contiguous() for t in tensors]
     received = [t.new_empty(rows[me - 1], *t.shape[1:]) for t in tensors]
-    to, source = global_rank((me + 1) % size, group), global_rank((me - 1) % size, group)
+    to, source = (me + 1) % size, (me - 1) % size
+    if group is not None:
+        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
     ops = []
     for tag, (out, into) in enumerate(zip(sent, received, strict=True)):
+        # Bytes travel, so that every dtype works on every backend.
         if out.numel():
-            ops.append(dist.P2POp(dist.isend, as_bytes(out), to, group, tag))
+            ops.append(dist.P2POp(dist.isend, out.view(-1).view(torch.uint8), to, group, tag))
         if into.numel():
-            ops.append(dist.P2POp(dist.irecv, as_bytes(into), source, group, tag))
+            ops.append(dist.P2POp(dist.irecv, into.view(-1).view(torch.uint8), source, group, tag))
     return RingShift(received, dist.batch_isend_irecv(ops) if ops else [], sent)

@@ -1,30 +1,36 @@
-"""The loss: check what is given, agree with the other ranks, choose an implementation, call it.
+"""The loss: check what is given, agree with the other ranks, and add up the softmaxes that the objective asks for.
 
-Shapes: B local queries, M local passages, D dimension.
+Shapes: B local queries, M local passages, D dimension, K known positives of a query.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import math
+from dataclasses import replace
 from numbers import Real
-from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from inbatch import collectives
-from inbatch.losses import checks, tiled
-from inbatch.losses.driver import InfoNCE
-from inbatch.losses.masking import FalseNegatives
-from inbatch.losses.objective import Objective
+from inbatch.losses import tiled
+from inbatch.losses.gathered import Softmax
+from inbatch.losses.kernels import Kernels
+from inbatch.losses.masking import FalseNegatives, passage_keys, positives_by_query, row_keys, sharing
+from inbatch.losses.objective import Objective, terms
 from inbatch.losses.reference import reference_loss
+from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "fused")
+NEGATIVES = ("gather", "ring", "local")
+PLAIN = Objective()
+# float8 is floating-point to torch too, but nothing here is defined on it: its backward would fail.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def info_nce(
@@ -62,52 +68,341 @@ def info_nce(
     """
     if not torch.is_grad_enabled():  # else the gradient would be made for nothing
         queries, passages, temperature = map(_detached, (queries, passages, temperature))
-    if isinstance(temperature, Real):
-        temperature = float(temperature)  # NumPy's, too
-    extras = (positives, objective, chunk_mib, stats)
-    if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
-        small = importlib.import_module("inbatch.losses.triton.small")
-        alone = negatives in checks.NEGATIVES and collectives.world_size(group) == 1
-        if alone and small.usable(queries, passages, temperature, false_negatives):
-            ids = None if false_negatives is None else false_negatives.passage_ids
-            return small.SmallInfoNCE.apply(queries, passages, ids, temperature)
-    settings = checks.Settings(
-        positives=positives,
-        temperature=temperature,
+    asked = Problem(
+        objective=PLAIN if objective is None else objective,
+        temperature=float(temperature) if isinstance(temperature, Real) else temperature,  # NumPy's, too
         false_negatives=FalseNegatives() if false_negatives is None else false_negatives,
         negatives=negatives,
-        group=group,
-        objective=Objective() if objective is None else objective,
         chunk_mib=chunk_mib,
         stats=stats,
+        group=group,
+        positives=slice(None) if positives is None else positives,
     )
-    error = checks.find_error(queries, passages, settings)
-    kernels = None
+    kernels, error = None, _find_error(queries, passages, asked)
     if error is None:
         kernels, error = _choose(impl, queries)
-    problem = checks.agree(queries, passages, settings, kernels, error)
-    if kernels is None:
-        return reference_loss(queries, passages, temperature, problem)
-    return InfoNCE.apply(queries, passages, temperature, problem)
+    problem = _agree(queries, passages, asked, kernels, error)
+    softmaxes = terms(problem.objective, queries.shape[1])
+    if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
+        return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
+    with torch.autocast(queries.device.type, enabled=False):
+        return _composed(queries, passages, problem)
 
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _choose(impl: str, queries: Tensor) -> tuple[ModuleType | None, str | None]:
-    """The module with the kernel functions (None: the reference), or what is wrong."""
+# ---- composition
+
+
+def _composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
+    """Return the weighted sum of the objective's softmaxes, over one gather."""
+    everyone = queries
+    gather = problem.negatives == "gather" or (problem.negatives == "ring" and problem.kernels is None)
+    if gather and len(problem.passage_counts) > 1:
+        problem, passages, everyone = _at_hand(queries, passages, problem)
+    if problem.kernels is None:
+        return _reference(queries, passages, everyone, problem)
+    total = None
+    for term in terms(problem.objective, queries.shape[1]):
+        columns = _prefix(everyone, term.dim) if term.query_columns else None
+        rows, candidates = _prefix(queries, term.dim), _prefix(passages, term.dim)
+        loss = Softmax.apply(rows, candidates, columns, problem.temperature, problem, term)
+        total = loss if total is None else total + loss
+        problem = replace(problem, stats=None)  # the first term is counted
+    assert total is not None
+    return total
+
+
+def _at_hand(queries: Tensor, passages: Tensor, problem: Problem) -> tuple[Problem, Tensor, Tensor]:
+    """Gather all columns, with gradient; return (problem, passages, queries) of one process that holds them."""
+    position, group = problem.rank, problem.group
+    before, positives = sum(problem.passage_counts[:position]), problem.positives
+    if isinstance(positives, slice):
+        positives = slice(positives.start + before, positives.stop + before, positives.step)
+    else:
+        positives = positives + before
+    packed = problem.passage_keys.packed()
+    found = replace(
+        problem,
+        negatives="local",
+        positives=positives,
+        passage_keys=problem.passage_keys.like(
+            None if packed is None else collectives.gather_rows(packed, problem.passage_counts, group)
+        ),
+    )
+    passages = collectives.all_gather(passages, group, rows=problem.passage_counts)
+    if not any(term.query_columns for term in terms(problem.objective, queries.shape[1])):
+        return found, passages, queries
+    packed = problem.query_keys.packed()
+    keys = problem.query_keys.like(
+        None if packed is None else collectives.gather_rows(packed, problem.query_counts, group)
+    )
+    everyone = collectives.all_gather(queries, group, rows=problem.query_counts)
+    return replace(found, query_keys=keys, first_query=sum(problem.query_counts[:position])), passages, everyone
+
+
+def _prefix(embeddings: Tensor, dim: int) -> Tensor:
+    """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
+    if dim == embeddings.shape[1]:
+        return embeddings
+    return F.normalize(embeddings[:, :dim].to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1).to(
+        embeddings.dtype
+    )
+
+
+def _reference(queries: Tensor, passages: Tensor, everyone: Tensor, problem: Problem) -> Tensor:
+    """Give the specification what it asks for: plain tensors."""
+    temperature, device, count = problem.temperature, queries.device, len(queries)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(device, torch.promote_types(queries.dtype, torch.float32))
+    own_query = torch.arange(problem.first_query, problem.first_query + count, device=device)
+    own_passage = problem.positives
+    if isinstance(own_passage, slice):
+        own_passage = torch.arange(own_passage.start, own_passage.stop, own_passage.step, device=device)
+    softmaxes = terms(problem.objective, queries.shape[1])
+    loss, counts_B2 = reference_loss(
+        queries,
+        passages[problem.positives],
+        columns={"passage": passages, "query": everyone},
+        own={"passage": own_passage, "query": own_query},
+        row_keys=problem.row_keys,
+        column_keys={"passage": problem.passage_keys, "query": problem.query_keys},
+        temperature=temperature,
+        margin=problem.false_negatives.margin,
+        terms=[(term.dim, term.directions, term.weight * problem.row_weight) for term in softmaxes],
+    )
+    if problem.stats is not None:
+        others = sum(len(everyone if each.endswith("query") else passages) - 1 for each in softmaxes[0].directions)
+        problem.stats.add(counts_B2, others, problem.group)
+    return loss
+
+
+# ---- agreement
+
+
+def _choose(impl: str, queries: Tensor) -> tuple[Kernels | None, str | None]:
+    """Return the module with the kernels (None: the reference), or what is wrong."""
     if impl == "reference":
         return None, None
     if impl not in IMPLEMENTATIONS:
-        return None, f"impl must be {checks.one_of(IMPLEMENTATIONS)}, got {impl!r}"
+        return None, f"impl must be {_one_of(IMPLEMENTATIONS)}, got {impl!r}"
     if impl == "tiled" or (impl == "auto" and not queries.is_cuda):
         return tiled, None
-    fused = importlib.import_module("inbatch.losses.triton.host")
+    from inbatch.losses.triton import host as fused  # here, since it imports triton
+
     reason = fused.why_not(queries)
     if reason is None:
         return fused, None
     return (tiled, None) if impl == "auto" else (None, f'impl="fused" cannot run here: {reason}; use impl="auto"')
+
+
+def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels | None, error: str | None) -> Problem:
+    """Make the one exchange before the loss. Raises ValueError on every rank if any has an error, or ranks differ."""
+    fields, sizes, same, ids = {}, {}, None, asked.false_negatives
+    if error is None:  # what is wrong cannot be relied on to describe itself: a failure here would leave others waiting
+        fields = {"queries": queries, "passages": passages, "passage_ids": ids.passage_ids, "query_ids": ids.query_ids}
+        shared = sharing(asked.positives) if isinstance(asked.positives, Tensor) and ids.query_ids is not None else 1
+        sizes["rows sharing a positive"] = shared
+        sizes["known positives"] = 0 if ids.positive_ids is None else ids.positive_ids.shape[1]
+        same = _same(asked, kernels)
+    counts = collectives.agree("info_nce", fields, group=asked.group, sizes=sizes, same=same, error=error)
+    if sum(counts["queries"]) == 0:
+        raise ValueError("info_nce has no queries on any rank: the mean over none is undefined; skip this batch")
+
+    num_queries, num_passages, positives = queries.shape[0], passages.shape[0], asked.positives
+    if isinstance(positives, Tensor):
+        positives = positives.to(queries.device, non_blocking=True)
+    else:
+        group_size = num_passages // num_queries if num_queries else 1
+        positives = slice(0, num_queries * group_size, group_size)
+    problem = replace(
+        asked,
+        kernels=kernels,
+        positives=positives,
+        rank=collectives.rank(asked.group),
+        query_counts=counts["queries"],
+        passage_counts=counts["passages"],
+    )
+    if ids.passage_ids is None and ids.query_ids is None:
+        return problem
+    known, width = [], max(counts["known positives"])
+    if ids.positive_ids is not None:
+        padding = width - ids.positive_ids.shape[1]
+        padded = F.pad(ids.positive_ids, (0, padding), value=-1) if padding else ids.positive_ids
+        known.append(padded.to(queries.device, non_blocking=True))
+    if ids.passage_ids is not None and ids.query_ids is not None:
+        same_query = _positives_of_same_query(asked, problem, queries.device)
+        known += [] if same_query is None else [same_query.to(queries.device, non_blocking=True)]
+    on_device = FalseNegatives(
+        passage_ids=None if ids.passage_ids is None else ids.passage_ids.to(queries.device, non_blocking=True),
+        query_ids=None if ids.query_ids is None else ids.query_ids.to(queries.device, non_blocking=True),
+    )
+    rows = row_keys(on_device, positives, known)
+    columns = passage_keys(on_device, positives, num_passages, max(counts["rows sharing a positive"]))
+    return replace(problem, row_keys=rows, passage_keys=columns, query_keys=rows)
+
+
+def _positives_of_same_query(asked: Problem, problem: Problem, device: torch.device) -> Tensor | None:
+    """Return the documents [B, K] that rows of any rank with a row's query id have as positives; None: only its own."""
+    ids, group = asked.false_negatives, asked.group
+    assert ids.passage_ids is not None
+    assert ids.query_ids is not None
+    everyone = problem.negatives != "local" and len(problem.query_counts) > 1
+    # On the CPU if that is where the ids are: reading a width back from a GPU would make the CPU wait for it.
+    given = [ids.passage_ids, ids.query_ids, *([asked.positives] if isinstance(asked.positives, Tensor) else [])]
+    on_cpu = all(x.device.type == "cpu" for x in given) and (not everyone or "cpu" in collectives.device_types(group))
+    place, positives = torch.device("cpu") if on_cpu else device, problem.positives
+    if on_cpu and isinstance(asked.positives, Tensor):
+        positives = asked.positives
+    query_ids = ids.query_ids.to(place)
+    pairs = torch.stack([query_ids, ids.passage_ids.to(place)[positives]], dim=1)
+    return positives_by_query(
+        query_ids, collectives.gather_rows(pairs, problem.query_counts, group) if everyone else pairs
+    )
+
+
+def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | str | bool | None]:
+    """Return what must be equal on all ranks besides the tensors."""
+    temperature = asked.temperature
+    if isinstance(temperature, Tensor):
+        # Reading one that is on a GPU would make the CPU wait for it.
+        value = "" if temperature.is_cuda else f" of {temperature.item():g}"
+        temperature = f"a tensor{value}" + (" requiring grad" if temperature.requires_grad else "")
+    return {
+        "temperature": temperature,
+        "stats": asked.stats is not None,
+        "margin": asked.false_negatives.margin,
+        "negatives": asked.negatives,
+        "impl": "reference" if kernels is None else "tiled" if kernels is tiled else "fused",
+        "objective": repr(asked.objective),
+    }
+
+
+# ---- checks
+
+
+def _find_error(queries: Tensor, passages: Tensor, asked: Problem) -> str | None:
+    """Return the first mistake in this rank's arguments, in words; None if there is none."""
+    return (
+        _wrong_embeddings(queries, passages)
+        or _wrong_positives(asked.positives, queries.shape[0], passages.shape[0], asked.group)
+        or _wrong_temperature(asked.temperature)
+        or _wrong_ids(asked.false_negatives, queries.shape[0], passages.shape[0])
+        or _wrong_options(asked, queries.shape[1])
+    )
+
+
+def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
+    for name, tensor in (("queries", queries), ("passages", passages)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.dtype not in DTYPES:
+            return (
+                f"{name} must be a floating-point tensor [rows, dimension] of float16, bfloat16, float32 or float64, "
+                f"got {_describe(tensor)}"
+            )
+    if queries.shape[1] != passages.shape[1] or queries.dtype != passages.dtype or queries.device != passages.device:
+        return (
+            "queries and passages must have the same dimension, dtype and device, got "
+            f"{_describe(queries)} on {queries.device} and {_describe(passages)} on {passages.device}"
+        )
+    return None
+
+
+def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group: ProcessGroup | None) -> str | None:
+    if isinstance(positives, slice):  # the default
+        if num_queries and (num_passages == 0 or num_passages % num_queries):
+            return (
+                f"{num_passages} passages cannot be split into equal groups for {num_queries} queries: pass "
+                "positives=, the column of each query's positive, or as many passages for each query"
+            )
+        return None
+    if not isinstance(positives, Tensor) or positives.dtype != torch.int64 or positives.shape != (num_queries,):
+        return (
+            f"positives must be an int64 tensor [{num_queries}], one column for each query, got {_describe(positives)}"
+        )
+    if num_queries == 0:
+        return None
+    if positives.is_cuda and collectives.world_size(group) == 1:
+        # Reading the values would make the CPU wait for the GPU, and alone there is nobody who would hang.
+        inside = ((positives >= 0) & (positives < num_passages)).all()
+        torch.ops.aten._assert_async.msg(inside, f"positives must be columns of the {num_passages} local passages")
+        return None
+    lowest, highest = (int(value) for value in positives.aminmax())
+    if lowest < 0 or highest >= num_passages:
+        return (
+            f"positives must be columns of the {num_passages} local passages, from 0 to {num_passages - 1}, "
+            f"got values from {lowest} to {highest}"
+        )
+    return None
+
+
+def _wrong_temperature(temperature: Any) -> str | None:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim or temperature.dtype not in DTYPES:
+            return f"temperature must be a float or a 0-d floating-point tensor, got {_describe(temperature)}"
+        if temperature.is_meta:
+            return "temperature is on the meta device, where it has no value: pass a float or move it to the embeddings"
+        if temperature.is_cuda:
+            return None  # reading it would make the CPU wait for the GPU
+        temperature = temperature.item()
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
+    return None
+
+
+def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
+    if not isinstance(ids, FalseNegatives):
+        return f"false_negatives must be FalseNegatives(...), got {_describe(ids)}"
+    expected = (
+        ("passage_ids", ids.passage_ids, (num_passages,), f"[{num_passages}], one for each local passage"),
+        ("query_ids", ids.query_ids, (num_queries,), f"[{num_queries}], one for each local query"),
+        ("positive_ids", ids.positive_ids, (num_queries, None), f"[{num_queries}, K], padded with -1"),
+    )
+    for name, tensor, shape, words in expected:
+        if tensor is None:
+            continue
+        fits = isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.ndim == len(shape)
+        if not fits or any(size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)):
+            return f"FalseNegatives.{name} must be an int64 tensor {words}, got {_describe(tensor)}"
+    if ids.positive_ids is not None and ids.passage_ids is None:
+        return "FalseNegatives.positive_ids needs passage_ids, the ids of the passages that they are compared with"
+    if ids.margin is not None and not (isinstance(ids.margin, Real) and math.isfinite(ids.margin)):
+        return (
+            f"FalseNegatives.margin must be a finite number in the units of q.p, or None, got {_describe(ids.margin)}"
+        )
+    return None
+
+
+def _wrong_options(asked: Problem, dim: int) -> str | None:
+    if asked.negatives not in NEGATIVES:
+        return f"negatives must be {_one_of(NEGATIVES)}, got {asked.negatives!r}"
+    if not isinstance(asked.objective, Objective):
+        return f"objective must be an Objective(...) or None, got {_describe(asked.objective)}"
+    longest = max(asked.objective.matryoshka_dims or (0,))
+    if longest > dim:
+        return f"matryoshka_dims must not exceed the embeddings' dimension {dim}, got {asked.objective.matryoshka_dims}"
+    chunk_mib = asked.chunk_mib
+    if chunk_mib is not None and not (isinstance(chunk_mib, (int, float)) and 0 < chunk_mib < math.inf):
+        return f"chunk_mib must be a positive number of MiB, or None for the default, got {chunk_mib!r}"
+    if asked.stats is not None and not isinstance(asked.stats, LossStats):
+        return f"stats must be a LossStats() or None, got {_describe(asked.stats)}"
+    return None
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    """'"a", "b" or "c"'"""
+    *first, last = (f'"{choice}"' for choice in choices)
+    return f"{', '.join(first)} or {last}"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+# ---- the module
 
 
 class InfoNCELoss(nn.Module):
@@ -131,10 +426,10 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
             raise ValueError(f"temperature must be a positive number to start from, got {temperature!r}")
-        if negatives not in checks.NEGATIVES:
-            raise ValueError(f"negatives must be {checks.one_of(checks.NEGATIVES)}, got {negatives!r}")
+        if negatives not in NEGATIVES:
+            raise ValueError(f"negatives must be {_one_of(NEGATIVES)}, got {negatives!r}")
         if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl must be {checks.one_of(IMPLEMENTATIONS)}, got {impl!r}")
+            raise ValueError(f"impl must be {_one_of(IMPLEMENTATIONS)}, got {impl!r}")
         self._fixed_temperature = temperature = float(temperature)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
         self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (

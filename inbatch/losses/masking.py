@@ -1,6 +1,7 @@
-"""Which columns are false negatives, from ids. Pure: no communication, no host synchronisation but in `sharing`.
+"""Keys that tell which columns are false negatives of a row. Pure tensor functions: nothing here communicates.
 
-Shapes: B queries (rows), M local passages, R rows, C columns of any kind, K and L keys of one row or column.
+Shapes: B queries (rows), M local passages, R rows, C columns of any kind, K and L keys of one row or column,
+G rows of the global batch.
 
 A pair (row, column) is masked when a document key of the row equals a document key of the column, or a query key of the
 row equals a query key of the column. -1 is "unknown" and never matches. What the keys are:
@@ -9,6 +10,8 @@ row equals a query key of the column. -1 is "unknown" and never matches. What th
     row i                  its positive's id, its known positives  its query id
     passage as a column    its id                                  query ids of the rows whose positive it is
     query as a column      its positive's id, its known positives  its query id
+
+Known positives of a row: those given, and the positives of all rows of the batch with its query id.
 """
 
 from __future__ import annotations
@@ -16,12 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-# "Nothing" differs between compacted rows and columns, so that kernels compare for equality and need no other rule.
-ROW_NOTHING = -1
-COLUMN_NOTHING = -2
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class FalseNegatives:
     """Which columns are no negatives of a row; its own positive always stays. Ids are int64; -1 never matches.
 
     passage_ids   [M]     a column with the id of the row's positive is no negative
-    query_ids     [B]     a passage that is the positive of another row with the same query id is no negative
+    query_ids     [B]     a passage that is the positive of another row with the same query id is no negative; with
+                          passage_ids, nor is any other column with such a passage's id
     positive_ids  [B, K]  every known positive of the query, padded with -1 (needs passage_ids; K may vary by rank)
     margin        a column with q.p above (q.positive + margin) is no negative; in units of q.p, not of scaled scores;
                   rounding decides about one that equals it, so 0 drops some copies of the positive and keeps others
@@ -44,7 +43,7 @@ class FalseNegatives:
     margin: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Keys:
     """int64 keys of n rows or columns: documents [n, K], queries [n, L], None where there are none."""
 
@@ -52,27 +51,36 @@ class Keys:
     queries: Tensor | None = None
 
     def packed(self) -> Tensor | None:
-        """Both side by side, to travel as one tensor [n, K + L]."""
-        present = [keys for keys in (self.documents, self.queries) if keys is not None]
-        return torch.cat(present, dim=1) if present else None
+        """Return both side by side, to travel as one tensor [n, K + L]."""
+        if self.documents is None or self.queries is None:
+            return self.queries if self.documents is None else self.documents
+        return torch.cat([self.documents, self.queries], dim=1)
 
     def like(self, packed: Tensor | None) -> Keys:
-        """The keys that `packed` holds, split as these are."""
-        if packed is None:
-            return Keys()
+        """Return the keys that `packed` holds, split as these are."""
         width = 0 if self.documents is None else self.documents.shape[1]
         return Keys(
-            documents=None if self.documents is None else packed[:, :width],
-            queries=None if self.queries is None else packed[:, width:],
+            documents=None if self.documents is None or packed is None else packed[:, :width],
+            queries=None if self.queries is None or packed is None else packed[:, width:],
+        )
+
+    def part(self, start: int, stop: int) -> Keys:
+        """Return those of rows or columns start..stop."""
+        documents, queries = self.documents, self.queries
+        return Keys(
+            documents=None if documents is None else documents[start:stop],
+            queries=None if queries is None else queries[start:stop],
         )
 
 
-def sharing(positives: Tensor | None) -> int:
-    """How many rows share one positive at most (1 at least). Synchronises if `positives` is on a GPU."""
-    if positives is None or positives.numel() == 0:
+NO_KEYS = Keys()
+
+
+def sharing(positives: Tensor) -> int:
+    """Return how many rows share one positive at most (1 at least). Synchronises if `positives` is on a GPU."""
+    if positives.numel() == 0:
         return 1
-    ordered = positives.sort().values
-    return int(_position_in_run(ordered).max()) + 1
+    return int(_position_in_run(positives.sort().values).max()) + 1
 
 
 def _position_in_run(ordered: Tensor) -> Tensor:
@@ -81,60 +89,64 @@ def _position_in_run(ordered: Tensor) -> Tensor:
     return positions - torch.searchsorted(ordered, ordered)
 
 
-def row_keys(ids: FalseNegatives, positives: Tensor, width: int) -> Keys:
-    """Keys of rows, and of queries as columns. positives [B]: local column; documents get 1 + `width` keys."""
+def positives_by_query(query_ids_B: Tensor, pairs_G2: Tensor) -> Tensor | None:
+    """Return for each query the documents that any row of the batch with its id has as positive, [B, K] with -1.
+
+    pairs: (query id, id of the positive) of every row of the global batch. K is the same for any part of the batch.
+    None where no query id occurs twice. Synchronises if the ids are on a GPU.
+    """
+    known_G2 = pairs_G2[pairs_G2[:, 0] != -1]
+    ordered_G, order_G = known_G2[:, 0].sort()
+    if ordered_G.numel() == 0 or (width := int(_position_in_run(ordered_G).max()) + 1) == 1:
+        return None
+    query_ids_B = query_ids_B.contiguous()
+    first_B = torch.searchsorted(ordered_G, query_ids_B)
+    after_B = torch.searchsorted(ordered_G, query_ids_B, right=True)
+    places_BK = first_B[:, None] + torch.arange(width, device=first_B.device)
+    documents_BK = known_G2[order_G, 1][places_BK.clamp(max=len(order_G) - 1)]
+    return documents_BK.masked_fill(places_BK >= after_B[:, None], -1)
+
+
+def row_keys(ids: FalseNegatives, positives: slice | Tensor, known: list[Tensor]) -> Keys:
+    """Return the keys of rows, and of queries as columns. known: the [B, K] ids of further known positives."""
     documents = None
     if ids.passage_ids is not None:
         documents = ids.passage_ids[positives].unsqueeze(1)
-        if ids.positive_ids is not None:
-            documents = torch.cat([documents, ids.positive_ids], dim=1)
-        if documents.shape[1] <= width:
-            documents = F.pad(documents, (0, 1 + width - documents.shape[1]), value=-1)
+        if known:
+            documents = torch.cat([documents, *known], dim=1)
     return Keys(documents=documents, queries=None if ids.query_ids is None else ids.query_ids.unsqueeze(1))
 
 
-def passage_keys(ids: FalseNegatives, positives: Tensor, num_passages: int, width: int) -> Keys:
-    """Keys of passages as columns. width: at least `sharing(positives)`, the same on all ranks."""
+def passage_keys(ids: FalseNegatives, positives: slice | Tensor, num_passages: int, width: int) -> Keys:
+    """Return the keys of passages as columns. width: at least `sharing(positives)`, the same on all ranks."""
     queries = None
     if ids.query_ids is not None:
         queries = ids.query_ids.new_full((num_passages, width), -1)
-        ordered, order = positives.sort()
-        queries[ordered, _position_in_run(ordered)] = ids.query_ids[order]
+        if isinstance(positives, slice):
+            queries[positives, 0] = ids.query_ids
+        else:
+            ordered, order = positives.sort()
+            queries[ordered, _position_in_run(ordered)] = ids.query_ids[order]
     return Keys(documents=None if ids.passage_ids is None else ids.passage_ids.unsqueeze(1), queries=queries)
 
 
-def compact(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces 64-bit keys by 32-bit ones with exactly the same matches. rows [R, K], columns [C, L] int64 -> int32.
+def match(rows: Keys, columns: Keys, *, only_itself: bool = False) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return the (row, column) pairs of keys that a kernel compares.
 
-    A key becomes its first position among the sorted column keys, so equal keys agree and different ones differ; a row
-    key that no column has becomes "nothing".
+    only_itself: the rows are passages that stand for themselves, not for the other known positives of their query.
     """
-    if columns.numel() == 0:
-        return torch.full_like(rows, ROW_NOTHING, dtype=torch.int32), columns.int()
-    ordered = columns.flatten().sort().values
-    columns, rows = columns.contiguous(), rows.contiguous()
-    column_keys = torch.searchsorted(ordered, columns, out_int32=True).masked_fill_(columns == -1, COLUMN_NOTHING)
-    first = torch.searchsorted(ordered, rows, out_int32=True)
-    after = torch.searchsorted(ordered, rows, right=True, out_int32=True)
-    # A row's -1 may get the place of the columns' -1, which no column has as its key any more.
-    return torch.where(after > first, first, ROW_NOTHING), column_keys
+    documents = rows.documents
+    if documents is not None and only_itself:
+        documents = documents[:, :1]
+    both = ((documents, columns.documents), (rows.queries, columns.queries))
+    return tuple((row, column) for row, column in both if row is not None and column is not None)
 
 
-def match(rows: Keys, columns: Keys) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The (row, column) pairs of compacted keys that a kernel compares."""
-    return tuple(compact(row, column) for row, column in _pairs(rows, columns))
-
-
-def mask(rows: Keys, columns: Keys, num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-    """Dense bool [R, C], True where the column is no negative of the row. The specification of `match`."""
+def mask(pairs: tuple[tuple[Tensor, Tensor], ...], num_rows: int, num_columns: int, device: torch.device) -> Tensor:
+    """Return dense bool [R, C], True where the column is no negative of the row."""
     masked_RC = torch.zeros(num_rows, num_columns, dtype=torch.bool, device=device)
-    for row, column in _pairs(rows, columns):
+    for row, column in pairs:
         for row_key in row.unbind(1):
             for column_key in column.unbind(1):
                 masked_RC |= (row_key[:, None] == column_key) & (row_key[:, None] != -1)
     return masked_RC
-
-
-def _pairs(rows: Keys, columns: Keys) -> list[tuple[Tensor, Tensor]]:
-    both = ((rows.documents, columns.documents), (rows.queries, columns.queries))
-    return [(row, column) for row, column in both if row is not None and column is not None]

@@ -1,4 +1,4 @@
-"""Which scores enter which softmax.
+"""Say which scores enter which softmax, and which softmaxes make the loss.
 
 Label smoothing is left out: ALIGN (Jia et al. 2021) used it, the retrievers since do not, and it needs the plain sum of
 all candidates' scores, which sums of exponentials do not give.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 
 # direction -> (what the rows are, what the columns are); "positive" is the row's positive passage.
@@ -17,6 +18,22 @@ DIRECTIONS = {
     "query_to_query": ("query", "query"),
     "passage_to_passage": ("positive", "passage"),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One softmax for each row: `weight` * (logsumexp over the scores of `directions` - the positive's score)."""
+
+    dim: int  # of the prefix
+    directions: tuple[str, ...]
+    weight: float
+
+    plain: bool  # True for the queries' softmax over the passages, whole embeddings
+
+    @property
+    def query_columns(self) -> bool:
+        """True if rows are compared with queries too."""
+        return any(DIRECTIONS[direction][1] == "query" for direction in self.directions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +84,25 @@ class Objective:
                 f"matryoshka_weights must give one finite number for each of matryoshka_dims {dims!r}, got {weights!r}"
             )
 
-    def softmaxes(self) -> list[tuple[tuple[str, ...], float]]:
-        """(directions, weight) of each softmax."""
-        if self.partition == "joint":
-            return [(self.directions, 1.0)]
-        return [((direction,), 1 / len(self.directions)) for direction in self.directions]
 
-    def prefixes(self, dim: int) -> list[tuple[int, float]]:
-        """(dimensions, weight) of each prefix, the longest first."""
-        if self.matryoshka_dims is None:
-            return [(dim, 1.0)]
-        weights = self.matryoshka_weights or (1.0,) * len(self.matryoshka_dims)
-        return sorted(zip(self.matryoshka_dims, weights, strict=True), reverse=True)
-
-    @property
-    def query_columns(self) -> bool:
-        return any(DIRECTIONS[direction][1] == "query" for direction in self.directions)
+@lru_cache(maxsize=64)
+def terms(objective: Objective, dim: int) -> list[Term]:
+    """Return the softmaxes whose weighted sum the loss is, for embeddings of `dim` dimensions, the longest first."""
+    weights = objective.matryoshka_weights or (1.0,) * len(objective.matryoshka_dims or (dim,))
+    prefixes = sorted(zip(objective.matryoshka_dims or (dim,), weights, strict=True), reverse=True)
+    parts = [objective.directions]
+    if objective.partition == "per_direction":
+        parts = [(direction,) for direction in objective.directions]
+    return [
+        Term(
+            dim=length,
+            directions=part,
+            weight=weight / len(parts),
+            plain=part == ("query_to_passage",) and length == dim,
+        )
+        for length, weight in prefixes
+        for part in parts
+    ]
 
 
 CLIP = Objective(directions=("query_to_passage", "passage_to_query"), partition="per_direction")

@@ -1,75 +1,64 @@
 """The dense formula, as one would write it on paper: the specification that every other path is tested against.
 
-Shapes: B local queries (rows), M local passages, C columns of any kind, D dimension of a prefix.
+Shapes: B queries of this rank (rows), N passages and Q queries of all ranks that are columns, D dimension of a prefix.
 
     s(a, b) = a . b / temperature
     l_i     = log( exp s(q_i, d_i) + sum over directions and columns j in C(i) of exp s(row_i, column_j) ) - s(q_i, d_i)
-    loss    = (world size) * sum_i l_i / (rows of all ranks)
+    loss    = sum over terms of weight * sum_i l_i
 
-C(i) leaves out the row's own column and its false negatives. Autograd does the rest, the gather's gradient being a sum.
+C(i) leaves out the row itself (its positive) and its false negatives. Autograd does the rest.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from inbatch.losses.blocks import accumulator_dtype
-from inbatch.losses.masking import mask
-from inbatch.losses.objective import DIRECTIONS
-from inbatch.losses.problem import Columns, Problem, gather_columns, keys_of_rows, prefix
+from inbatch.losses.masking import Keys, mask, match
 
 
-def reference_loss(queries: Tensor, passages: Tensor, temperature: Tensor | float, problem: Problem) -> Tensor:
-    """0-d loss of this rank, float32 (float64 for float64 inputs); holds all scores in memory."""
-    with torch.autocast(queries.device.type, enabled=False):
-        dtype = accumulator_dtype(queries.dtype)
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(queries.device, dtype)
-        positives, columns = problem.positives_of(passages), gather_columns(queries, passages, problem)
-        total = torch.zeros((), dtype=dtype, device=queries.device)
-        count = problem.stats is not None
-        for dim, prefix_weight in problem.objective.prefixes(queries.shape[1]):
-            rows = {"query": prefix(queries, dim).to(dtype), "positive": prefix(positives, dim).to(dtype)}
-            for directions, weight in problem.objective.softmaxes():
-                losses_B = _softmax_losses(rows, columns.prefix(dim), directions, temperature, problem, count)
-                total = total + losses_B.sum() * (prefix_weight * weight * problem.row_weight)
-                count = False
-        return total
+def reference_loss(
+    queries_BD: Tensor, positives_BD: Tensor, columns: Mapping[str, Tensor], own: Mapping[str, Tensor],
+    row_keys: Keys, column_keys: Mapping[str, Keys], temperature: Tensor | float, margin: float | None,
+    terms: Sequence[tuple[int, Sequence[str], float]],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the loss, 0-d, and int64 [B, 2]: by row the columns masked and those that beat the positive (first term).
+
+    columns, own, column_keys: by kind of column, "passage" or "query": all of them [C, D], the place of each row's
+    positive (or of the row itself) among them [B], and their keys. terms: (dimensions, directions, weight) of each.
+    Everything is computed in float32 (float64 for float64), and all scores are in memory.
+    """
+    dtype = torch.float64 if queries_BD.dtype == torch.float64 else torch.float32
+    loss, counts = torch.zeros((), dtype=dtype, device=queries_BD.device), None
+    for dim, directions, weight in terms:
+        rows = {"query": _prefix(queries_BD, dim).to(dtype), "passage": _prefix(positives_BD, dim).to(dtype)}
+        similarity_B1 = (rows["query"] * rows["passage"]).sum(1, keepdim=True)
+        candidates, found_B2 = [similarity_B1 / temperature], torch.zeros(len(queries_BD), 2, dtype=torch.int64)
+        found_B2 = found_B2.to(queries_BD.device)
+        for direction in directions:
+            row, column = direction.split("_to_")
+            similarity_BC = rows[row] @ _prefix(columns[column], dim).to(dtype).T
+            pairs = match(row_keys, column_keys[column], only_itself=direction == "passage_to_query")
+            masked_BC = mask(pairs, *similarity_BC.shape, device=similarity_BC.device)
+            if margin is not None:
+                masked_BC |= similarity_BC.detach() > similarity_B1.detach() + margin
+            own_BC = own[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
+            masked_BC &= ~own_BC
+            # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.
+            scores_BC = (similarity_BC / temperature).masked_fill(masked_BC | own_BC, -math.inf)
+            candidates.append(scores_BC)
+            found_B2 += torch.stack([masked_BC.sum(1), (scores_BC > candidates[0]).sum(1)], dim=1)
+        loss = loss + weight * (torch.logsumexp(torch.cat(candidates, dim=1), dim=1) - candidates[0][:, 0]).sum()
+        counts = found_B2 if counts is None else counts
+    assert counts is not None
+    return loss, counts
 
 
-def _softmax_losses(
-    rows: dict[str, Tensor],
-    columns: Columns,
-    directions: tuple[str, ...],
-    temperature: Tensor | float,
-    problem: Problem,
-    count: bool,
-) -> Tensor:
-    """l_i of one softmax [B]."""
-    similarity_B1 = (rows["query"] * rows["positive"]).sum(1, keepdim=True)
-    candidates = [similarity_B1 / temperature]
-    counts_B2 = torch.zeros(len(similarity_B1), 2, dtype=torch.int64, device=similarity_B1.device)
-    for direction in directions:
-        row, column = DIRECTIONS[direction]
-        similarity_BC = rows[row] @ columns.of(column).to(similarity_B1.dtype).T
-        masked_BC = mask(
-            keys_of_rows(problem.row_keys, direction),
-            columns.keys(column),
-            *similarity_BC.shape,
-            device=similarity_BC.device,
-        )
-        if problem.margin is not None:
-            masked_BC |= similarity_BC.detach() > similarity_B1.detach() + problem.margin
-        own_BC = columns.own(column)[:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
-        masked_BC &= ~own_BC
-        # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.
-        scores_BC = (similarity_BC / temperature).masked_fill(masked_BC | own_BC, -math.inf)
-        candidates.append(scores_BC)
-        counts_B2[:, 0] += masked_BC.sum(1)
-        counts_B2[:, 1] += (scores_BC > candidates[0]).sum(1)
-    if count and problem.stats is not None:
-        problem.stats.add(counts_B2, sum(each.shape[1] - 1 for each in candidates[1:]), problem.group)
-    return torch.logsumexp(torch.cat(candidates, dim=1), dim=1) - candidates[0][:, 0]
+def _prefix(embeddings: Tensor, dim: int) -> Tensor:
+    """The first `dim` dimensions, renormalised; the full dimension unchanged."""
+    if dim == embeddings.shape[1]:
+        return embeddings
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return F.normalize(embeddings[:, :dim].to(dtype), dim=1).to(embeddings.dtype)

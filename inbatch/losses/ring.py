@@ -1,183 +1,111 @@
-"""negatives="ring": no rank ever holds all columns. Blocks travel from rank to rank while the previous block computes.
+"""negatives="ring": no rank ever holds all columns. They travel from rank to rank while the previous ones are scored.
 
-Shapes: W world size, B local queries (rows), M local passages, D dimension, r rows of a chunk, C columns of a block.
+Shapes: W world size, B local queries (rows), M local passages, D dimension, r rows of a chunk, C columns of one rank.
 
-Two sweeps of W hops. The first needs only the sums of every softmax. The second makes the gradients; those of a block's
-columns travel one hop behind the block, every rank adding its rows' share, and arrive at the block's owner complete.
-Scores are made twice (8 B N D operations instead of 6), and memory holds a few blocks whatever W is.
+Two sweeps of W hops. The first needs only the sums of every row's softmax. The second makes the gradients; those of a
+rank's columns travel one hop behind the columns, every rank adding its rows' share, and arrive at their owner complete.
+Scores are made twice (8 B N D operations instead of 6), and memory holds a few ranks' columns whatever W is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from inbatch import collectives
-from inbatch.losses.blocks import Block
 from inbatch.losses.masking import Keys
-from inbatch.losses.problem import (
-    Columns,
-    MatchedKeys,
-    Problem,
-    Step,
-    add_prefix_gradient,
-    chunks,
-    match_all,
-    own_column,
-    schedule,
-)
-from inbatch.losses.rows import Rows, Wanted, empty_column_gradients
+from inbatch.losses.softmax import Columns, Rows, new_gradient, places, row_major
 
 
-def solve(
-    queries: Tensor, passages: Tensor, problem: Problem, wanted: Wanted, all_rows: list[Rows]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Adds to all_rows; returns the gradients of this rank's columns: of queries, of passages."""
-    counts = None
-    if problem.stats is not None:
-        counts = torch.zeros(queries.shape[0], 2, dtype=torch.int32, device=queries.device)
-    softmaxes = [_PrefixSoftmaxes(rows, problem) for rows in all_rows]
-    for _, columns in _blocks(queries, passages, problem):
-        keys = match_all(problem, columns)
-        for each in softmaxes:
-            each.add_sums(columns, keys, counts if each is softmaxes[0] else None)
-    if problem.stats is not None and counts is not None:
-        others = sum(sum(problem.column_counts(step.column)) - 1 for step in schedule(problem.objective)[0][0])
-        problem.stats.add(counts, others, problem.group)
-    for each in softmaxes:
-        each.finish()
-    if not wanted.any:
+def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Fill `rows`; return the gradients of this rank's passages as columns, and of its queries as columns."""
+    own = _own_columns(rows, passages, query_columns)
+    kernels, score_B = rows.kernels, rows.score_B
+    # Each softmax so far is sum_j exp(s_ij) = total_B * exp(score_B + top_B); top_B is 0 but for rows that overflowed.
+    top_B, total_B = torch.zeros_like(score_B), torch.zeros_like(score_B)
+    for columns in _hops(rows, own):
+        for block in rows.blocks(columns):
+            for start, stop in rows.chunks(len(block.columns)):
+                score_r = score_B[start:stop]
+                _, sum_r, pivot_r = kernels.exp_scores(block, start, stop, score_r, keep=False, counts=rows.counts)
+                _add_sums(total_B[start:stop], top_B[start:stop], sum_r, pivot_r - score_r)
+    rows.count(sum(sum(_counts(rows, direction.split("_to_")[1])) for direction in rows.term.directions))
+    pivot_B = top_B.add_(score_B)
+    (weight_B,) = rows.finish(0, len(score_B), [total_B], [pivot_B])
+    if not any(rows.wanted):
         return None, None
-    return _gradient_sweep(queries, passages, problem, wanted, softmaxes)
 
-
-def _gradient_sweep(
-    queries: Tensor, passages: Tensor, problem: Problem, wanted: Wanted, softmaxes: list[_PrefixSoftmaxes]
-) -> tuple[Tensor | None, Tensor | None]:
+    rows.written.clear()  # by blocks that no gradient was asked of
     shifts: dict[str, collectives.RingShift] = {}
-    for hop, columns in _blocks(queries, passages, problem):
-        keys = match_all(problem, columns)
-        found: dict[str, Tensor | None] = {}
-        for each in softmaxes:
-            gradients = each.add_gradients(columns, keys, wanted, first_hop=hop == 0)
-            for kind in list(gradients):
-                found[kind] = add_prefix_gradient(found.get(kind), gradients.pop(kind), columns.of(kind))
-        for kind, gradient in found.items():
-            assert gradient is not None
-            if hop > 0:
-                gradient += shifts[kind].wait()[0]
-            shifts[kind] = collectives.ring_shift([gradient], _held(problem, kind, hop), problem.group)
+    for hop, columns in enumerate(_hops(rows, own)):
+        for kind, those in columns.items():
+            those.gradient = new_gradient(those.embeddings, rows.wanted[_WANTED[kind]], len(score_B))
+        for block in rows.blocks(columns):
+            for start, stop in rows.chunks(len(block.columns)):
+                exp_rC, _, _ = kernels.exp_scores(block, start, stop, pivot_B[start:stop])
+                kernels.add_gradients(block, exp_rC, start, stop, weight_B[start:stop], rows=True, columns=True)
+                del exp_rC
+        for kind, those in columns.items():
+            if those.gradient is not None:
+                if hop > 0:
+                    those.gradient += shifts[kind].wait()[0]
+                shifts[kind] = collectives.ring_shift([those.gradient], _held(rows, kind, hop), rows.problem.group)
     arrived = {kind: shift.wait()[0] for kind, shift in shifts.items()}
-    return arrived.get("query"), arrived.get("passage")
+    return arrived.get("passage"), arrived.get("query")
 
 
-def _blocks(queries: Tensor, passages: Tensor, problem: Problem) -> Iterator[tuple[int, Columns]]:
-    """(hop, columns of the rank that many places before this one), the next block being on its way meanwhile."""
-    travelling = {"passage": (passages, problem.passage_keys.packed())}
-    if problem.objective.query_columns:
-        travelling["query"] = (queries, problem.row_keys.packed())
-    hops = len(problem.passage_counts)
-    held = {kind: [tensor for tensor in pair if tensor is not None] for kind, pair in travelling.items()}
+_WANTED = {"passage": 1, "query": 2}  # places in Rows.wanted
+
+
+def _own_columns(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> dict[str, Columns]:
+    """Return this rank's columns by kind, with which the ring begins."""
+    problem, columns = rows.problem, {}
+    if any(direction.endswith("passage") for direction in rows.term.directions):
+        positive = places(problem.positives, 0, passages.device)
+        columns["passage"] = Columns(embeddings=passages, keys=problem.passage_keys, positive=positive)
+    if query_columns is not None:
+        positive = places(slice(0, len(rows.score_B), 1), 0, passages.device)
+        columns["query"] = Columns(embeddings=row_major(query_columns), keys=problem.query_keys, positive=positive)
+    return columns
+
+
+def _hops(rows: Rows, own: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
+    """Yield the columns of each rank, this one's first, the next rank's being on their way meanwhile."""
+    hops, group = len(rows.problem.passage_counts), rows.problem.group
+    elsewhere = None
+    held = {kind: Columns(embeddings=c.embeddings, keys=c.keys, positive=c.positive) for kind, c in own.items()}
     for hop in range(hops):
         shifts = {}
         if hop < hops - 1:
-            shifts = {
-                kind: collectives.ring_shift(tensors, _held(problem, kind, hop), problem.group)
-                for kind, tensors in held.items()
-            }
-        yield hop, _as_columns(held, hop, problem)
-        held = {kind: shift.wait() for kind, shift in shifts.items()}
+            for kind, those in held.items():
+                packed = those.keys.packed()
+                travelling = [those.embeddings] if packed is None else [those.embeddings, packed]
+                shifts[kind] = collectives.ring_shift(travelling, _held(rows, kind, hop), group)
+        yield held
+        if elsewhere is None:  # no row's positive is among the columns of another rank
+            elsewhere = torch.full(rows.score_B.shape, -1, dtype=torch.int32, device=rows.score_B.device)
+        keys = {kind: those.keys for kind, those in held.items()}
+        held = {kind: _arrived(shift.wait(), keys[kind], elsewhere) for kind, shift in shifts.items()}
 
 
-def _held(problem: Problem, kind: str, hop: int) -> list[int]:
-    """How many columns each rank holds at this hop."""
-    counts = problem.column_counts(kind)
-    return [counts[rank - hop] for rank in range(len(counts))]
+def _arrived(tensors: list[Tensor], like: Keys, positive: Tensor) -> Columns:
+    return Columns(embeddings=tensors[0], keys=like.like(tensors[1] if len(tensors) > 1 else None), positive=positive)
 
 
-def _as_columns(held: dict[str, list[Tensor]], hop: int, problem: Problem) -> Columns:
-    def own(kind: str) -> Tensor:
-        return own_column(problem, kind, 0) if hop == 0 else torch.full_like(problem.positives, -1, dtype=torch.int32)
-
-    def keys(like: Keys, tensors: list[Tensor]) -> Keys:
-        return like.like(tensors[1] if len(tensors) > 1 else None)
-
-    passages = held["passage"]
-    columns = Columns(
-        passages=passages[0], passage_keys=keys(problem.passage_keys, passages), own_passage=own("passage")
-    )
-    if "query" not in held:
-        return columns
-    queries = held["query"]
-    return replace(columns, queries=queries[0], query_keys=keys(problem.row_keys, queries), own_query=own("query"))
+def _held(rows: Rows, kind: str, hop: int) -> list[int]:
+    """Return how many columns each rank holds at this hop."""
+    counts = _counts(rows, kind)
+    return counts[len(counts) - hop :] + counts[: len(counts) - hop]
 
 
-class _PrefixSoftmaxes:
-    """The softmaxes of one prefix, each as sum_j exp(s_ij) = total_B * exp(score_B + top_B).
+def _counts(rows: Rows, kind: str) -> list[int]:
+    return rows.problem.passage_counts if kind == "passage" else rows.problem.query_counts
 
-    top_B is 0 but for rows that would overflow.
-    """
 
-    def __init__(self, rows: Rows, problem: Problem):
-        self._rows, self._problem, self._schedule = rows, problem, schedule(problem.objective)
-        self._top_B = [torch.zeros_like(rows.score_B) for _ in self._schedule]
-        self._total_B = [torch.zeros_like(rows.score_B) for _ in self._schedule]
-        self._weights_B: list[Tensor] = []
-
-    def _walk(self, columns: Columns, keys: MatchedKeys) -> Iterator[tuple[int, Step, Block, int, int]]:
-        """(softmax, step, block, start, stop) for every chunk of every block."""
-        columns = columns.prefix(self._rows.queries.shape[1])
-        for softmax, (steps, _) in enumerate(self._schedule):
-            for step in steps:
-                block = self._rows.block(step, columns, keys[step.direction])
-                for start, stop in chunks(
-                    block.rows.shape[0], block.columns.shape[0], block.columns.dtype, self._problem
-                ):
-                    yield softmax, step, block, start, stop
-
-    def add_sums(self, columns: Columns, keys: MatchedKeys, counts: Tensor | None) -> None:
-        for softmax, _, block, start, stop in self._walk(columns, keys):
-            score_r, top_r, total_r = (
-                each[start:stop] for each in (self._rows.score_B, self._top_B[softmax], self._total_B[softmax])
-            )
-            _, sum_r, pivot_r = self._problem.kernels.exp_scores(
-                block, start, stop, score_r, keep=False, counts=counts if softmax == 0 else None
-            )
-            shift_r = pivot_r - score_r
-            highest_r = torch.maximum(top_r, shift_r)
-            total_r.copy_(total_r * torch.exp(top_r - highest_r) + sum_r * torch.exp(shift_r - highest_r))
-            top_r.copy_(highest_r)
-
-    def finish(self) -> None:
-        """Closes the first sweep: the loss, and the weight of every row for the second."""
-        for (_, weight), top_B, total_B in zip(self._schedule, self._top_B, self._total_B, strict=True):
-            top_B += self._rows.score_B  # from here on the pivot
-            loss_B, weights, coefficient_B = self._problem.kernels.finish(
-                [total_B], [top_B], self._rows.score_B, self._rows.factor(weight)
-            )
-            self._weights_B += weights
-            self._rows.add(loss_B, coefficient_B, weight)
-
-    def add_gradients(
-        self, columns: Columns, keys: MatchedKeys, wanted: Wanted, *, first_hop: bool
-    ) -> dict[str, Tensor]:
-        """Adds to the rows' gradients; returns those of the columns by kind."""
-        gradients = empty_column_gradients(self._problem, wanted, columns.prefix(self._rows.queries.shape[1]))
-        for softmax, step, block, start, stop in self._walk(columns, keys):
-            exp_rC, _, _ = self._problem.kernels.exp_scores(block, start, stop, self._top_B[softmax][start:stop])
-            self._problem.kernels.add_gradients(
-                block,
-                exp_rC,
-                start,
-                stop,
-                self._weights_B[softmax][start:stop],
-                self._rows.gradients.get(step.row),
-                gradients.get(step.column),
-                fresh_rows=step.first_row and first_hop,
-                fresh_columns=step.first_column and start == 0,
-            )
-            del exp_rC
-        return gradients
+def _add_sums(total_r: Tensor, top_r: Tensor, sum_r: Tensor, shift_r: Tensor) -> None:
+    """Add sum_r * exp(shift_r) to total_r * exp(top_r), in place, without overflow."""
+    highest_r = torch.maximum(top_r, shift_r)
+    total_r.copy_(total_r * torch.exp(top_r - highest_r) + sum_r * torch.exp(shift_r - highest_r))
+    top_r.copy_(highest_r)

@@ -1,4 +1,4 @@
-"""The kernel functions of `blocks` in plain PyTorch, on any device: the CPU path and the fallback.
+"""The functions of `kernels` in plain PyTorch, on any device: the CPU path and the fallback.
 
 Shapes: R rows, C columns, D dimension, r rows of one chunk, f rows of a chunk that need another pivot.
 
@@ -9,15 +9,17 @@ written once and then changed in place while the cache holds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from inbatch.losses.blocks import MAX_EXPONENT, Block, accumulator_dtype
+from inbatch.losses.kernels import MAX_EXPONENT, Block
 
-DEFAULT_CHUNKS = ((32.0, math.inf),)  # products want at least 256 rows; beyond 16 MiB speed is flat
-ROW_MULTIPLE = 16
+DEFAULT_CHUNKS: tuple[tuple[float, float], ...] = (
+    (32.0, math.inf),
+)  # products want at least 256 rows; beyond 16 MiB speed is flat
+ROW_MULTIPLE: int = 16
 _WIDENED_COLUMNS = 4096
 
 
@@ -26,7 +28,7 @@ def why_not(queries: Tensor) -> str | None:
 
 
 def exp_itemsize(dtype: torch.dtype) -> int:
-    return accumulator_dtype(dtype).itemsize
+    return torch.promote_types(dtype, torch.float32).itemsize
 
 
 def exp_scores(
@@ -54,86 +56,103 @@ def exp_scores(
 
 def _masked_scores(block: Block, select: slice | Tensor, rows_r: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scores of some rows, -inf where a column is left out, and which columns the masks leave out (None: no masks)."""
-    dtype = accumulator_dtype(block.columns.dtype)
+    dtype = torch.promote_types(block.columns.dtype, torch.float32)
     scaled_rD = block.rows[select].to(dtype) * block.scale[select, None]
     num_columns = block.columns.shape[0]
     scores_rC = scaled_rD.new_empty(scaled_rD.shape[0], num_columns)
     for tile, columns_cD in _widened(block.columns, dtype):
         torch.mm(scaled_rD, columns_cD.T, out=scores_rC[:, tile])
-    own_r = block.own[select]
-    # A row without an own column in this block is given a column beyond the end that is dropped again.
-    local = (own_r >= 0).nonzero().squeeze(1)
-    own_columns = own_r[local]
+    positive_r = block.positive[select]
+    local = ((positive_r >= 0) & (positive_r < num_columns)).nonzero().squeeze(1)
+    positive_columns = positive_r[local]
     masked_rC = _masked(block, select, scores_rC)
     if masked_rC is not None:
-        masked_rC[local, own_columns] = False
+        masked_rC[local, positive_columns] = False
         scores_rC.masked_fill_(masked_rC, -math.inf)
-    scores_rC[local, own_columns] = -math.inf
+    scores_rC[local, positive_columns] = -math.inf
     return scores_rC, masked_rC
 
 
 def _masked(block: Block, select: slice | Tensor, scores_rC: Tensor) -> Tensor | None:
     masked_rC = None if block.limit is None else scores_rC > block.limit[select, None]
-    equal_rC = None
     for row_keys, column_keys in block.keys:
         for row_key in row_keys[select].unbind(1):
+            unknown_r = row_key == -1
             for column_key in column_keys.unbind(1):
-                if masked_rC is None:
-                    masked_rC = row_key[:, None] == column_key
-                else:
-                    equal_rC = torch.eq(row_key[:, None], column_key, out=equal_rC)
-                    masked_rC |= equal_rC
+                equal_rC = row_key[:, None] == column_key
+                if unknown_r.any():
+                    equal_rC[unknown_r] = False
+                masked_rC = equal_rC if masked_rC is None else masked_rC.logical_or_(equal_rC)
     return masked_rC
 
 
-def _widened(columns: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The columns in the dtype of the products: all at once if they have it, else in tiles."""
+def _widened(columns: Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
+    """The columns in the dtype of the products: all at once if they have it, else tile by tile."""
     num_columns = columns.shape[0]
     if columns.dtype == dtype or num_columns == 0:
-        yield slice(0, num_columns), columns.to(dtype)
-        return
-    for start in range(0, num_columns, _WIDENED_COLUMNS):
-        tile = slice(start, min(start + _WIDENED_COLUMNS, num_columns))
-        yield tile, columns[tile].to(dtype)
+        return ((slice(0, num_columns), columns.to(dtype)),)
+    tiles = (slice(start, start + _WIDENED_COLUMNS) for start in range(0, num_columns, _WIDENED_COLUMNS))
+    return ((tile, columns[tile].to(dtype)) for tile in tiles)
 
 
-def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.linalg.vecdot(rows.to(scale.dtype), positives.to(scale.dtype)) * scale, scale.expand(rows.shape[0])
+def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    scale_R = scale.expand(len(rows)) if isinstance(scale, Tensor) else rows.new_full((len(rows),), scale, dtype=dtype)
+    return torch.linalg.vecdot(rows.to(dtype), positives.to(dtype)) * scale, scale_R
 
 
 def finish(
-    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, factor: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Relative to exp(positive + top). top is 0 unless a row needed another pivot; exp(-top) is the positive's term."""
+    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, scale: Tensor | float, weight: float,
+    loss_r: Tensor, coefficient_r: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    # Relative to exp(positive + top). top is 0 unless a row needed another pivot; exp(-top) is the positive's term.
     shifts = [pivot_r - positive_r for pivot_r in pivots]
     top_r = shifts[0] if len(shifts) == 1 else torch.stack(shifts).amax(0)
     scales = [torch.exp(shift_r - top_r) for shift_r in shifts]
     total_r = sum((sum_r * scale_r for sum_r, scale_r in zip(sums, scales, strict=True)), torch.zeros_like(positive_r))
-    share_r = factor / (torch.exp(-top_r) + total_r)
-    loss_r = top_r + torch.log1p(torch.expm1(-top_r) + total_r)
-    return loss_r, [share_r * scale_r for scale_r in scales], -share_r * total_r
+    share_r = (scale * weight) / (torch.exp(-top_r) + total_r)
+    loss_r.copy_(weight * (top_r + torch.log1p(torch.expm1(-top_r) + total_r)))
+    coefficient_r.copy_(-share_r * total_r)
+    return [share_r * scale_r for scale_r in scales]
 
 
 def add_gradients(
-    block: Block,
-    exp_rC: Tensor,
-    start: int,
-    stop: int,
-    weight_r: Tensor,
-    d_rows: Tensor | None,
-    d_columns: Tensor | None,
-    *,
-    fresh_rows: bool,
-    fresh_columns: bool,
+    block: Block, exp_rC: Tensor | None, start: int, stop: int, weight_r: Tensor, *, rows: bool, columns: bool
 ) -> None:
+    assert exp_rC is not None
     dtype = exp_rC.dtype
-    if d_rows is not None:
-        product_rD = d_rows[start:stop] if fresh_rows else torch.zeros_like(d_rows[start:stop])
+    if rows and block.d_rows is not None:
+        d_rows = block.d_rows[start:stop]
+        product_rD = torch.empty_like(d_rows) if block.adds_to_rows else d_rows
         for tile, columns_cD in _widened(block.columns, dtype):
-            product_rD.addmm_(exp_rC[:, tile], columns_cD, beta=0 if fresh_rows and tile.start == 0 else 1)
+            product_rD.addmm_(exp_rC[:, tile], columns_cD, beta=1 if tile.start else 0)
         product_rD.mul_(weight_r[:, None])
-        if not fresh_rows:
-            d_rows[start:stop] += product_rD
-    if d_columns is not None:
+        if block.adds_to_rows:
+            d_rows += product_rD
+    if columns and block.d_columns is not None:
         weighted_rD = block.rows[start:stop].to(dtype) * weight_r[:, None]
-        d_columns.addmm_(exp_rC.T, weighted_rD, beta=0 if fresh_columns else 1)
+        block.d_columns.addmm_(exp_rC.T, weighted_rD, beta=1 if block.adds_to_columns or start > 0 else 0)
+
+
+def close(
+    queries: Tensor, passages: Tensor, positives: slice | Tensor, coefficient_B: Tensor,
+    d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    factor = coefficient_B[:, None] * grad
+    if d_queries is not None:
+        d_queries = torch.addcmul(d_queries * grad, factor, passages[positives]).to(queries.dtype)
+    if d_passages is not None:
+        d_passages = d_passages * grad
+        add_rows(d_passages, positives, factor * queries)
+        d_passages = d_passages.to(passages.dtype)
+    return d_queries, d_passages
+
+
+def add_rows(passages: Tensor, positives: slice | Tensor, values_BD: Tensor) -> None:
+    """passages[positives] += values, in an order that is the same in every run."""
+    if isinstance(positives, slice):
+        passages[positives] += values_BD
+    elif passages.is_cuda:
+        passages.index_put_((positives,), values_BD, accumulate=True)  # sorts; index_add_ would race
+    else:
+        passages.index_add_(0, positives, values_BD)

@@ -24,7 +24,7 @@ def compiled(keys: int, *, limit: bool, count: bool, keep: bool):
         types[name] = f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
     constants = {"LIMIT": limit, "COUNT": count, "KEEP": keep, **TILE}
     signature = {name: types.get(name, "constexpr") for name in names}
-    signature["keys"] = (("*i32", "*i32", "i32", "i32"),) * keys
+    signature["keys"] = (("*i64", "*i64", "i32", "i32", "i32", "i32"),) * keys
     places = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(exp_kernel, signature, places, {})
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

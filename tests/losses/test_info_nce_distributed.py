@@ -24,8 +24,8 @@ from inbatch.losses import (
     InfoNCELoss,
     LossStats,
     Objective,
+    gathered,
     info_nce,
-    overlap,
     tiled,
 )
 from tests.helpers import device
@@ -127,12 +127,13 @@ def true_loss(case: Case, queries: Tensor, passages: Tensor, temperature: Tensor
     def document(j: int) -> set:
         return {case.passage_ids[j]} - {-1} if case.passage_ids else set()
 
-    def documents(i: int) -> set:
-        known = set(case.positive_ids[i]) - {-1} if case.positive_ids else set()
-        return document(y[i]) | known
-
     def same_query(i: int, k: int) -> bool:
         return case.query_ids is not None and case.query_ids[i] == case.query_ids[k] != -1
+
+    def documents(i: int) -> set:
+        known = set(case.positive_ids[i]) - {-1} if case.positive_ids else set()
+        again = [k for k in rows if same_query(i, k) and (not local or row_rank[k] == row_rank[i])]
+        return set().union(document(y[i]), known, *(document(y[k]) for k in again))
 
     def is_false(direction: str, i: int, j: int) -> bool:
         if direction in ("query_to_passage", "passage_to_passage"):
@@ -254,7 +255,7 @@ def check_share(case: Case, rank: int, group, share, expected, tolerance: float,
 def check_cases(rank: int, world_size: int, seeds: range) -> int:
     """The body: every implementation and way of negatives, for many random global batches."""
     torch.use_deterministic_algorithms(True)  # fills fresh buffers with NaN
-    smallest = overlap.SMALLEST_PIECE_BYTES
+    smallest = gathered.SMALLEST_PIECE_BYTES
     variants = [("reference", torch.float64, 1e-7), ("tiled", torch.float64, 1e-7), ("tiled", torch.bfloat16, 2e-2)]
     if device().type == "cuda":
         variants += [("fused", torch.float32, 1e-3), ("fused", torch.bfloat16, 2e-2), ("fused", torch.float16, 2e-2)]
@@ -264,7 +265,7 @@ def check_cases(rank: int, world_size: int, seeds: range) -> int:
     try:
         for seed in seeds:
             case = make_case(seed, world_size)
-            overlap.SMALLEST_PIECE_BYTES = smallest if seed % 2 else 16  # gathered whole, or in pieces
+            gathered.SMALLEST_PIECE_BYTES = smallest if seed % 2 else 16  # gathered whole, or in pieces
             for local in (False, True):
                 # The formula in Python is slow: one rank works it out.
                 by_dtype = [
@@ -283,7 +284,7 @@ def check_cases(rank: int, world_size: int, seeds: range) -> int:
                         checked += 1
     finally:
         torch.use_deterministic_algorithms(False)
-        overlap.SMALLEST_PIECE_BYTES = smallest
+        gathered.SMALLEST_PIECE_BYTES = smallest
     return checked
 
 

@@ -6,6 +6,7 @@ float32 on small shapes. Shapes: R rows, C columns, D dimension, B queries, M pa
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -24,7 +25,7 @@ pytest.importorskip("triton", reason="the fused path needs triton")
 
 from inbatch import info_nce
 from inbatch.losses import CLIP, GTE, FalseNegatives, LossStats, tiled
-from inbatch.losses.blocks import Block
+from inbatch.losses.kernels import Block, Kernels
 from inbatch.losses.triton import host as fused
 from inbatch.losses.triton import launch as _launch
 from tests.helpers import REPOSITORY
@@ -56,16 +57,20 @@ def integers(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def make_block(R: int, C: int, D: int, dtype: torch.dtype, *, keys: int = 0, limit: bool = False, scale: float = 20.0):
-    own = integers(-1, C, (R,), 3)
     pairs = []
-    for pair in range(keys):
-        row_keys, column_keys = integers(-1, 6, (R, 2 - pair), 4 + pair), integers(-2, 6, (C, 1 + pair), 6 + pair)
-        column_keys[column_keys == -1] = -2
+    for pair in range(keys):  # several agree in their lower 32 bits
+        row_keys, column_keys = (
+            torch.where(values > 3, values << 32, values)
+            for values in (
+                integers(-1, 8, (R, 2 - pair), 4 + pair).long(),
+                integers(-1, 8, (C, 1 + pair), 6 + pair).long(),
+            )
+        )
         pairs.append((row_keys, column_keys))
     return Block(
         rows=F.normalize(random(R, D, seed=1), dim=1).to(DEVICE, dtype),
         columns=F.normalize(random(C, D, seed=2), dim=1).to(DEVICE, dtype),
-        own=own,
+        positive=integers(-1, C, (R,), 3),
         scale=torch.full((R,), scale, device=DEVICE),
         keys=tuple(pairs),
         limit=random(R, seed=8).to(DEVICE, torch.float32) * 5 if limit else None,
@@ -77,10 +82,11 @@ def truth(block: Block, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = block.rows.double() @ block.columns.double().T * block.scale.double()[:, None]
     masked = torch.zeros_like(scores, dtype=torch.bool)
     for row_keys, column_keys in block.keys:
-        masked |= (row_keys[:, None, :, None] == column_keys[None, :, None, :]).any(3).any(2)
+        row_keys = row_keys[:, None, :, None]
+        masked |= ((row_keys == column_keys[None, :, None, :]) & (row_keys != -1)).any(3).any(2)
     if block.limit is not None:
         masked |= scores > block.limit[:, None]
-    own = torch.arange(scores.shape[1], device=DEVICE) == block.own[:, None]
+    own = torch.arange(scores.shape[1], device=DEVICE) == block.positive[:, None]
     masked &= ~own
     exp = torch.where(masked | own, 0.0, torch.exp(scores - pivot.double()[:, None]))
     return exp, exp.sum(1), masked.sum(1), (exp > 1).sum(1)
@@ -169,11 +175,13 @@ def test_finish_keeps_the_digits_of_tiny_and_of_huge_losses():
     sums = torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 2.0, 3.0, 1.5], device=DEVICE)
     rises = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 88.0, 400.0], device=DEVICE)
     positive = torch.linspace(-40, 40, 7, device=DEVICE)
-    loss, (weight,), coefficient = fused.finish([sums], [positive + rises], positive, torch.tensor(0.5, device=DEVICE))
+    loss, coefficient = torch.empty(2, 7, device=DEVICE)
+    for scale in (2.0, torch.tensor(2.0, device=DEVICE)):
+        (weight,) = fused.finish([sums], [positive + rises], positive, scale, 0.25, loss, coefficient)
     rise64, sum64 = (positive + rises).double() - positive.double(), sums.double()
     z = sum64 + torch.exp(-rise64)
     true_loss = torch.where(rise64 == 0, torch.log1p(sum64), rise64 + z.log())
-    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), 0.25 * true_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(weight.double(), 0.5 / z, rtol=1e-6, atol=0)
     torch.testing.assert_close(coefficient.double(), -0.5 * sum64 / z, rtol=1e-6, atol=0)
 
@@ -187,16 +195,25 @@ def test_gradients_overwrite_or_add(dtype):
     d_rows, d_columns = (torch.full(like.shape, math.nan, device=DEVICE) for like in (block.rows, block.columns))
     true_rows = weight.double()[:, None] * (exp.double() @ block.columns.double())
     true_columns = exp.double().T @ (weight.double()[:, None] * block.rows[5:].double())
+    block = replace(block, d_rows=d_rows, d_columns=d_columns)
     for times in (1, 2):
-        fresh = times == 1
-        fused.add_gradients(block, exp, 5, 45, weight, d_rows, d_columns, fresh_rows=fresh, fresh_columns=fresh)
+        # The first 5 rows are of another chunk; the columns' gradient is only overwritten by a chunk that starts at 0.
+        adds = replace(block, adds_to_rows=times > 1, adds_to_columns=times > 1)
+        if times == 1:
+            d_columns.zero_()
+        fused.add_gradients(adds, exp, 5, 45, weight, rows=True, columns=True)
         assert error(d_rows[5:], times * true_rows) <= TOLERANCE[dtype]
         assert error(d_columns, times * true_columns) <= TOLERANCE[dtype]
     assert d_rows[:5].isnan().all()
     before = d_rows.clone()
-    fused.add_gradients(block, exp, 5, 45, weight, None, d_columns, fresh_rows=True, fresh_columns=True)
+    d_columns.zero_()
+    fused.add_gradients(block, exp, 5, 45, weight, rows=False, columns=True)
     assert error(d_columns, true_columns) <= TOLERANCE[dtype]
     assert torch.equal(before[5:], d_rows[5:])
+    whole, _, _ = fused.exp_scores(block, 0, 45, torch.zeros(45, device=DEVICE))
+    d_columns.fill_(math.nan)
+    fused.add_gradients(block, whole, 0, 45, torch.ones(45, device=DEVICE), rows=False, columns=True)
+    assert error(d_columns, whole.double().T @ block.rows.double()) <= TOLERANCE[dtype]
 
 
 def leaves(B: int, M: int, D: int, dtype: torch.dtype, *, strided: bool = False) -> tuple[Tensor, Tensor]:
@@ -305,7 +322,7 @@ def test_the_hopper_kernel_gives_what_the_portable_one_gives(R, C, D, keys, limi
         pytest.skip("not a Hopper GPU, or another triton than the kernel was written for")
     block = make_block(R, C, D, dtype, keys=keys, limit=limit)
     if keys == 1:  # one key each, as passage ids give
-        block = replace(block, keys=tuple((row[:, :1].contiguous(), column) for row, column in block.keys))
+        block = replace(block, keys=tuple((row[:, :1], column) for row, column in block.keys))
     monkeypatch.setattr(fused.hopper, "PROVEN", True)  # this is the proof
     pivot, results = random(R, seed=9).to(DEVICE, torch.float32), []
     for kernel in (fused.hopper, None):
@@ -440,17 +457,15 @@ def test_a_launch_like_an_earlier_one_asks_triton_for_nothing(monkeypatch):
 
 
 def test_the_interface_is_that_of_the_tiled_path():
-    for name in (
-        "positive_scores",
-        "exp_scores",
-        "finish",
-        "add_gradients",
-        "why_not",
-        "exp_itemsize",
-        "DEFAULT_CHUNKS",
-        "ROW_MULTIPLE",
-    ):
-        assert type(getattr(fused, name)) is type(getattr(tiled, name))
+    names = [name for name in vars(Kernels) if not name.startswith("_")] + ["DEFAULT_CHUNKS", "ROW_MULTIPLE"]
+    assert len(names) == 9
+    for name in names:
+        ours, theirs = getattr(fused, name), getattr(tiled, name)
+        assert type(ours) is type(theirs)
+        if callable(ours):
+            expected = inspect.signature(getattr(Kernels, name))
+            assert inspect.signature(ours).parameters.keys() == expected.parameters.keys()
+            assert inspect.signature(theirs).parameters.keys() == expected.parameters.keys()
 
 
 @pytest.mark.skipif(CUDA or fused.INTERPRETED, reason="the tests above run as they are")

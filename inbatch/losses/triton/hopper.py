@@ -1,4 +1,4 @@
-"""`exp_kernel` of `_kernels` for Hopper, in Gluon: one half of the tile is exponentiated while the other multiplies.
+"""`exp_kernel` for Hopper, in Gluon: one half of the tile is exponentiated while the other multiplies.
 
 Shapes: r rows of one chunk, C columns, D dimension; a tile is BM rows by BN columns, BK of D at a time.
 
@@ -83,9 +83,9 @@ def _quarters(values, M: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def _first_keys(keys, i, j, R, C):
     """The first key of each row and of each column."""
-    row_keys, column_keys, K, L = keys
-    row_key = gl.load(row_keys + i.to(gl.int64) * K, mask=i < R, other=-1)
-    return row_key, gl.load(column_keys + j.to(gl.int64) * L, mask=j < C, other=-2)
+    row_keys, column_keys, _K, _L, row_step, column_step = keys
+    row_key = gl.load(row_keys + i.to(gl.int64) * row_step, mask=i < R, other=-1)
+    return row_key, gl.load(column_keys + j.to(gl.int64) * column_step, mask=j < C, other=-1)
 
 
 @gluon.jit
@@ -104,7 +104,7 @@ def _compute(
     column_layout: gl.constexpr = gl.SliceLayout(0, piece_layout)
     key_layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     masks: gl.constexpr = len(keys) > 0 or LIMIT
-    buffers: gl.constexpr = 2 if len(keys) < 2 else 1
+    buffers: gl.constexpr = 2 if len(keys) == 0 else 1
     fill: gl.constexpr = -1.0 if COUNT else 0.0
     row_tiles, column_tiles = gl.cdiv(R, BM), gl.cdiv(C, BN)
     steps = gl.cdiv(D, BK)
@@ -165,7 +165,7 @@ def _compute(
             for pair in gl.static_range(len(keys)):
                 column_keys = keys_smem.index(len(keys) * SECOND + pair).slice(piece * width, width).load(column_layout)
                 row_keys = row_key_0 if pair == 0 else row_key_1
-                values = gl.where(row_keys[:, None] == column_keys[None, :], fill, values)
+                values = gl.where((row_keys[:, None] == column_keys[None, :]) & (row_keys != -1)[:, None], fill, values)
                 if keys[pair][2] * keys[pair][3] > 1:  # several keys a row or column: the others as they come
                     values = _fill_masked(values, part, fill, scale, limit, (keys[pair],), i, j, R, C, False)
             if LIMIT:
@@ -195,14 +195,14 @@ def exp_kernel(
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     LEAD: gl.constexpr,
 ):  # fmt: skip
-    """E and its partial row sums, as `_kernels.exp_kernel`; half-precision rows and columns, in tensor descriptors."""
+    """E and its partial row sums, as in `tile_kernels`; half-precision rows and columns, in tensor descriptors."""
     half: gl.constexpr = BM // 2
     rows_smem = gl.allocate_shared_memory(rows.dtype, [2 * STAGES, half, BK], rows.layout)
     columns_smem = gl.allocate_shared_memory(columns.dtype, [STAGES, BN, BK], columns.layout)
-    # Two buffers for each computing group, one where the keys of two pairs need the room.
-    buffers: gl.constexpr = 4 if len(keys) < 2 else 2
+    # Two buffers for each computing group, one where keys need the room.
+    buffers: gl.constexpr = 4 if len(keys) == 0 else 2
     exp_smem = gl.allocate_shared_memory(exp.dtype, [buffers, half, BN // 4], exp.layout)
-    keys_smem = gl.allocate_shared_memory(gl.int32, [max(2 * len(keys), 1), BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    keys_smem = gl.allocate_shared_memory(gl.int64, [max(2 * len(keys), 1), BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     lead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

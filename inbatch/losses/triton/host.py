@@ -1,4 +1,4 @@
-"""The kernel functions of `blocks` in Triton, for CUDA: float32 scores that never leave the registers.
+"""The functions of `kernels` in Triton, for CUDA: float32 scores that never leave the registers.
 
 Shapes: R rows, C columns, D dimension, r rows of one chunk.
 
@@ -19,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.losses.blocks import Block
+from inbatch.losses import tiled
+from inbatch.losses.kernels import Block
 from inbatch.losses.triton.launch import INTERPRETED, launch
 
 kernels: Any = None
 row_kernels: Any = None
 TensorDescriptor: Any = None
+cdiv: Any = None
 try:
+    from triton import cdiv
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from inbatch.losses.triton import row_kernels
@@ -38,8 +41,8 @@ with suppress(ImportError):  # another Gluon than it was written for
 
 # (MiB, rows at most), the most rows of these. Every chunk reads and writes the float32 gradient of all columns once, so
 # few rows against many columns wait for memory.
-DEFAULT_CHUNKS = ((1024.0, math.inf), (2048.0, 4096), (math.inf, 2048))
-ROW_MULTIPLE = 128
+DEFAULT_CHUNKS: tuple[tuple[float, float], ...] = ((1024.0, math.inf), (2048.0, 4096), (math.inf, 2048))
+ROW_MULTIPLE: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,6 @@ class Tile:
     FLATTEN: bool
     num_warps: int
     num_stages: int
-    programs: int = 1  # resident on each multiprocessor
-
-    def constants(self) -> dict[str, int | bool]:
-        return {name: getattr(self, name) for name in ("BM", "BN", "BK", "HALVES", "GROUP", "FLATTEN")}
 
 
 HALF_TILE = Tile(BM=128, BN=256, BK=64, HALVES=2, GROUP=8, FLATTEN=True, num_warps=8, num_stages=4)
@@ -79,50 +78,69 @@ def why_not(queries: Tensor) -> str | None:
 
 
 def exp_itemsize(dtype: torch.dtype) -> int:
-    return _exp_dtype(dtype).itemsize
+    return dtype.itemsize
 
 
-def _exp_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+# ---- plans: all that does not change from call to call, so that the host decides it once
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are made. Half precision is exact either way."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How `exp_scores` runs for inputs of one kind."""
+
+    exp_dtype: torch.dtype
+    tile: Tile
+    multiprocessors: int
+    hopper: bool
+    masks: dict[str, bool]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    settle_constants: dict[str, Any]
 
 
-def _pieces(size: int, piece: int) -> int:
-    return -(-size // piece)
+@lru_cache(maxsize=256)
+def _plan(dtype: torch.dtype, device: torch.device, bulk: bool, limit: bool, count: bool, keep: bool) -> Plan:
+    multiprocessors, _, is_hopper = _device_facts(device)
+    if INTERPRETED:
+        tile = INTERPRETED_TILE
+    elif not bulk:
+        tile = POINTER_TILE
+    else:
+        tile = FLOAT_TILE if dtype == torch.float32 else HALF_TILE
+    masks = {"LIMIT": limit, "COUNT": count, "KEEP": keep}
+    names = ("BM", "BN", "BK", "HALVES", "GROUP", "FLATTEN")
+    precision = {"PRECISION": _PRECISION[dtype]}
+    return Plan(
+        exp_dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
+        tile=tile,
+        multiprocessors=multiprocessors,
+        hopper=tile is HALF_TILE and is_hopper and hopper is not None and hopper.PROVEN,
+        masks=masks,
+        constants=masks | {"TMA": bulk} | {name: getattr(tile, name) for name in names} | precision,
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        settle_constants={"LIMIT": limit, "KEEP": keep, **_SETTLE_TILE} | precision,
+    )
+
+
+# How products of a dtype are made. Half precision is exact either way.
+_PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "tf32", torch.float16: "tf32"}
 
 
 @lru_cache(maxsize=16)
-def _device_facts(index: int) -> tuple[int, bool, bool]:
-    """(multiprocessors, whether the large tiles run: a bulk copy engine and 227 KiB of shared memory, is it Hopper)"""
-    properties = torch.cuda.get_device_properties(index)
+def _device_facts(device: torch.device) -> tuple[int, bool, bool]:
+    """Return the multiprocessors; True if the large tiles run: bulk copies, 227 KiB shared memory; True for Hopper."""
+    if device.type != "cuda":
+        return 2, True, False
+    properties = torch.cuda.get_device_properties(device)
     large = properties.major >= 9 and properties.shared_memory_per_block_optin >= 232448
     return properties.multi_processor_count, large, large and properties.major == 9
 
 
-def _multiprocessors(tensor: Tensor) -> int:
-    return _device_facts(tensor.device.index)[0] if tensor.is_cuda else 2
-
-
-def _bulk_copies(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can read all of these."""
-    if tensors[0].is_cuda and not _device_facts(tensors[0].device.index)[1]:
-        return False
-    return all(
-        tensor.stride(1) == 1 and tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
-        for tensor in tensors
-    )
-
-
-def _pick_tile(dtype: torch.dtype, bulk: bool) -> Tile:
-    if INTERPRETED:
-        return INTERPRETED_TILE
-    if not bulk:
-        return POINTER_TILE
-    return FLOAT_TILE if dtype == torch.float32 else HALF_TILE
+def _bulk_copies(rows: Tensor, columns: Tensor) -> bool:
+    """Return True if tensor descriptors can read both."""
+    aligned = (rows.data_ptr() | columns.data_ptr()) % 16 == 0
+    strides = (rows.stride(0) | columns.stride(0)) * rows.itemsize % 16 == 0
+    return aligned and strides and rows.stride(1) == columns.stride(1) == 1 and _device_facts(rows.device)[1]
 
 
 def _descriptors(rows: Tensor, columns: Tensor, exp: Tensor, tile: Tile) -> tuple[Any, Any, Any]:
@@ -134,106 +152,112 @@ def _descriptors(rows: Tensor, columns: Tensor, exp: Tensor, tile: Tile) -> tupl
     )
 
 
-def _row_slices(block: Block, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple]:
-    limit = None if block.limit is None else block.limit[start:stop]
-    keys = tuple(
-        (row_keys[start:stop], column_keys, row_keys.shape[1], column_keys.shape[1])
-        for row_keys, column_keys in block.keys
-    )
-    return block.rows[start:stop], block.own[start:stop], block.scale[start:stop], limit, keys
+# ---- the functions of the interface
 
 
 def exp_scores(
     block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    rows, own, scale, limit, keys = _row_slices(block, start, stop)
-    (R, D), C = rows.shape, block.columns.shape[0]
-    dtype, device = _exp_dtype(rows.dtype), rows.device
+    rows, columns, device = block.rows[start:stop], block.columns, block.rows.device
+    positive, scale = block.positive[start:stop], block.scale[start:stop]
+    limit = None if block.limit is None else block.limit[start:stop]
+    (R, D), C = rows.shape, columns.shape[0]
+    bulk = _bulk_copies(rows, columns)
+    plan = _plan(rows.dtype, device, bulk, limit is not None, counts is not None, keep)
     # Rows of E start on 128 bytes: the copy engine needs 16, the products are fastest so.
     stride = -(-C // 64) * 64
-    exp = torch.empty((R, stride) if keep else (1, stride), dtype=dtype, device=device)
+    exp = torch.empty((R, stride) if keep else (1, stride), dtype=plan.exp_dtype, device=device)
     if R == 0 or C == 0:
         return (exp[:, :C] if keep else None), torch.zeros(R, dtype=torch.float32, device=device), pivot_r
-    bulk = _bulk_copies(rows, block.columns)
-    tile, precision = _pick_tile(rows.dtype, bulk), _precision(rows.dtype)
-    tiles = _pieces(R, tile.BM), _pieces(C, tile.BN)
-    partial = torch.empty((tiles[1], R), dtype=torch.float32, device=device)
-    sums = torch.empty((2, R), dtype=torch.float32, device=device)  # and pivots
-    vectors = own, pivot_r, scale, pivot_r if limit is None else limit, partial
-    strides = rows.stride(0), block.columns.stride(0), stride
-    grid = min(tiles[0] * tiles[1], _multiprocessors(rows) * tile.programs)
-    common = *vectors, own if counts is None else counts[start:stop], keys, R, C, D
-    masks = {"LIMIT": limit is not None, "COUNT": counts is not None, "KEEP": keep}
-    if tile is HALF_TILE and hopper is not None and hopper.PROVEN and _device_facts(rows.device.index)[2]:
-        hopper.launch_exp(grid, rows, block.columns, exp, common, masks)
+    column_tiles = cdiv(C, plan.tile.BN)
+    buffer = torch.empty((column_tiles + 2, R), dtype=torch.float32, device=device)
+    partial, sum_r, new_pivot_r = buffer[:column_tiles], buffer[column_tiles], buffer[column_tiles + 1]
+    vectors = positive, pivot_r, scale, pivot_r if limit is None else limit, partial
+    strides = rows.stride(0), columns.stride(0), stride
+    keys = tuple(
+        (
+            of_rows[start:stop],
+            of_columns,
+            of_rows.shape[1],
+            of_columns.shape[1],
+            of_rows.stride(0),
+            of_columns.stride(0),
+        )
+        for of_rows, of_columns in block.keys
+    )
+    grid = min(cdiv(R, plan.tile.BM) * column_tiles, plan.multiprocessors)
+    common = *vectors, positive if counts is None else counts[start:stop], keys, R, C, D
+    if plan.hopper:
+        hopper.launch_exp(grid, rows, columns, exp, common, plan.masks)
     else:
-        operands = _descriptors(rows, block.columns, exp, tile) if bulk else (rows, block.columns, exp)
-        constants = masks | {"TMA": bulk} | tile.constants() | {"PRECISION": precision}
-        warps = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        launch(kernels.exp_kernel, grid, (*operands, *common, *strides), constants, **warps)
-    constants = {"LIMIT": limit is not None, "KEEP": keep, **_SETTLE_TILE, "PRECISION": precision}
-    arguments = (rows, block.columns, exp, *vectors, sums[0], sums[1], keys, R, C, D, tiles[1], *strides)
-    launch(kernels.settle_kernel, _pieces(R, _SETTLE_TILE["BM"]), arguments, constants)
-    return (exp[:, :C] if keep else None), sums[0], sums[1]
+        operands = _descriptors(rows, columns, exp, plan.tile) if bulk else (rows, columns, exp)
+        launch(kernels.exp_kernel, grid, (*operands, *common, *strides), plan.constants, **plan.options)
+    arguments = (rows, columns, exp, *vectors, sum_r, new_pivot_r, keys, R, C, D, column_tiles, *strides)
+    launch(kernels.settle_kernel, cdiv(R, _SETTLE_TILE["BM"]), arguments, plan.settle_constants)
+    return (exp[:, :C] if keep else None), sum_r, new_pivot_r
 
 
 def finish(
-    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, factor: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, scale: Tensor | float, weight: float,
+    loss_r: Tensor, coefficient_r: Tensor,
+) -> list[Tensor]:  # fmt: skip
     R = positive_r.shape[0]
-    loss, coefficient, *weights = torch.empty((2 + len(sums), R), dtype=torch.float32, device=positive_r.device)
+    weights = torch.empty((len(sums), R), dtype=torch.float32, device=positive_r.device).unbind()
     if R:
-        blocks = tuple(zip(sums, pivots, strict=True))
         # The weights of all blocks lie one after the other.
-        arguments = (blocks, positive_r, factor, loss, coefficient, weights[0], R)
-        launch(row_kernels.finish_kernel, _pieces(R, 256), arguments, {"BLOCK": 256})
-    return loss, weights, coefficient
+        arguments = (
+            tuple(zip(sums, pivots, strict=True)),
+            positive_r,
+            scale,
+            weight,
+            loss_r,
+            coefficient_r,
+            weights[0],
+            R,
+        )
+        constants = {"SCALE_IN_MEMORY": isinstance(scale, Tensor), "BLOCK": 256}
+        launch(row_kernels.finish_kernel, cdiv(R, 256), arguments, constants)
+    return list(weights)
 
 
-def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
     R, D = rows.shape
-    scores, row_scale = torch.empty((2, R), dtype=torch.float32, device=rows.device)
+    scores, row_scale = torch.empty((2, R), dtype=torch.float32, device=rows.device).unbind()
     if R:
         arguments = (rows, positives, scale, scores, row_scale, R, D, rows.stride(0), positives.stride(0))
         width = 32 if rows.dtype == torch.float32 else 128
-        constants = {"BM": 64, "BK": width, "BD": 128, "PRECISION": _precision(rows.dtype)}
-        launch(kernels.positive_kernel, _pieces(R, 64), arguments, constants)
+        constants = {"BM": 64, "BK": width, "BD": 128, "PRECISION": _PRECISION[rows.dtype]}
+        constants = {"SCALE_IN_MEMORY": isinstance(scale, Tensor)} | constants
+        launch(kernels.positive_kernel, cdiv(R, 64), arguments, constants)
     return scores, row_scale
 
 
 def add_gradients(
-    block: Block,
-    exp_rC: Tensor,
-    start: int,
-    stop: int,
-    weight_r: Tensor,
-    d_rows: Tensor | None,
-    d_columns: Tensor | None,
-    *,
-    fresh_rows: bool,
-    fresh_columns: bool,
+    block: Block, exp_rC: Tensor | None, start: int, stop: int, weight_r: Tensor, *, rows: bool, columns: bool
 ) -> None:
-    rows, dtype = block.rows[start:stop], exp_rC.dtype
-    (R, D), device = rows.shape, rows.device
-    if R == 0 or D == 0:
+    assert exp_rC is not None
+    rows_rD, dtype = block.rows[start:stop], exp_rC.dtype
+    (R, D), device = rows_rD.shape, rows_rD.device
+    d_rows, d_columns = block.d_rows if rows else None, block.d_columns if columns else None
+    if R == 0 or D == 0 or (d_rows is None and d_columns is None):
         return
-    target = product = rows if d_rows is None else d_rows[start:stop]
+    target = product = rows_rD if d_rows is None else d_rows[start:stop]
     if d_rows is not None:
-        if not fresh_rows:
+        if block.adds_to_rows:
             product = torch.empty((R, D), dtype=torch.float32, device=device)
         _product(exp_rC, block.columns.to(dtype), product, add=False)
     # With the rows contiguous, as exp_rC.T has the columns, both operands being transposed costs the product up to 5 %.
     stride = -(-R // 64) * 64
     weighted_Dr = weight_r if d_columns is None else torch.empty((D, stride), dtype=dtype, device=device)
     arguments = (
-        product, target, rows, weighted_Dr, weight_r,
-        R, D, product.stride(0), target.stride(0), rows.stride(0), stride,
+        product, target, rows_rD, weighted_Dr, weight_r,
+        R, D, product.stride(0), target.stride(0), rows_rD.stride(0), stride,
     )  # fmt: skip
-    masks = {"ADD": not fresh_rows, "ROWS": d_rows is not None, "COLUMNS": d_columns is not None}
-    grid = _pieces(R, 64) * _pieces(D, 64)
+    masks = {"ADD": block.adds_to_rows, "ROWS": d_rows is not None, "COLUMNS": d_columns is not None}
+    grid = cdiv(R, 64) * cdiv(D, 64)
     launch(row_kernels.weigh_kernel, grid, arguments, masks | {"BM": 64, "BD": 64})
     if d_columns is not None:
-        _product(exp_rC.T, weighted_Dr[:, :R].T, d_columns, add=not fresh_columns)
+        _product(exp_rC.T, weighted_Dr[:, :R].T, d_columns, add=block.adds_to_columns or start > 0)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
@@ -247,28 +271,17 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
 
 
 def close(
-    queries: Tensor,
-    passages: Tensor,
-    stride: int,
-    coefficient_B: Tensor,
-    d_queries: Tensor,
-    d_passages: Tensor,
-    factor: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """factor * (the float32 gradients + the positive term), in the inputs' dtype: the last step, in one pass.
-
-    Query i's positive is passage i * stride; coefficient_B is what its score's gradient is, in the units of the totals.
-    """
+    queries: Tensor, passages: Tensor, positives: slice | Tensor, coefficient_B: Tensor,
+    d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     (B, D), M = queries.shape, passages.shape[0]
-    out = (
-        torch.empty((B, D), dtype=queries.dtype, device=queries.device),
-        torch.empty_like(d_passages, dtype=queries.dtype),
-    )
-    grid = _pieces(B, 8) + _pieces(M, 8)
-    if grid and D:
-        arguments = (
-            queries, passages, coefficient_B, factor, d_queries, d_passages, *out,
-            B, M, D, stride, queries.stride(0), passages.stride(0),
-        )  # fmt: skip
-        launch(row_kernels.close_kernel, grid, arguments, {"BM": 8, "BD": 512})
+    if d_queries is None or d_passages is None or isinstance(positives, Tensor) or positives.start or not (B and D):
+        return tiled.close(queries, passages, positives, coefficient_B, d_queries, d_passages, grad)
+    # One pass over the gradients of both.
+    out = torch.empty_like(d_queries, dtype=queries.dtype), torch.empty_like(d_passages, dtype=queries.dtype)
+    arguments = (
+        queries, passages, coefficient_B, grad, d_queries, d_passages, *out,
+        B, M, D, positives.step, queries.stride(0), passages.stride(0),
+    )  # fmt: skip
+    launch(row_kernels.close_kernel, cdiv(B, 8) + cdiv(M, 8), arguments, {"BM": 8, "BD": 512})
     return out

@@ -21,11 +21,11 @@ _launchable: dict[tuple, Any] = {}
 
 
 def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], **options: int) -> None:
-    """kernel[(grid,)](*arguments, **constants, **options), remembering what Triton compiles for arguments like these.
+    """Run kernel[(grid,)](*arguments, **constants, **options), remembering the compiled kernel.
 
-    Finding that again takes Triton longer than launching it. `constants` are the kernel's last parameters, in order.
-    Like: the same dtypes, alignments and descriptors' blocks, and integers that Triton takes alike. Tensors then go as
-    addresses, which saves asking the driver about each.
+    Looking up the compiled kernel costs Triton more than the launch. Calls share an entry if their arguments agree in
+    dtype, 16-byte alignment, descriptor block shape and integer specialisation. Tensors then go as addresses, which
+    saves asking the driver about each. `constants` are the kernel's last parameters, in order.
     """
     kinds, values = _kinds_and_values(arguments)
     device = torch.cuda.current_device() if not INTERPRETED else -1
@@ -42,12 +42,13 @@ def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], 
 
 
 def _hooked() -> bool:
-    """Whether somebody, a profiler say, wants to know of launches. Empty chains of hooks are as good as none."""
+    """Return True if somebody, a profiler say, wants to know of launches. Empty chains of hooks count as none."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _kinds_and_values(arguments: tuple) -> tuple[tuple, tuple]:
+    """Return what Triton specialises a kernel on, and what the compiled kernel takes."""
     kinds: list[Any] = []
     values: list[Any] = []
     for argument in arguments:
@@ -59,10 +60,10 @@ def _kinds_and_values(arguments: tuple) -> tuple[tuple, tuple]:
             kinds += argument == 1, argument % 16 == 0, argument < 2**31
         elif isinstance(argument, float):
             kinds.append(float)
-        elif isinstance(argument, tuple):
+        elif isinstance(argument, tuple) and argument:
             kind, value = _kinds_and_values(argument)
             kinds.append(kind)
-        else:  # a tensor descriptor
+        elif not isinstance(argument, tuple):  # a tensor descriptor
             kinds += argument.base.dtype, *argument.block_shape
         values.append(value)
     return tuple(kinds), tuple(values)

@@ -23,8 +23,13 @@ def _log_sum(total, rise):
 
 
 @triton.jit
-def finish_kernel(blocks, positive_ptr, factor_ptr, loss_ptr, coefficient_ptr, weights_ptr, R, BLOCK: tl.constexpr):
-    """loss = log(Z) - positive, coefficient = -factor (1 - exp(positive) / Z), weights_b = factor exp(pivot_b) / Z.
+def finish_kernel(
+    blocks, positive_ptr, scale, weight, loss_ptr, coefficient_ptr, weights_ptr, R,
+    SCALE_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write loss = weight (log(Z) - positive), coefficient = -factor (1 - exp(positive) / Z) and, for each block,
+
+    weight_b = factor exp(pivot_b) / Z, with factor = scale * weight.
 
     blocks: a pair (sums, pivots) for each block of the softmax. In float64, which costs nothing here: a row's loss may
     be 1e-9 or 200 and keeps its digits either way.
@@ -38,8 +43,10 @@ def finish_kernel(blocks, positive_ptr, factor_ptr, loss_ptr, coefficient_ptr, w
     for b in tl.static_range(len(blocks)):
         rise = tl.load(blocks[b][1] + i, mask=i < R, other=0.0).to(tl.float64) - positive
         total += tl.load(blocks[b][0] + i, mask=i < R, other=0.0).to(tl.float64) * tl.exp(rise - top)
-    share = tl.load(factor_ptr).to(tl.float64) / (total + tl.exp(-top))
-    tl.store(loss_ptr + i, _log_sum(total, top).to(tl.float32), mask=i < R)
+    if SCALE_IN_MEMORY:
+        scale = tl.load(scale)
+    share = (scale * weight) / (total + tl.exp(-top))
+    tl.store(loss_ptr + i, (weight * _log_sum(total, top)).to(tl.float32), mask=i < R)
     tl.store(coefficient_ptr + i, (-share * total).to(tl.float32), mask=i < R)
     for b in tl.static_range(len(blocks)):
         rise = tl.load(blocks[b][1] + i, mask=i < R, other=0.0).to(tl.float64) - positive

@@ -17,10 +17,10 @@ import math
 import triton
 import triton.language as tl
 
-from inbatch.losses.blocks import MAX_EXPONENT
+from inbatch.losses.kernels import MAX_EXPONENT
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# exp(MAX_EXPONENT) of blocks: below it no score was too far above its pivot.
+# exp(MAX_EXPONENT) of `kernels`: below it no score was too far above its pivot.
 MAX_SUM = tl.constexpr(math.exp(MAX_EXPONENT))
 
 
@@ -60,8 +60,8 @@ def _dot_tile(
 
 @triton.jit
 def positive_kernel(
-    rows, positives, scale_ptr, score_ptr, row_scale_ptr, R, D, row_stride, positive_stride,
-    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    rows, positives, scale, score_ptr, row_scale_ptr, R, D, row_stride, positive_stride,
+    SCALE_IN_MEMORY: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_scale_i = scale * exact / rounded and score_i = row_scale_i * rounded, for the product rows_i . positives_i.
 
@@ -86,7 +86,9 @@ def positive_kernel(
         sizes += tl.abs(term)
     exact = tl.sum(sums, 1)
     # Where most terms cancel, the ratio is chance and says nothing about the row's other products.
-    row_scale = tl.load(scale_ptr) * tl.where(tl.abs(exact) > 0.25 * tl.sum(sizes, 1), exact / rounded, 1.0)
+    if SCALE_IN_MEMORY:
+        scale = tl.load(scale)
+    row_scale = scale * tl.where(tl.abs(exact) > 0.25 * tl.sum(sizes, 1), exact / rounded, 1.0)
     tl.store(row_scale_ptr + i, row_scale, mask=i < R)
     tl.store(score_ptr + i, rounded * row_scale, mask=i < R)
 
@@ -95,15 +97,16 @@ def positive_kernel(
 def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.constexpr):
     """`fill` where the pair is masked: equal keys, or a score above the row's limit.
 
-    keys: a tuple of (row keys [r, K], column keys [C, L], K, L).
+    keys: a tuple of (row keys [r, K], column keys [C, L], K, L, row stride, column stride); -1 matches nothing.
     """
     for pair in tl.static_range(len(keys)):
-        row_keys, column_keys, K, L = keys[pair]
+        row_keys, column_keys, K, L, row_step, column_step = keys[pair]
         for k in range(K):
-            row_key = tl.load(row_keys + i.to(tl.int64) * K + k, mask=i < R, other=-1)
+            row_key = tl.load(row_keys + i.to(tl.int64) * row_step + k, mask=i < R, other=-1)
+            known = row_key != -1
             for m in range(L):
-                column_key = tl.load(column_keys + j.to(tl.int64) * L + m, mask=j < C, other=-2)
-                values = tl.where(row_key[:, None] == column_key[None, :], fill, values)
+                column_key = tl.load(column_keys + j.to(tl.int64) * column_step + m, mask=j < C, other=-1)
+                values = tl.where((row_key[:, None] == column_key[None, :]) & known[:, None], fill, values)
     if LIMIT:
         values = tl.where(dot * scale[:, None] > limit[:, None], fill, values)
     return values

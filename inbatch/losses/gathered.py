@@ -1,0 +1,231 @@
+"""One softmax against all columns at once: the autograd function, and gathering beside the computation.
+
+Shapes: B local queries (rows), M passages (this rank's, or all that are columns), Q queries as columns, D dimension,
+r rows of a chunk, C columns of a piece.
+
+The gradient is made during the forward pass: exp(score - positive's score) is written once for a chunk of rows; its
+sums make the loss, and two products of the same chunk the gradients (README.md derives it). Nothing of size B x N is
+kept, and the backward pass neither scores nor communicates: it adds the positive's term, scales and narrows.
+
+Passages of other ranks come in a few pieces: scores against one piece are computed while the next is being gathered,
+and one piece's gradients are added up over the ranks while the next one's are computed. On a GPU the collectives run
+on a stream of their own; elsewhere they simply run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from inbatch import collectives
+from inbatch.losses import ring
+from inbatch.losses.masking import Keys
+from inbatch.losses.objective import Term
+from inbatch.losses.softmax import Columns, Problem, Rows, new_gradient, places, row_major
+from inbatch.losses.tiled import add_rows
+
+T = TypeVar("T")
+Wait = Callable[[], object]
+MAX_PIECES = 4
+SMALLEST_PIECE_BYTES = 2**25  # from the other ranks; below it a collective costs about as much as it could hide
+
+
+class Softmax(torch.autograd.Function):
+    """(queries [B, D], passages [M, D], queries as columns [Q, D] or None, temperature, problem, term) -> loss, 0-d.
+
+    loss = term.weight * problem.row_weight * sum_i (log sum_j exp s_ij - s_i,y(i)), columns j of the term's directions.
+    Passages are gathered here if problem.negatives is "gather", and travel if it is "ring"; else those given are all.
+    Differentiable once, by the first four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, queries: Tensor, passages: Tensor, query_columns: Tensor | None, temperature, problem: Problem, term: Term
+    ) -> Tensor:
+        wanted, device = ctx.needs_input_grad[:4], queries.device
+        autocast = (
+            torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+        )
+        # Kernels run on the current device, not on that of their arguments.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), autocast:
+            queries, passages = row_major(queries), row_major(passages)
+            rows = Rows(queries, passages, problem, term, wanted)
+            travels = problem.negatives == "ring" and len(problem.passage_counts) > 1
+            d_passages, d_columns = (ring.solve if travels else solve)(rows, passages, query_columns)
+            d_temperature = rows.d_temperature() if wanted[3] else None
+            d_positives = rows.gradients.get("positive")
+            if wanted[1] and d_passages is None:  # passages are positives but no columns
+                d_passages = torch.zeros_like(passages, dtype=rows.loss_B.dtype)
+            if wanted[1] and d_positives is not None:
+                add_rows(d_passages, problem.positives, d_positives)
+            loss = rows.loss_B.sum()
+        d_queries = rows.gradients.get("query") if wanted[0] else None
+        ctx.save_for_backward(queries, passages, rows.coefficient_B, d_queries, d_passages, d_columns, d_temperature)
+        ctx.kernels, ctx.positives, ctx.temperature = rows.kernels, problem.positives, temperature
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():  # the gradients are constants to autograd, which would take their derivative for 0
+            raise RuntimeError(
+                "info_nce is differentiable once, and this backward pass has create_graph=True; "
+                'impl="reference" has second derivatives'
+            )
+        # Once: checkpointing unpacks a tensor a single time.
+        queries, passages, coefficient_B, d_queries, d_passages, d_columns, d_temperature = ctx.saved_tensors
+        d_queries, d_passages = ctx.kernels.close(
+            queries, passages, ctx.positives, coefficient_B, d_queries, d_passages, grad
+        )
+        if d_columns is not None:
+            d_columns = (d_columns * grad).to(queries.dtype)
+        if d_temperature is not None:
+            d_temperature = (d_temperature * grad).to(ctx.temperature.device, ctx.temperature.dtype)
+        return d_queries, d_passages, d_columns, d_temperature, None, None
+
+
+def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Fill `rows`; return the gradients of this rank's passages as columns, and of the query columns."""
+    kernels, total, wanted = rows.kernels, len(rows.loss_B), any(rows.wanted)
+    pieces = gather_pieces(rows, passages, query_columns)
+    work = [(piece, block) for piece in pieces for block in rows.blocks(piece.columns)]
+    together = len(pieces) == 1  # nothing to leave early: one call, which makes fewer launches
+    num_columns = sum(len(block.columns) for _, block in work)
+    for start, stop in rows.chunks(num_columns):
+        score_r, exps, sums, pivots = rows.score_B[start:stop], [], [], []
+        for piece, block in work:
+            piece.wait()
+            exp_rC, sum_r, pivot_r = kernels.exp_scores(block, start, stop, score_r, keep=wanted, counts=rows.counts)
+            exps.append(exp_rC)
+            sums.append(sum_r)
+            pivots.append(pivot_r)
+        weights = rows.finish(start, stop, sums, pivots)
+        if not wanted:
+            continue
+        # Those of the columns first, so that each piece leaves for its owners as soon as it is complete.
+        for (piece, block), exp_rC, weight_r in zip(work, exps, weights, strict=True):
+            kernels.add_gradients(block, exp_rC, start, stop, weight_r, rows=together, columns=True)
+            if stop == total and not together:
+                piece.scatter()
+        for (_, block), exp_rC, weight_r in zip(work, exps, weights, strict=True):
+            if not together:
+                kernels.add_gradients(block, exp_rC, start, stop, weight_r, rows=True, columns=False)
+        del exps, exp_rC
+    rows.count(num_columns)
+    if not wanted:
+        return None, None
+    return _join([piece.result() for piece in pieces]), getattr(pieces[0].columns.get("query"), "gradient", None)
+
+
+def _join(parts: list[Tensor | None]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)  # pyright: ignore[reportArgumentType]
+
+
+# ---- pieces
+
+
+class Piece:
+    """Columns by kind, maybe still arriving, whose passages' gradient goes back to the ranks that own them."""
+
+    def __init__(self, columns: dict[str, Columns], counts: list[int] | None, wait: Wait | None, problem: Problem):
+        self.columns, self.wait = columns, wait or _nothing
+        self._counts, self._problem = counts, problem  # counts by rank; None: all are this rank's
+        self._beside = wait is not None
+        self._sent: tuple[Tensor, Wait] | None = None
+
+    def scatter(self) -> None:
+        """Start adding up the gradient, which is complete but for the other ranks' shares."""
+        gradient, counts, group = self.columns["passage"].gradient, self._counts, self._problem.group
+        if gradient is None or counts is None or self._sent is not None:
+            return
+
+        def reduce_scatter() -> Tensor:
+            return collectives.reduce_scatter_rows(gradient, counts, group)
+
+        self._sent = beside(gradient.device, reduce_scatter) if self._beside else (reduce_scatter(), _nothing)
+
+    def result(self) -> Tensor | None:
+        """Return the gradient of this rank's passages in the piece."""
+        gradient = self.columns["passage"].gradient if "passage" in self.columns else None
+        if gradient is None or self._counts is None:
+            return gradient
+        self.scatter()  # if no row was left to complete it
+        assert self._sent is not None
+        rows, wait = self._sent
+        wait()
+        return rows
+
+
+def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> list[Piece]:
+    """Return all columns of the softmax: those given, or everyone's passages, which then are under way."""
+    problem, total = rows.problem, len(rows.loss_B)
+    if problem.negatives != "gather" or len(problem.passage_counts) == 1:
+        columns = {}
+        if any(direction.endswith("passage") for direction in rows.term.directions):
+            positive = places(problem.positives, 0, passages.device)
+            gradient = new_gradient(passages, rows.wanted[1], total)
+            columns["passage"] = Columns(
+                embeddings=passages, keys=problem.passage_keys, positive=positive, gradient=gradient
+            )
+        if query_columns is not None:
+            positive = places(slice(0, total, 1), problem.first_query, passages.device)
+            gradient = new_gradient(query_columns, rows.wanted[2], total)
+            columns["query"] = Columns(
+                embeddings=row_major(query_columns), keys=problem.query_keys, positive=positive, gradient=gradient
+            )
+        return [Piece(columns, None, None, problem)]
+    position, pieces = problem.rank, []
+    number = _how_many(passages, problem)
+    for k in range(number):
+        cuts = [(m * k // number, m * (k + 1) // number) for m in problem.passage_counts]
+        counts, cut = [stop - start for start, stop in cuts], cuts[position]
+
+        def gather(counts: list[int] = counts, cut: tuple[int, int] = cut) -> tuple[Tensor, Keys]:
+            keys = problem.passage_keys.part(*cut)
+            packed = keys.packed()
+            if packed is not None:
+                keys = keys.like(collectives.gather_rows(packed, counts, problem.group))
+            return collectives.gather_rows(passages[cut[0] : cut[1]], counts, problem.group), keys
+
+        (embeddings, keys), wait = beside(passages.device, gather) if number > 1 else (gather(), None)
+        positive = places(problem.positives, sum(counts[:position]), passages.device, cut)
+        gradient = new_gradient(embeddings, rows.wanted[1], total)
+        columns = {"passage": Columns(embeddings=embeddings, keys=keys, positive=positive, gradient=gradient)}
+        pieces.append(Piece(columns, counts, wait, problem))
+    return pieces
+
+
+def _how_many(passages: Tensor, problem: Problem) -> int:
+    """Return the number of pieces, the same on every rank."""
+    ranks = len(problem.passage_counts)
+    received = sum(problem.passage_counts) * passages.shape[1] * passages.itemsize * (ranks - 1) // ranks
+    return max(1, min(MAX_PIECES, received // SMALLEST_PIECE_BYTES))
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def beside(device: torch.device, function: Callable[[], T]) -> tuple[T, Wait]:
+    """Call function on the side stream, behind all work queued so far; return its value and a function that waits.
+
+    Keep what it reads until that wait, and what it returns until its last use is queued: memory of the side stream is
+    given out again only to a later call, which waits for the current stream first.
+    """
+    if device.type != "cuda":
+        return function(), _nothing
+    side, current = _side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        value = function()
+    event = side.record_event()
+    return value, lambda: torch.cuda.current_stream(device).wait_event(event)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,119 @@
+"""The interface between the solvers and the kernels: a block of rows against columns, and what is computed of it.
+
+Shapes: R rows, C columns, D dimension, K keys of a row, L keys of a column, r rows of one chunk (start to stop).
+
+`tiled` (plain PyTorch) and `triton.host` offer these functions; the solvers (`gathered`, `ring`) call them and know
+nothing else about how scores are computed. README.md beside this file derives the formulas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# exp(60) * 2**24 columns still fits float32 and bfloat16 with room for the products, and exp(-60) is no denormal.
+MAX_EXPONENT = 60.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Block:
+    """Rows [R, D] against columns [C, D] (same dtype and device, contiguous last dimension; R or C may be 0).
+
+    positive  int32 [R]: the column left out of E and never counted (the row's positive, or the row itself); a value
+              outside 0..C-1 stands for none
+    scale     float32 [R] (float64 for float64 inputs): 1 / temperature, from `positive_scores`
+    keys      pairs (row keys int64 [R, K], column keys int64 [C, L]), at most two, the last dimension contiguous;
+              a pair (i, j) is masked when any key of row i, -1 excepted, equals any key of column j
+    limit     float32 [R] or None: a column with s_ij > limit_i is masked
+    d_rows, d_columns  float32 [R, D] and [C, D] (float64 for float64): where the gradients go; None: not wanted
+    adds_to_rows, adds_to_columns  False: the destination holds garbage, which the first chunk overwrites
+    """
+
+    rows: Tensor
+    columns: Tensor
+    positive: Tensor
+    scale: Tensor
+    keys: tuple[tuple[Tensor, Tensor], ...] = ()
+    limit: Tensor | None = None
+    d_rows: Tensor | None = None
+    d_columns: Tensor | None = None
+    adds_to_rows: bool = False
+    adds_to_columns: bool = False
+
+
+class Kernels(Protocol):
+    """The functions of a module of kernels."""
+
+    # (MiB, rows at most): a chunk takes the most rows that one of these allows.
+    DEFAULT_CHUNKS: tuple[tuple[float, float], ...]
+    ROW_MULTIPLE: int  # a chunk's rows are a multiple of it, where that many fit
+
+    @staticmethod
+    def why_not(queries: Tensor) -> str | None:
+        """Return why these kernels cannot take such inputs, in words; None if they can."""
+        ...
+
+    @staticmethod
+    def exp_itemsize(dtype: torch.dtype) -> int:
+        """Return the bytes of one exponential for inputs of this dtype."""
+        ...
+
+    @staticmethod
+    def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return score_R, score_i = scale_i * rows_i . positives_i, and scale_R.
+
+        scale_i is `scale`, corrected for what the kernel's own rounding takes from a product of row i.
+        """
+        ...
+
+    @staticmethod
+    def exp_scores(
+        block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return (E_rC, sum_r, pivot_r) of rows start..stop.
+
+        s_ij = scale_i * rows_i . columns_j in float32 (float64 for float64); E_ij = exp(s_ij - pivot_i), exactly 0 on
+        the positive and on every masked column, in the dtype of the gradient products (None with keep=False).
+        sum_i = sum_j E_ij in float32, taken before E is rounded. The pivots returned are those given, but the row's
+        greatest score wherever it exceeds the pivot by more than MAX_EXPONENT: nothing overflows, nothing is clamped.
+        counts: int32 [R, 2] or None; adds per row the number of masked columns (the positive not counted) and of
+        unmasked columns with s_ij > the pivot GIVEN, the positive's score.
+        """
+        ...
+
+    @staticmethod
+    def finish(
+        sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, scale: Tensor | float, weight: float,
+        loss_r: Tensor, coefficient_r: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        """Fill loss_r and coefficient_r of a softmax over several blocks, and return each block's weight_r.
+
+        Z_i = exp(positive_i) + sum over blocks of exp(pivot_i) * sum_i; loss_i = weight * (log Z_i - positive_i)
+        weight_i of a block = scale * weight * exp(pivot_i) / Z_i
+        coefficient_i = -scale * weight * (1 - exp(positive_i) / Z_i)
+        A tiny loss or coefficient keeps its digits (log1p of the sums; never 1 - p).
+        """
+        ...
+
+    @staticmethod
+    def add_gradients(
+        block: Block, exp_rC: Tensor | None, start: int, stop: int, weight_r: Tensor, *, rows: bool, columns: bool
+    ) -> None:
+        """Add to the block's gradients, those of the rows and those of the columns if asked for. exp_rC: as kept.
+
+        d_rows[start:stop] += weight_r * (E @ columns);    d_columns += E^T @ (weight_r * rows[start:stop])
+        """
+        ...
+
+    @staticmethod
+    def close(
+        queries: Tensor, passages: Tensor, positives: slice | Tensor, coefficient_B: Tensor,
+        d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Return grad * (gradients + the positive's term), in the inputs' dtype; None stays None.
+
+        d_queries_i += coefficient_i * passages[positives]_i;    d_passages[positives]_i += coefficient_i * queries_i
+        """
+        ...

@@ -1,0 +1,200 @@
+"""The state of one softmax for every row: what was asked, the rows' side of it, and the columns it meets.
+
+Shapes: B local queries (rows), M local passages, D dimension, C columns of one kind, r rows of a chunk.
+
+Both solvers (`gathered`: columns at hand; `ring`: columns that travel) make blocks of `Rows` and `Columns` here, walk
+them in chunks of rows, and finish each row here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from inbatch.losses.kernels import Block, Kernels
+from inbatch.losses.masking import NO_KEYS, FalseNegatives, Keys, match
+from inbatch.losses.objective import DIRECTIONS, Objective, Term
+from inbatch.losses.stats import LossStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What info_nce was asked and, below, what the ranks agreed on. Lists are by rank."""
+
+    objective: Objective
+    temperature: float | Tensor
+    false_negatives: FalseNegatives
+    negatives: str
+    chunk_mib: float | None
+    stats: LossStats | None
+    group: ProcessGroup | None
+    positives: slice | Tensor  # each row's positive among the passages at hand: every n-th, or int64 [B]
+    kernels: Kernels | None = None  # None: the reference
+    rank: int = 0
+    query_counts: list[int] = field(default_factory=list)
+    passage_counts: list[int] = field(default_factory=list)
+    row_keys: Keys = NO_KEYS
+    passage_keys: Keys = NO_KEYS
+    query_keys: Keys = NO_KEYS  # of the queries at hand as columns
+    first_query: int = 0  # the place of row 0 among the queries at hand
+
+    @property
+    def row_weight(self) -> float:
+        """W / (rows of all ranks): what a row counts in the mean over ranks."""
+        return len(self.query_counts) / sum(self.query_counts)
+
+
+@dataclass(kw_only=True, slots=True)
+class Columns:
+    """What rows are compared with: columns of one kind, in one piece."""
+
+    embeddings: Tensor  # [C, D]
+    keys: Keys
+    positive: Tensor  # int32 [B]: each row's positive (or, among queries, the row itself), -1 where that is elsewhere
+    gradient: Tensor | None = None  # [C, D] in the accumulator's dtype; None: not wanted
+    written: bool = False  # False: `gradient` holds garbage
+
+
+class Rows:
+    """Queries and their positives as rows of one softmax: scores, losses and gradients, filled chunk by chunk.
+
+    wanted: whose gradient is wanted, of (queries, passages, queries as columns, temperature).
+    """
+
+    def __init__(self, queries: Tensor, passages: Tensor, problem: Problem, term: Term, wanted: tuple[bool, ...]):
+        assert problem.kernels is not None
+        self.problem, self.term, self.kernels, self.wanted = problem, term, problem.kernels, wanted
+        temperature, positives, margin = (
+            problem.temperature,
+            passages[problem.positives],
+            problem.false_negatives.margin,
+        )
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        if isinstance(temperature, Tensor):
+            self.scale = temperature.detach().to(queries.device, dtype).reciprocal()
+        else:
+            self.scale = 1 / temperature
+        self.score_B, self.scale_B = self.kernels.positive_scores(queries, positives, self.scale)
+        self.limit_B = None if margin is None else self.score_B + margin * self.scale
+        self.weight = term.weight * problem.row_weight
+        self.loss_B, self.coefficient_B = torch.empty((2, len(queries)), dtype=dtype, device=queries.device).unbind()
+        self.counts = None
+        if problem.stats is not None:
+            self.counts = torch.zeros((len(queries), 2), dtype=torch.int32, device=queries.device)
+        self.sides = {"query": queries, "positive": positives}
+        used = {DIRECTIONS[direction][0] for direction in term.directions}
+        self.gradients = {
+            side: (torch.empty_like if side in used else torch.zeros_like)(rows, dtype=dtype)
+            for side, rows, needed in (("query", queries, wanted[0]), ("positive", positives, wanted[1]))
+            if (needed or wanted[3]) and (side in used or side == "query")
+        }
+        self.written: set[str] = set()  # the sides whose gradient holds more than garbage
+
+    def blocks(self, columns: dict[str, Columns]) -> list[Block]:
+        """Return the blocks of this softmax with these columns, by kind, in the order of work."""
+        blocks = []
+        for direction in self.term.directions:
+            side, kind = DIRECTIONS[direction]
+            those = columns.get(kind)
+            if those is None:
+                continue
+            block = Block(
+                rows=self.sides[side],
+                columns=those.embeddings,
+                positive=those.positive,
+                scale=self.scale_B,
+                keys=match(self.problem.row_keys, those.keys, only_itself=direction == "passage_to_query"),
+                limit=self.limit_B,
+                d_rows=self.gradients.get(side),
+                d_columns=those.gradient,
+                adds_to_rows=side in self.written,
+                adds_to_columns=those.written,
+            )
+            blocks.append(block)
+            self.written.add(side)
+            those.written = True
+        return blocks
+
+    def chunks(self, num_columns: int) -> list[tuple[int, int]]:
+        """Return equal ranges of rows whose exponentials against so many columns fit the chunk size."""
+        kernels, num_rows, chunk_mib = self.kernels, len(self.loss_B), self.problem.chunk_mib
+        row_mib = max(num_columns * kernels.exp_itemsize(self.sides["query"].dtype), 1) / 2**20
+        limits = kernels.DEFAULT_CHUNKS if chunk_mib is None else ((chunk_mib, math.inf),)
+        fitting = max(1, *(int(min(mib / row_mib, rows)) for mib, rows in limits))
+        if num_rows <= fitting:
+            return [(0, num_rows)] if num_rows else []
+        size, multiple = -(-num_rows // -(-num_rows // fitting)), kernels.ROW_MULTIPLE
+        if fitting >= multiple:
+            size = min(-(-size // multiple), fitting // multiple) * multiple
+        return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+    def finish(self, start: int, stop: int, sums: list[Tensor], pivots: list[Tensor]) -> list[Tensor]:
+        """Finish rows start..stop of the loss, and return by block what weighs their exponentials."""
+        score_r, loss_r, coefficient_r = (
+            self.score_B[start:stop],
+            self.loss_B[start:stop],
+            self.coefficient_B[start:stop],
+        )
+        return self.kernels.finish(sums, pivots, score_r, self.scale, self.weight, loss_r, coefficient_r)
+
+    def count(self, num_columns: int) -> None:
+        """Hand what was counted against so many columns (positives and the rows themselves included) to the stats."""
+        if self.problem.stats is not None and self.counts is not None:
+            self.problem.stats.add(self.counts, num_columns - len(self.term.directions), self.problem.group)
+
+    def d_temperature(self) -> Tensor:
+        """Return the loss's derivative by the temperature: -scale * (sum over scores of d score * score / scale)."""
+        # Each score belongs to one row, so the rows' gradients hold all of them; the positive's comes apart.
+        total = (self.coefficient_B * (self.score_B / self.scale_B)).sum()
+        for side, gradient in self.gradients.items():
+            total = total + (self.sides[side].to(gradient.dtype) * gradient).sum()
+        return -total * self.scale
+
+
+def new_gradient(columns: Tensor, wanted: bool, num_rows: int) -> Tensor | None:
+    """Return where the gradient of columns goes: garbage, or zeros if no row will ever write it; None: not wanted."""
+    if not wanted:
+        return None
+    make: Any = torch.empty_like if num_rows else torch.zeros_like
+    return make(columns, dtype=torch.promote_types(columns.dtype, torch.float32))
+
+
+def row_major(embeddings: Tensor) -> Tensor:
+    """Return the same [rows, D], each row contiguous and apart from the others, as the kernels read them."""
+    if embeddings.is_contiguous() or (embeddings.stride(1) == 1 and embeddings.stride(0) >= embeddings.shape[1]):
+        return embeddings
+    return embeddings.contiguous()
+
+
+def places(positives: slice | Tensor, before: int, device: torch.device, cut: tuple[int, int] | None = None) -> Tensor:
+    """Return int32 [B]: the place of each of `positives` among columns that have `before` others in front.
+
+    cut: only passages cut[0] to cut[1] are columns, and the place of a positive among the others is -1.
+    """
+    if isinstance(positives, Tensor):
+        return _shifted(positives, before, cut)
+    # Remembered, because making it costs launches. Never written to. Not under a mode that changes what tensors are,
+    # such as FakeTensorMode, whose tensors are no use after it.
+    make = _regular_places if _get_current_dispatch_mode() is None else _regular_places.__wrapped__
+    return make(positives.start, positives.stop, positives.step, before, device, cut)
+
+
+@lru_cache(maxsize=64)
+def _regular_places(
+    start: int, stop: int, step: int, before: int, device: torch.device, cut: tuple[int, int] | None
+) -> Tensor:
+    return _shifted(torch.arange(start, stop, step, device=device), before, cut)
+
+
+def _shifted(columns_B: Tensor, before: int, cut: tuple[int, int] | None) -> Tensor:
+    if cut is None:
+        return (columns_B + before).int()
+    outside = (columns_B < cut[0]) | (columns_B >= cut[1])
+    return (columns_B + (before - cut[0])).masked_fill_(outside, -1).int()
