@@ -57,12 +57,12 @@ def agree(
         return {name: [n] for name, n in sizes.items()}
     assert len(sizes) <= _PACKET_SIZES, f"agree takes at most {_PACKET_SIZES} sizes, got {list(sizes)}"
     types = device_types(group)
-    wrong = next((name for name, t in fields.items() if t is not None and t.device.type not in types), None)
-    if wrong is not None and error is None:
-        error = (
-            f"{wrong} is on {fields[wrong].device.type} but the process group only communicates on {', '.join(types)}: "
-            "move it there, or initialise the group with a backend for both ('cpu:gloo,cuda:nccl')"
-        )
+    for name, tensor in fields.items():
+        if tensor is not None and tensor.device.type not in types and error is None:
+            error = (
+                f"{name} is on {tensor.device.type} but the process group only communicates on {', '.join(types)}: "
+                "move it there, or initialise the group with a backend for both ('cpu:gloo,cuda:nccl')"
+            )
     described = {name: _describe(t, 2 if name in ragged else 1) for name, t in fields.items()}
     assert not described.keys() & (same or {}).keys(), "a field and a value of the same name hide each other"
     described |= {name: repr(value) for name, value in (same or {}).items()}

@@ -40,7 +40,8 @@ class Softmax(torch.autograd.Function):
 
     loss = term.weight * problem.row_weight * sum_i (log sum_j exp s_ij - s_i,y(i)), columns j of the term's directions.
     Passages are gathered here if problem.negatives is "gather", and travel if it is "ring"; else those given are all.
-    Differentiable once, by the first four.
+    Differentiable once, by the first four. Embeddings are multiplied in problem.dtype; their gradients have the dtype
+    that they come in, which may be wider.
     """
 
     @staticmethod
@@ -53,7 +54,10 @@ class Softmax(torch.autograd.Function):
         )
         # Kernels run on the current device, not on that of their arguments.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), autocast:
-            queries, passages = row_major(queries), row_major(passages)
+            ctx.dtype = queries.dtype
+            if query_columns is not None:
+                query_columns = row_major(query_columns.to(problem.dtype))
+            queries, passages = row_major(queries.to(problem.dtype)), row_major(passages.to(problem.dtype))
             rows = Rows(queries, passages, problem, term, wanted)
             travels = problem.negatives == "ring" and len(problem.passage_counts) > 1
             d_passages, d_columns = (ring.solve if travels else solve)(rows, passages, query_columns)
@@ -61,7 +65,7 @@ class Softmax(torch.autograd.Function):
             d_positives = rows.gradients.get("positive")
             if wanted[1] and d_passages is None:  # passages are positives but no columns
                 d_passages = torch.zeros_like(passages, dtype=rows.loss_B.dtype)
-            if wanted[1] and d_positives is not None:
+            if d_passages is not None and d_positives is not None:
                 add_rows(d_passages, problem.positives, d_positives)
             loss = rows.loss_B.sum()
         d_queries = rows.gradients.get("query") if wanted[0] else None
@@ -79,10 +83,10 @@ class Softmax(torch.autograd.Function):
         # Once: checkpointing unpacks a tensor a single time.
         queries, passages, coefficient_B, d_queries, d_passages, d_columns, d_temperature = ctx.saved_tensors
         d_queries, d_passages = ctx.kernels.close(
-            queries, passages, ctx.positives, coefficient_B, d_queries, d_passages, grad
+            queries, passages, ctx.positives, coefficient_B, d_queries, d_passages, grad, ctx.dtype
         )
         if d_columns is not None:
-            d_columns = (d_columns * grad).to(queries.dtype)
+            d_columns = (d_columns * grad).to(ctx.dtype)
         if d_temperature is not None:
             d_temperature = (d_temperature * grad).to(ctx.temperature.device, ctx.temperature.dtype)
         return d_queries, d_passages, d_columns, d_temperature, None, None
@@ -96,10 +100,11 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     together = len(pieces) == 1  # nothing to leave early: one call, which makes fewer launches
     num_columns = sum(len(block.columns) for _, block in work)
     for start, stop in rows.chunks(num_columns):
-        score_r, exps, sums, pivots = rows.score_B[start:stop], [], [], []
-        for piece, block in work:
+        score_r, chunk = rows.score_B[start:stop], [(piece, block.part(start, stop)) for piece, block in work]
+        exps, sums, pivots = [], [], []
+        for piece, block in chunk:
             piece.wait()
-            exp_rC, sum_r, pivot_r = kernels.exp_scores(block, start, stop, score_r, keep=wanted, counts=rows.counts)
+            exp_rC, sum_r, pivot_r = kernels.exp_scores(block, score_r, keep=wanted)
             exps.append(exp_rC)
             sums.append(sum_r)
             pivots.append(pivot_r)
@@ -107,13 +112,13 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
         if not wanted:
             continue
         # Those of the columns first, so that each piece leaves for its owners as soon as it is complete.
-        for (piece, block), exp_rC, weight_r in zip(work, exps, weights, strict=True):
-            kernels.add_gradients(block, exp_rC, start, stop, weight_r, rows=together, columns=True)
+        for (piece, block), exp_rC, weight_r in zip(chunk, exps, weights, strict=True):
+            kernels.add_gradients(block, exp_rC, weight_r, rows=together, columns=True)
             if stop == total and not together:
                 piece.scatter()
-        for (_, block), exp_rC, weight_r in zip(work, exps, weights, strict=True):
-            if not together:
-                kernels.add_gradients(block, exp_rC, start, stop, weight_r, rows=True, columns=False)
+        if not together:
+            for (_, block), exp_rC, weight_r in zip(chunk, exps, weights, strict=True):
+                kernels.add_gradients(block, exp_rC, weight_r, rows=True, columns=False)
         del exps, exp_rC
     rows.count(num_columns)
     if not wanted:
@@ -175,7 +180,7 @@ def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) ->
             positive = places(slice(0, total, 1), problem.first_query, passages.device)
             gradient = new_gradient(query_columns, rows.wanted[2], total)
             columns["query"] = Columns(
-                embeddings=row_major(query_columns), keys=problem.query_keys, positive=positive, gradient=gradient
+                embeddings=query_columns, keys=problem.query_keys, positive=positive, gradient=gradient
             )
         return [Piece(columns, None, None, problem)]
     position, pieces = problem.rank, []

@@ -104,6 +104,10 @@ def _composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
         problem, passages, everyone = _at_hand(queries, passages, problem)
     if problem.kernels is None:
         return _reference(queries, passages, everyone, problem)
+    # Gradients of several softmaxes are added up before they are narrowed, once.
+    wide = torch.promote_types(problem.dtype, torch.float32)
+    rows = queries.to(wide)
+    queries, passages, everyone = rows, passages.to(wide), rows if everyone is queries else everyone.to(wide)
     total = None
     for term in terms(problem.objective, queries.shape[1]):
         columns = _prefix(everyone, term.dim) if term.query_columns else None
@@ -147,9 +151,7 @@ def _prefix(embeddings: Tensor, dim: int) -> Tensor:
     """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
     if dim == embeddings.shape[1]:
         return embeddings
-    return F.normalize(embeddings[:, :dim].to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1).to(
-        embeddings.dtype
-    )
+    return F.normalize(embeddings[:, :dim], dim=1)
 
 
 def _reference(queries: Tensor, passages: Tensor, everyone: Tensor, problem: Problem) -> Tensor:
@@ -221,6 +223,7 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
         asked,
         kernels=kernels,
         positives=positives,
+        dtype=queries.dtype,
         rank=collectives.rank(asked.group),
         query_counts=counts["queries"],
         passage_counts=counts["passages"],

@@ -1,13 +1,13 @@
 """The interface between the solvers and the kernels: a block of rows against columns, and what is computed of it.
 
-Shapes: R rows, C columns, D dimension, K keys of a row, L keys of a column, r rows of one chunk (start to stop).
+Shapes: R rows of a chunk, C columns, D dimension, K keys of a row, L keys of a column.
 
 `tiled` (plain PyTorch) and `triton.host` offer these functions; the solvers (`gathered`, `ring`) call them and know
 nothing else about how scores are computed. README.md beside this file derives the formulas.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,8 +27,10 @@ class Block:
     keys      pairs (row keys int64 [R, K], column keys int64 [C, L]), at most two, the last dimension contiguous;
               a pair (i, j) is masked when any key of row i, -1 excepted, equals any key of column j
     limit     float32 [R] or None: a column with s_ij > limit_i is masked
+    counts    int32 [R, 2] or None: adds up per row the masked columns, and the unmasked ones with s_ij > the pivot
+              given (the positive's score); the positive is not counted
     d_rows, d_columns  float32 [R, D] and [C, D] (float64 for float64): where the gradients go; None: not wanted
-    adds_to_rows, adds_to_columns  False: the destination holds garbage, which the first chunk overwrites
+    adds_to_rows, adds_to_columns  False: the destination holds garbage and is overwritten
     """
 
     rows: Tensor
@@ -37,10 +39,27 @@ class Block:
     scale: Tensor
     keys: tuple[tuple[Tensor, Tensor], ...] = ()
     limit: Tensor | None = None
+    counts: Tensor | None = None
     d_rows: Tensor | None = None
     d_columns: Tensor | None = None
     adds_to_rows: bool = False
     adds_to_columns: bool = False
+
+    def part(self, start: int, stop: int) -> "Block":
+        """Return the chunk of rows start..stop. The chunk that starts at 0 comes first."""
+        if start == 0 and stop == self.rows.shape[0]:
+            return self
+        return replace(
+            self,
+            rows=self.rows[start:stop],
+            positive=self.positive[start:stop],
+            scale=self.scale[start:stop],
+            keys=tuple((row_keys[start:stop], column_keys) for row_keys, column_keys in self.keys),
+            limit=None if self.limit is None else self.limit[start:stop],
+            counts=None if self.counts is None else self.counts[start:stop],
+            d_rows=None if self.d_rows is None else self.d_rows[start:stop],
+            adds_to_columns=self.adds_to_columns or start > 0,
+        )
 
 
 class Kernels(Protocol):
@@ -69,26 +88,22 @@ class Kernels(Protocol):
         ...
 
     @staticmethod
-    def exp_scores(
-        block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return (E_rC, sum_r, pivot_r) of rows start..stop.
+    def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return (E_RC, sum_R, pivot_R), and add to the block's counts.
 
         s_ij = scale_i * rows_i . columns_j in float32 (float64 for float64); E_ij = exp(s_ij - pivot_i), exactly 0 on
         the positive and on every masked column, in the dtype of the gradient products (None with keep=False).
         sum_i = sum_j E_ij in float32, taken before E is rounded. The pivots returned are those given, but the row's
         greatest score wherever it exceeds the pivot by more than MAX_EXPONENT: nothing overflows, nothing is clamped.
-        counts: int32 [R, 2] or None; adds per row the number of masked columns (the positive not counted) and of
-        unmasked columns with s_ij > the pivot GIVEN, the positive's score.
         """
         ...
 
     @staticmethod
     def finish(
-        sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, scale: Tensor | float, weight: float,
-        loss_r: Tensor, coefficient_r: Tensor,
+        sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_R: Tensor, scale: Tensor | float, weight: float,
+        loss_R: Tensor, coefficient_R: Tensor,
     ) -> list[Tensor]:  # fmt: skip
-        """Fill loss_r and coefficient_r of a softmax over several blocks, and return each block's weight_r.
+        """Fill loss_R and coefficient_R of a softmax over several blocks, and return each block's weight_R.
 
         Z_i = exp(positive_i) + sum over blocks of exp(pivot_i) * sum_i; loss_i = weight * (log Z_i - positive_i)
         weight_i of a block = scale * weight * exp(pivot_i) / Z_i
@@ -98,21 +113,19 @@ class Kernels(Protocol):
         ...
 
     @staticmethod
-    def add_gradients(
-        block: Block, exp_rC: Tensor | None, start: int, stop: int, weight_r: Tensor, *, rows: bool, columns: bool
-    ) -> None:
-        """Add to the block's gradients, those of the rows and those of the columns if asked for. exp_rC: as kept.
+    def add_gradients(block: Block, exp_RC: Tensor | None, weight_R: Tensor, *, rows: bool, columns: bool) -> None:
+        """Add to the block's gradients, those of the rows and those of the columns if asked for. exp_RC: as kept.
 
-        d_rows[start:stop] += weight_r * (E @ columns);    d_columns += E^T @ (weight_r * rows[start:stop])
+        d_rows += weight_R * (E @ columns);    d_columns += E^T @ (weight_R * rows)
         """
         ...
 
     @staticmethod
     def close(
         queries: Tensor, passages: Tensor, positives: slice | Tensor, coefficient_B: Tensor,
-        d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor,
+        d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor, dtype: torch.dtype,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Return grad * (gradients + the positive's term), in the inputs' dtype; None stays None.
+        """Return grad * (gradients + the positive's term) in `dtype`; None stays None.
 
         d_queries_i += coefficient_i * passages[positives]_i;    d_passages[positives]_i += coefficient_i * queries_i
         """

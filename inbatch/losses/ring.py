@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inbatch import collectives
 from inbatch.losses.masking import Keys
-from inbatch.losses.softmax import Columns, Rows, new_gradient, places, row_major
+from inbatch.losses.softmax import Columns, Rows, new_gradient, places
 
 
 def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -29,7 +29,7 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
         for block in rows.blocks(columns):
             for start, stop in rows.chunks(len(block.columns)):
                 score_r = score_B[start:stop]
-                _, sum_r, pivot_r = kernels.exp_scores(block, start, stop, score_r, keep=False, counts=rows.counts)
+                _, sum_r, pivot_r = kernels.exp_scores(block.part(start, stop), score_r, keep=False)
                 _add_sums(total_B[start:stop], top_B[start:stop], sum_r, pivot_r - score_r)
     rows.count(sum(sum(_counts(rows, direction.split("_to_")[1])) for direction in rows.term.directions))
     pivot_B = top_B.add_(score_B)
@@ -38,14 +38,16 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
         return None, None
 
     rows.written.clear()  # by blocks that no gradient was asked of
+    rows.counts = None  # once is enough
     shifts: dict[str, collectives.RingShift] = {}
     for hop, columns in enumerate(_hops(rows, own)):
         for kind, those in columns.items():
             those.gradient = new_gradient(those.embeddings, rows.wanted[_WANTED[kind]], len(score_B))
         for block in rows.blocks(columns):
             for start, stop in rows.chunks(len(block.columns)):
-                exp_rC, _, _ = kernels.exp_scores(block, start, stop, pivot_B[start:stop])
-                kernels.add_gradients(block, exp_rC, start, stop, weight_B[start:stop], rows=True, columns=True)
+                chunk = block.part(start, stop)
+                exp_rC, _, _ = kernels.exp_scores(chunk, pivot_B[start:stop])
+                kernels.add_gradients(chunk, exp_rC, weight_B[start:stop], rows=True, columns=True)
                 del exp_rC
         for kind, those in columns.items():
             if those.gradient is not None:
@@ -67,7 +69,7 @@ def _own_columns(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> 
         columns["passage"] = Columns(embeddings=passages, keys=problem.passage_keys, positive=positive)
     if query_columns is not None:
         positive = places(slice(0, len(rows.score_B), 1), 0, passages.device)
-        columns["query"] = Columns(embeddings=row_major(query_columns), keys=problem.query_keys, positive=positive)
+        columns["query"] = Columns(embeddings=query_columns, keys=problem.query_keys, positive=positive)
     return columns
 
 

@@ -37,6 +37,7 @@ class Problem:
     group: ProcessGroup | None
     positives: slice | Tensor  # each row's positive among the passages at hand: every n-th, or int64 [B]
     kernels: Kernels | None = None  # None: the reference
+    dtype: torch.dtype = torch.float32  # of the embeddings given
     rank: int = 0
     query_counts: list[int] = field(default_factory=list)
     passage_counts: list[int] = field(default_factory=list)
@@ -112,6 +113,7 @@ class Rows:
                 scale=self.scale_B,
                 keys=match(self.problem.row_keys, those.keys, only_itself=direction == "passage_to_query"),
                 limit=self.limit_B,
+                counts=self.counts,
                 d_rows=self.gradients.get(side),
                 d_columns=those.gradient,
                 adds_to_rows=side in self.written,
@@ -137,11 +139,10 @@ class Rows:
 
     def finish(self, start: int, stop: int, sums: list[Tensor], pivots: list[Tensor]) -> list[Tensor]:
         """Finish rows start..stop of the loss, and return by block what weighs their exponentials."""
-        score_r, loss_r, coefficient_r = (
-            self.score_B[start:stop],
-            self.loss_B[start:stop],
-            self.coefficient_B[start:stop],
-        )
+        vectors = (self.score_B, self.loss_B, self.coefficient_B)
+        if stop - start < self.score_B.shape[0]:
+            vectors = tuple(vector[start:stop] for vector in vectors)
+        score_r, loss_r, coefficient_r = vectors
         return self.kernels.finish(sums, pivots, score_r, self.scale, self.weight, loss_r, coefficient_r)
 
     def count(self, num_columns: int) -> None:

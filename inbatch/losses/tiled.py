@@ -1,6 +1,6 @@
 """The functions of `kernels` in plain PyTorch, on any device: the CPU path and the fallback.
 
-Shapes: R rows, C columns, D dimension, r rows of one chunk, f rows of a chunk that need another pivot.
+Shapes: R rows of a chunk, C columns, c columns of a tile, D dimension, f rows that need another pivot.
 
 Products run in float32 (float64 for float64), half-precision columns being widened tile by tile. A chunk of scores is
 written once and then changed in place while the cache holds it.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,59 +32,62 @@ def exp_itemsize(dtype: torch.dtype) -> int:
     return torch.promote_types(dtype, torch.float32).itemsize
 
 
-def exp_scores(
-    block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    rows_r = torch.arange(start, stop, device=block.rows.device)
-    exp_rC, masked_rC = _masked_scores(block, slice(start, stop), rows_r)
-    if counts is not None:
-        above_r = (exp_rC > pivot_r[:, None]).sum(1, dtype=torch.int32)
-        left_out_r = torch.zeros_like(above_r) if masked_rC is None else masked_rC.sum(1, dtype=torch.int32)
-        counts[start:stop] += torch.stack([left_out_r, above_r], dim=1)
-    del masked_rC
-    exp_rC.sub_(pivot_r[:, None]).exp_()
-    sum_r = exp_rC.sum(1)
-    too_large = (sum_r > math.exp(MAX_EXPONENT)).nonzero().squeeze(1)
+def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    exp_RC, masked_RC = _masked_scores(block)
+    if block.counts is not None:
+        above_R = (exp_RC > pivot_R[:, None]).sum(1, dtype=torch.int32)
+        left_out_R = torch.zeros_like(above_R) if masked_RC is None else masked_RC.sum(1, dtype=torch.int32)
+        block.counts.add_(torch.stack([left_out_R, above_R], dim=1))
+    del masked_RC
+    exp_RC.sub_(pivot_R[:, None]).exp_()
+    sum_R = exp_RC.sum(1)
+    too_large = (sum_R > math.exp(MAX_EXPONENT)).nonzero().squeeze(1)
     if too_large.numel():
-        again_fC, _ = _masked_scores(block, rows_r[too_large], rows_r[too_large])
+        again = replace(
+            block,
+            rows=block.rows[too_large],
+            positive=block.positive[too_large],
+            scale=block.scale[too_large],
+            keys=tuple((row_keys[too_large], column_keys) for row_keys, column_keys in block.keys),
+            limit=None if block.limit is None else block.limit[too_large],
+        )
+        again_fC, _ = _masked_scores(again)
         top_f = again_fC.amax(1)
         again_fC.sub_(top_f[:, None]).exp_()
-        sum_r[too_large] = again_fC.sum(1)
-        exp_rC[too_large] = again_fC
-        pivot_r = pivot_r.index_copy(0, too_large, top_f)
-    return (exp_rC if keep else None), sum_r, pivot_r
+        sum_R[too_large] = again_fC.sum(1)
+        exp_RC[too_large] = again_fC
+        pivot_R = pivot_R.index_copy(0, too_large, top_f)
+    return (exp_RC if keep else None), sum_R, pivot_R
 
 
-def _masked_scores(block: Block, select: slice | Tensor, rows_r: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores of some rows, -inf where a column is left out, and which columns the masks leave out (None: no masks)."""
-    dtype = torch.promote_types(block.columns.dtype, torch.float32)
-    scaled_rD = block.rows[select].to(dtype) * block.scale[select, None]
+def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
+    """Scores, -inf where a column is left out, and which columns the masks leave out (None: no masks)."""
+    scaled_RD = block.rows.to(torch.promote_types(block.columns.dtype, torch.float32)) * block.scale[:, None]
     num_columns = block.columns.shape[0]
-    scores_rC = scaled_rD.new_empty(scaled_rD.shape[0], num_columns)
-    for tile, columns_cD in _widened(block.columns, dtype):
-        torch.mm(scaled_rD, columns_cD.T, out=scores_rC[:, tile])
-    positive_r = block.positive[select]
-    local = ((positive_r >= 0) & (positive_r < num_columns)).nonzero().squeeze(1)
-    positive_columns = positive_r[local]
-    masked_rC = _masked(block, select, scores_rC)
-    if masked_rC is not None:
-        masked_rC[local, positive_columns] = False
-        scores_rC.masked_fill_(masked_rC, -math.inf)
-    scores_rC[local, positive_columns] = -math.inf
-    return scores_rC, masked_rC
+    scores_RC = scaled_RD.new_empty(scaled_RD.shape[0], num_columns)
+    for tile, columns_cD in _widened(block.columns, scaled_RD.dtype):
+        torch.mm(scaled_RD, columns_cD.T, out=scores_RC[:, tile])
+    local = ((block.positive >= 0) & (block.positive < num_columns)).nonzero().squeeze(1)
+    positives = block.positive[local]
+    masked_RC = _masked(block, scores_RC)
+    if masked_RC is not None:
+        masked_RC[local, positives] = False
+        scores_RC.masked_fill_(masked_RC, -math.inf)
+    scores_RC[local, positives] = -math.inf
+    return scores_RC, masked_RC
 
 
-def _masked(block: Block, select: slice | Tensor, scores_rC: Tensor) -> Tensor | None:
-    masked_rC = None if block.limit is None else scores_rC > block.limit[select, None]
+def _masked(block: Block, scores_RC: Tensor) -> Tensor | None:
+    masked_RC = None if block.limit is None else scores_RC > block.limit[:, None]
     for row_keys, column_keys in block.keys:
-        for row_key in row_keys[select].unbind(1):
-            unknown_r = row_key == -1
+        for row_key in row_keys.unbind(1):
+            unknown_R = row_key == -1
             for column_key in column_keys.unbind(1):
-                equal_rC = row_key[:, None] == column_key
-                if unknown_r.any():
-                    equal_rC[unknown_r] = False
-                masked_rC = equal_rC if masked_rC is None else masked_rC.logical_or_(equal_rC)
-    return masked_rC
+                equal_RC = row_key[:, None] == column_key
+                if unknown_R.any():
+                    equal_RC[unknown_R] = False
+                masked_RC = equal_RC if masked_RC is None else masked_RC.logical_or_(equal_RC)
+    return masked_RC
 
 
 def _widened(columns: Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
@@ -102,49 +106,45 @@ def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor | float) -> t
 
 
 def finish(
-    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, scale: Tensor | float, weight: float,
-    loss_r: Tensor, coefficient_r: Tensor,
+    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_R: Tensor, scale: Tensor | float, weight: float,
+    loss_R: Tensor, coefficient_R: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     # Relative to exp(positive + top). top is 0 unless a row needed another pivot; exp(-top) is the positive's term.
-    shifts = [pivot_r - positive_r for pivot_r in pivots]
-    top_r = shifts[0] if len(shifts) == 1 else torch.stack(shifts).amax(0)
-    scales = [torch.exp(shift_r - top_r) for shift_r in shifts]
-    total_r = sum((sum_r * scale_r for sum_r, scale_r in zip(sums, scales, strict=True)), torch.zeros_like(positive_r))
-    share_r = (scale * weight) / (torch.exp(-top_r) + total_r)
-    loss_r.copy_(weight * (top_r + torch.log1p(torch.expm1(-top_r) + total_r)))
-    coefficient_r.copy_(-share_r * total_r)
-    return [share_r * scale_r for scale_r in scales]
+    shifts = [pivot_R - positive_R for pivot_R in pivots]
+    top_R = shifts[0] if len(shifts) == 1 else torch.stack(shifts).amax(0)
+    scales = [torch.exp(shift_R - top_R) for shift_R in shifts]
+    total_R = sum((sum_R * scale_R for sum_R, scale_R in zip(sums, scales, strict=True)), torch.zeros_like(positive_R))
+    share_R = (scale * weight) / (torch.exp(-top_R) + total_R)
+    loss_R.copy_(weight * (top_R + torch.log1p(torch.expm1(-top_R) + total_R)))
+    coefficient_R.copy_(-share_R * total_R)
+    return [share_R * scale_R for scale_R in scales]
 
 
-def add_gradients(
-    block: Block, exp_rC: Tensor | None, start: int, stop: int, weight_r: Tensor, *, rows: bool, columns: bool
-) -> None:
-    assert exp_rC is not None
-    dtype = exp_rC.dtype
+def add_gradients(block: Block, exp_RC: Tensor | None, weight_R: Tensor, *, rows: bool, columns: bool) -> None:
+    assert exp_RC is not None
     if rows and block.d_rows is not None:
-        d_rows = block.d_rows[start:stop]
-        product_rD = torch.empty_like(d_rows) if block.adds_to_rows else d_rows
-        for tile, columns_cD in _widened(block.columns, dtype):
-            product_rD.addmm_(exp_rC[:, tile], columns_cD, beta=1 if tile.start else 0)
-        product_rD.mul_(weight_r[:, None])
+        product_RD = torch.empty_like(block.d_rows) if block.adds_to_rows else block.d_rows
+        for tile, columns_cD in _widened(block.columns, exp_RC.dtype):
+            product_RD.addmm_(exp_RC[:, tile], columns_cD, beta=1 if tile.start else 0)
+        product_RD.mul_(weight_R[:, None])
         if block.adds_to_rows:
-            d_rows += product_rD
+            block.d_rows.add_(product_RD)
     if columns and block.d_columns is not None:
-        weighted_rD = block.rows[start:stop].to(dtype) * weight_r[:, None]
-        block.d_columns.addmm_(exp_rC.T, weighted_rD, beta=1 if block.adds_to_columns or start > 0 else 0)
+        weighted_RD = block.rows.to(exp_RC.dtype) * weight_R[:, None]
+        block.d_columns.addmm_(exp_RC.T, weighted_RD, beta=1 if block.adds_to_columns else 0)
 
 
 def close(
     queries: Tensor, passages: Tensor, positives: slice | Tensor, coefficient_B: Tensor,
-    d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor,
+    d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     factor = coefficient_B[:, None] * grad
     if d_queries is not None:
-        d_queries = torch.addcmul(d_queries * grad, factor, passages[positives]).to(queries.dtype)
+        d_queries = torch.addcmul(d_queries * grad, factor, passages[positives]).to(dtype)
     if d_passages is not None:
         d_passages = d_passages * grad
         add_rows(d_passages, positives, factor * queries)
-        d_passages = d_passages.to(passages.dtype)
+        d_passages = d_passages.to(dtype)
     return d_queries, d_passages
 
 

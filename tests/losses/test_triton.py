@@ -105,14 +105,14 @@ def test_exponentials_and_sums(shape, dtype, keys, limit):
     block = make_block(*shape, dtype, keys=keys, limit=limit)
     pivot = random(shape[0], seed=9).to(DEVICE, torch.float32)
     counts = torch.zeros(shape[0], 2, dtype=torch.int32, device=DEVICE)
-    exp, sums, pivots = fused.exp_scores(block, 0, shape[0], pivot, counts=counts)
+    exp, sums, pivots = fused.exp_scores(replace(block, counts=counts), pivot)
     true_exp, true_sums, masked, above = truth(block, pivot)
     assert error(exp, true_exp) <= TOLERANCE[dtype]
     assert error(sums, true_sums) <= 1e-5
     assert torch.equal(pivots, pivot)
     assert torch.equal(exp == 0, true_exp == 0)
     assert torch.equal(counts.long(), torch.stack([masked, above], 1))
-    nothing, again, _ = fused.exp_scores(block, 0, shape[0], pivot, keep=False)
+    nothing, again, _ = fused.exp_scores(block, pivot, keep=False)
     assert nothing is None
     assert torch.equal(again, sums)
 
@@ -144,9 +144,9 @@ def test_a_positive_that_cancels_does_not_change_its_row(dtype):
 def test_a_chunk_of_rows_is_those_rows():
     block = make_block(70, 50, 16, torch.float32, keys=1)
     pivot = random(70, seed=9).to(DEVICE, torch.float32)
-    whole = fused.exp_scores(block, 0, 70, pivot)
+    whole = fused.exp_scores(block, pivot)
     counts = torch.zeros(70, 2, dtype=torch.int32, device=DEVICE)
-    part = fused.exp_scores(block, 37, 70, pivot[37:], counts=counts)
+    part = fused.exp_scores(replace(block, counts=counts).part(37, 70), pivot[37:])
     for full, some in zip(whole, part, strict=True):
         torch.testing.assert_close(some, full[37:], rtol=1e-5, atol=0)
     assert not counts[:37].any()
@@ -159,7 +159,7 @@ def test_rows_far_above_their_pivot_are_exact(dtype):
     block = make_block(40, 70, 16, dtype, keys=1, scale=300.0)
     pivot = torch.full((40,), 150.0, device=DEVICE)
     pivot[::3] = -250.0
-    exp, sums, pivots = fused.exp_scores(block, 0, 40, pivot)
+    exp, sums, pivots = fused.exp_scores(block, pivot)
     changed = pivots != pivot
     assert changed.any()
     assert not changed.all()
@@ -190,30 +190,28 @@ def test_finish_keeps_the_digits_of_tiny_and_of_huge_losses():
 @pytest.mark.parametrize("dtype", DTYPES if CUDA else [torch.float32], ids=str)
 def test_gradients_overwrite_or_add(dtype):
     block = make_block(45, 70, 24, dtype)
-    exp, _, _ = fused.exp_scores(block, 5, 45, torch.zeros(40, device=DEVICE))
-    weight = random(40, seed=10).abs().to(DEVICE, torch.float32)
     d_rows, d_columns = (torch.full(like.shape, math.nan, device=DEVICE) for like in (block.rows, block.columns))
-    true_rows = weight.double()[:, None] * (exp.double() @ block.columns.double())
-    true_columns = exp.double().T @ (weight.double()[:, None] * block.rows[5:].double())
     block = replace(block, d_rows=d_rows, d_columns=d_columns)
-    for times in (1, 2):
-        # The first 5 rows are of another chunk; the columns' gradient is only overwritten by a chunk that starts at 0.
-        adds = replace(block, adds_to_rows=times > 1, adds_to_columns=times > 1)
-        if times == 1:
-            d_columns.zero_()
-        fused.add_gradients(adds, exp, 5, 45, weight, rows=True, columns=True)
-        assert error(d_rows[5:], times * true_rows) <= TOLERANCE[dtype]
-        assert error(d_columns, times * true_columns) <= TOLERANCE[dtype]
-    assert d_rows[:5].isnan().all()
+    exp, _, _ = fused.exp_scores(block, torch.zeros(45, device=DEVICE))
+    weight = random(45, seed=10).abs().to(DEVICE, torch.float32)
+    true_rows = weight.double()[:, None] * (exp.double() @ block.columns.double())
+    true_columns = exp.double().T @ (weight.double()[:, None] * block.rows.double())
+    for adds in (False, True):
+        block = replace(block, adds_to_rows=adds, adds_to_columns=adds)
+        fused.add_gradients(block, exp, weight, rows=True, columns=True)
+        assert error(d_rows, (1 + adds) * true_rows) <= TOLERANCE[dtype]
+        assert error(d_columns, (1 + adds) * true_columns) <= TOLERANCE[dtype]
     before = d_rows.clone()
-    d_columns.zero_()
-    fused.add_gradients(block, exp, 5, 45, weight, rows=False, columns=True)
+    fused.add_gradients(replace(block, adds_to_columns=False), exp, weight, rows=False, columns=True)
     assert error(d_columns, true_columns) <= TOLERANCE[dtype]
-    assert torch.equal(before[5:], d_rows[5:])
-    whole, _, _ = fused.exp_scores(block, 0, 45, torch.zeros(45, device=DEVICE))
-    d_columns.fill_(math.nan)
-    fused.add_gradients(block, whole, 0, 45, torch.ones(45, device=DEVICE), rows=False, columns=True)
-    assert error(d_columns, whole.double().T @ block.rows.double()) <= TOLERANCE[dtype]
+    assert torch.equal(before, d_rows)
+    part = block.part(5, 45)
+    assert part.adds_to_columns
+    assert part.d_rows is not None
+    assert part.d_rows.data_ptr() == d_rows[5:].data_ptr()
+    fused.add_gradients(replace(part, adds_to_rows=False), exp[5:], weight[5:], rows=True, columns=False)
+    assert error(d_rows[5:], true_rows[5:]) <= TOLERANCE[dtype]
+    assert torch.equal(before[:5], d_rows[:5])
 
 
 def leaves(B: int, M: int, D: int, dtype: torch.dtype, *, strided: bool = False) -> tuple[Tensor, Tensor]:
@@ -293,26 +291,6 @@ def test_statistics_are_those_of_the_tiled_path():
     assert collected[0] == pytest.approx(collected[1])
 
 
-@on_device
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_dense_kernel_of_small_batches(masked):
-    B, M, temperature = 7, 21, 0.05
-    dots = random(B, M, seed=30).to(DEVICE, torch.float32)
-    dots[1, 3] = 9.0  # a row whose positive wins by far
-    dots[2, 5] = 9.0  # and one that loses by 100 nats and more
-    shares, loss, coefficient = (torch.full(shape, math.nan, device=DEVICE) for shape in ((B, M), (B,), (B,)))
-    ids = integers(-1, 5, (M,), 31).long()
-    arguments = (dots, shares, loss, coefficient, ids, M, 3, 1 / temperature, 0.5)
-    fused.launch(fused.row_kernels.dense_kernel, B, arguments, {"IDS": masked, "BLOCK": 16})
-    scores, own = (dots.double() / temperature).requires_grad_(), torch.arange(B, device=DEVICE) * 3
-    same = (ids[own, None] == ids) & (ids[own, None] != -1) & (torch.arange(M, device=DEVICE) != own[:, None])
-    true_loss = F.cross_entropy(scores.masked_fill(same & masked, -math.inf), own, reduction="none")
-    (true_loss.sum() / 2).backward()
-    torch.testing.assert_close(loss.double(), true_loss.detach(), rtol=1e-5, atol=1e-12)
-    shares[torch.arange(B), own] += coefficient
-    torch.testing.assert_close(shares.double(), scores.grad, rtol=1e-4, atol=1e-9)
-
-
 @on_gpu
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("R", "C", "D"), [(1, 1, 8), (300, 1000, 64), (129, 700, 1024), (2000, 9000, 384)])
@@ -330,7 +308,7 @@ def test_the_hopper_kernel_gives_what_the_portable_one_gives(R, C, D, keys, limi
         counts = torch.zeros(R, 2, dtype=torch.int32, device=DEVICE)
         for _ in range(3):  # another buffer of NaNs for E each time
             torch.full((R, C + 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-            exp, sums, _ = fused.exp_scores(block, 0, R, pivot, counts=counts if count else None)
+            exp, sums, _ = fused.exp_scores(replace(block, counts=counts if count else None), pivot)
         results.append((exp, sums, counts))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=0)
@@ -354,7 +332,7 @@ def test_the_hopper_kernel_compiles_and_fits():
 @on_gpu
 @pytest.mark.parametrize(("B", "M", "D"), [(1, 1, 8), (63, 189, 40), (256, 2048, 1024), (1000, 8000, 256)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_small_batches_take_their_own_path_to_the_same_result(B, M, D, masked):
+def test_the_default_is_exact_for_small_batches(B, M, D, masked):
     queries, passages = leaves(B, M, D, torch.bfloat16)
     q, p = (each.detach().double().requires_grad_() for each in (queries, passages))
     own = torch.arange(B, device=DEVICE) * (M // B)
@@ -363,15 +341,12 @@ def test_small_batches_take_their_own_path_to_the_same_result(B, M, D, masked):
     false_negatives = FalseNegatives(passage_ids=ids) if masked else None
     truth = F.cross_entropy((q @ p.T / 0.02).masked_fill(same & masked, -math.inf), own)
     (2 * truth).backward()
-    for impl in ("auto", "fused", "auto"):
-        queries.grad = passages.grad = None
-        loss = info_nce(queries, passages, temperature=0.02, impl=impl, false_negatives=false_negatives)
-        assert ("Small" in type(loss.grad_fn).__name__) == (impl == "auto")
-        (2 * loss).backward()
-        assert abs(loss.item() - truth.item()) <= max(2e-5 * truth.item(), 1e-7)
-        if M > 1:  # else the gradients are exactly 0
-            assert error(queries.grad, q.grad) <= 2.5e-3
-            assert error(passages.grad, p.grad) <= 2.5e-3
+    loss = info_nce(queries, passages, temperature=0.02, false_negatives=false_negatives)
+    (2 * loss).backward()
+    assert abs(loss.item() - truth.item()) <= max(2e-5 * truth.item(), 1e-7)
+    if M > 1:  # else the gradients are exactly 0
+        assert error(queries.grad, q.grad) <= 2.5e-3
+        assert error(passages.grad, p.grad) <= 2.5e-3
 
 
 @on_gpu

@@ -1,6 +1,6 @@
 """The functions of `kernels` in Triton, for CUDA: float32 scores that never leave the registers.
 
-Shapes: R rows, C columns, D dimension, r rows of one chunk.
+Shapes: R rows of a chunk, C columns, D dimension.
 
 One kernel multiplies a tile of scores, exponentiates it against the row's pivot and writes it in the dtype of the
 gradient products, which are plain matrix products. That dtype is bfloat16 for half-precision inputs, float16 included:
@@ -26,9 +26,7 @@ from inbatch.losses.triton.launch import INTERPRETED, launch
 kernels: Any = None
 row_kernels: Any = None
 TensorDescriptor: Any = None
-cdiv: Any = None
 try:
-    from triton import cdiv
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from inbatch.losses.triton import row_kernels
@@ -155,12 +153,8 @@ def _descriptors(rows: Tensor, columns: Tensor, exp: Tensor, tile: Tile) -> tupl
 # ---- the functions of the interface
 
 
-def exp_scores(
-    block: Block, start: int, stop: int, pivot_r: Tensor, *, keep: bool = True, counts: Tensor | None = None
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    rows, columns, device = block.rows[start:stop], block.columns, block.rows.device
-    positive, scale = block.positive[start:stop], block.scale[start:stop]
-    limit = None if block.limit is None else block.limit[start:stop]
+def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    rows, columns, limit, counts, device = block.rows, block.columns, block.limit, block.counts, block.rows.device
     (R, D), C = rows.shape, columns.shape[0]
     bulk = _bulk_copies(rows, columns)
     plan = _plan(rows.dtype, device, bulk, limit is not None, counts is not None, keep)
@@ -168,15 +162,15 @@ def exp_scores(
     stride = -(-C // 64) * 64
     exp = torch.empty((R, stride) if keep else (1, stride), dtype=plan.exp_dtype, device=device)
     if R == 0 or C == 0:
-        return (exp[:, :C] if keep else None), torch.zeros(R, dtype=torch.float32, device=device), pivot_r
-    column_tiles = cdiv(C, plan.tile.BN)
+        return (exp[:, :C] if keep else None), torch.zeros(R, dtype=torch.float32, device=device), pivot_R
+    column_tiles = -(-C // plan.tile.BN)
     buffer = torch.empty((column_tiles + 2, R), dtype=torch.float32, device=device)
-    partial, sum_r, new_pivot_r = buffer[:column_tiles], buffer[column_tiles], buffer[column_tiles + 1]
-    vectors = positive, pivot_r, scale, pivot_r if limit is None else limit, partial
+    partial, sum_R, new_pivot_R = buffer[:column_tiles], buffer[column_tiles], buffer[column_tiles + 1]
+    vectors = block.positive, pivot_R, block.scale, pivot_R if limit is None else limit, partial
     strides = rows.stride(0), columns.stride(0), stride
     keys = tuple(
         (
-            of_rows[start:stop],
+            of_rows,
             of_columns,
             of_rows.shape[1],
             of_columns.shape[1],
@@ -185,38 +179,38 @@ def exp_scores(
         )
         for of_rows, of_columns in block.keys
     )
-    grid = min(cdiv(R, plan.tile.BM) * column_tiles, plan.multiprocessors)
-    common = *vectors, positive if counts is None else counts[start:stop], keys, R, C, D
+    grid = min(-(-R // plan.tile.BM) * column_tiles, plan.multiprocessors)
+    common = *vectors, block.positive if counts is None else counts, keys, R, C, D
     if plan.hopper:
         hopper.launch_exp(grid, rows, columns, exp, common, plan.masks)
     else:
         operands = _descriptors(rows, columns, exp, plan.tile) if bulk else (rows, columns, exp)
         launch(kernels.exp_kernel, grid, (*operands, *common, *strides), plan.constants, **plan.options)
-    arguments = (rows, columns, exp, *vectors, sum_r, new_pivot_r, keys, R, C, D, column_tiles, *strides)
-    launch(kernels.settle_kernel, cdiv(R, _SETTLE_TILE["BM"]), arguments, plan.settle_constants)
-    return (exp[:, :C] if keep else None), sum_r, new_pivot_r
+    arguments = (rows, columns, exp, *vectors, sum_R, new_pivot_R, keys, R, C, D, column_tiles, *strides)
+    launch(kernels.settle_kernel, -(-R // _SETTLE_TILE["BM"]), arguments, plan.settle_constants)
+    return (exp[:, :C] if keep else None), sum_R, new_pivot_R
 
 
 def finish(
-    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_r: Tensor, scale: Tensor | float, weight: float,
-    loss_r: Tensor, coefficient_r: Tensor,
+    sums: Sequence[Tensor], pivots: Sequence[Tensor], positive_R: Tensor, scale: Tensor | float, weight: float,
+    loss_R: Tensor, coefficient_R: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    R = positive_r.shape[0]
-    weights = torch.empty((len(sums), R), dtype=torch.float32, device=positive_r.device).unbind()
+    R = positive_R.shape[0]
+    weights = torch.empty((len(sums), R), dtype=torch.float32, device=positive_R.device).unbind()
     if R:
         # The weights of all blocks lie one after the other.
         arguments = (
             tuple(zip(sums, pivots, strict=True)),
-            positive_r,
+            positive_R,
             scale,
             weight,
-            loss_r,
-            coefficient_r,
+            loss_R,
+            coefficient_R,
             weights[0],
             R,
         )
         constants = {"SCALE_IN_MEMORY": isinstance(scale, Tensor), "BLOCK": 256}
-        launch(row_kernels.finish_kernel, cdiv(R, 256), arguments, constants)
+        launch(row_kernels.finish_kernel, -(-R // 256), arguments, constants)
     return list(weights)
 
 
@@ -228,36 +222,33 @@ def positive_scores(rows: Tensor, positives: Tensor, scale: Tensor | float) -> t
         width = 32 if rows.dtype == torch.float32 else 128
         constants = {"BM": 64, "BK": width, "BD": 128, "PRECISION": _PRECISION[rows.dtype]}
         constants = {"SCALE_IN_MEMORY": isinstance(scale, Tensor)} | constants
-        launch(kernels.positive_kernel, cdiv(R, 64), arguments, constants)
+        launch(kernels.positive_kernel, -(-R // 64), arguments, constants)
     return scores, row_scale
 
 
-def add_gradients(
-    block: Block, exp_rC: Tensor | None, start: int, stop: int, weight_r: Tensor, *, rows: bool, columns: bool
-) -> None:
-    assert exp_rC is not None
-    rows_rD, dtype = block.rows[start:stop], exp_rC.dtype
-    (R, D), device = rows_rD.shape, rows_rD.device
+def add_gradients(block: Block, exp_RC: Tensor | None, weight_R: Tensor, *, rows: bool, columns: bool) -> None:
+    assert exp_RC is not None
+    dtype, (R, D), device = exp_RC.dtype, block.rows.shape, block.rows.device
     d_rows, d_columns = block.d_rows if rows else None, block.d_columns if columns else None
     if R == 0 or D == 0 or (d_rows is None and d_columns is None):
         return
-    target = product = rows_rD if d_rows is None else d_rows[start:stop]
+    target = product = block.rows if d_rows is None else d_rows
     if d_rows is not None:
         if block.adds_to_rows:
             product = torch.empty((R, D), dtype=torch.float32, device=device)
-        _product(exp_rC, block.columns.to(dtype), product, add=False)
-    # With the rows contiguous, as exp_rC.T has the columns, both operands being transposed costs the product up to 5 %.
+        _product(exp_RC, block.columns.to(dtype), product, add=False)
+    # With the rows contiguous, as exp_RC.T has the columns, both operands being transposed costs the product up to 5 %.
     stride = -(-R // 64) * 64
-    weighted_Dr = weight_r if d_columns is None else torch.empty((D, stride), dtype=dtype, device=device)
+    weighted_Dr = weight_R if d_columns is None else torch.empty((D, stride), dtype=dtype, device=device)
     arguments = (
-        product, target, rows_rD, weighted_Dr, weight_r,
-        R, D, product.stride(0), target.stride(0), rows_rD.stride(0), stride,
+        product, target, block.rows, weighted_Dr, weight_R,
+        R, D, product.stride(0), target.stride(0), block.rows.stride(0), stride,
     )  # fmt: skip
     masks = {"ADD": block.adds_to_rows, "ROWS": d_rows is not None, "COLUMNS": d_columns is not None}
-    grid = cdiv(R, 64) * cdiv(D, 64)
+    grid = -(-R // 64) * -(-D // 64)
     launch(row_kernels.weigh_kernel, grid, arguments, masks | {"BM": 64, "BD": 64})
     if d_columns is not None:
-        _product(exp_rC.T, weighted_Dr[:, :R].T, d_columns, add=block.adds_to_columns or start > 0)
+        _product(exp_RC.T, weighted_Dr[:, :R].T, d_columns, add=block.adds_to_columns)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
@@ -272,16 +263,16 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
 
 def close(
     queries: Tensor, passages: Tensor, positives: slice | Tensor, coefficient_B: Tensor,
-    d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor,
+    d_queries: Tensor | None, d_passages: Tensor | None, grad: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     (B, D), M = queries.shape, passages.shape[0]
     if d_queries is None or d_passages is None or isinstance(positives, Tensor) or positives.start or not (B and D):
-        return tiled.close(queries, passages, positives, coefficient_B, d_queries, d_passages, grad)
+        return tiled.close(queries, passages, positives, coefficient_B, d_queries, d_passages, grad, dtype)
     # One pass over the gradients of both.
-    out = torch.empty_like(d_queries, dtype=queries.dtype), torch.empty_like(d_passages, dtype=queries.dtype)
+    out = torch.empty_like(d_queries, dtype=dtype), torch.empty_like(d_passages, dtype=dtype)
     arguments = (
         queries, passages, coefficient_B, grad, d_queries, d_passages, *out,
         B, M, D, positives.step, queries.stride(0), passages.stride(0),
     )  # fmt: skip
-    launch(row_kernels.close_kernel, cdiv(B, 8) + cdiv(M, 8), arguments, {"BM": 8, "BD": 512})
+    launch(row_kernels.close_kernel, -(-B // 8) + -(-M // 8), arguments, {"BM": 8, "BD": 512})
     return out

@@ -27,13 +27,18 @@ def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], 
     dtype, 16-byte alignment, descriptor block shape and integer specialisation. Tensors then go as addresses, which
     saves asking the driver about each. `constants` are the kernel's last parameters, in order.
     """
-    kinds, values = _kinds_and_values(arguments)
     device = torch.cuda.current_device() if not INTERPRETED else -1
-    key = id(kernel), device, *kinds, *constants.values()
-    compiled = _launchable.get(key)
+    key: list[Any] = [id(kernel), device, *constants.values()]
+    values: list[Any] = []
+    _describe(arguments, key, values)
+    key_of_call = tuple(key)
+    compiled = _launchable.get(key_of_call)
     if compiled is None:
-        _launchable[key] = kernel[(grid,)](*arguments, **constants, **options)
-    elif _hooked():
+        _launchable[key_of_call] = kernel[(grid,)](*arguments, **constants, **options)
+        return
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # Somebody, a profiler say, wants to know of launches. An empty chain of hooks counts as none.
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         compiled[(grid, 1, 1)](*values, *constants.values())
     else:  # the same, but for what it prepares for hooks: half of its time
         stream, metadata = driver.active.get_current_stream(device), compiled.packed_metadata
@@ -41,29 +46,27 @@ def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], 
         compiled.run(grid, 1, 1, stream, compiled.function, metadata, *hooks, *values, *constants.values())
 
 
-def _hooked() -> bool:
-    """Return True if somebody, a profiler say, wants to know of launches. Empty chains of hooks count as none."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
-
-
-def _kinds_and_values(arguments: tuple) -> tuple[tuple, tuple]:
-    """Return what Triton specialises a kernel on, and what the compiled kernel takes."""
-    kinds: list[Any] = []
-    values: list[Any] = []
+def _describe(arguments: tuple, key: list[Any], values: list[Any]) -> None:
+    """Append what Triton specialises a kernel on to `key`, and what the compiled kernel takes to `values`."""
     for argument in arguments:
-        value = argument
-        if isinstance(argument, Tensor):
-            value = argument.data_ptr()
-            kinds += argument.dtype, value % 16 == 0
-        elif isinstance(argument, int):
-            kinds += argument == 1, argument % 16 == 0, argument < 2**31
-        elif isinstance(argument, float):
-            kinds.append(float)
-        elif isinstance(argument, tuple) and argument:
-            kind, value = _kinds_and_values(argument)
-            kinds.append(kind)
-        elif not isinstance(argument, tuple):  # a tensor descriptor
-            kinds += argument.base.dtype, *argument.block_shape
-        values.append(value)
-    return tuple(kinds), tuple(values)
+        kind = argument.__class__
+        if kind is int:
+            key.append((argument % 16 == 0) + 2 * (argument == 1) + 4 * (argument >= 2**31))
+            values.append(argument)
+        elif kind is float:
+            key.append(float)
+            values.append(argument)
+        elif kind is tuple:
+            inner: list[Any] = []
+            _describe(argument, key, inner)
+            key.append(len(inner))
+            values.append(tuple(inner))
+        elif isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            key.append(argument.dtype)
+            key.append(address % 16 == 0)
+            values.append(address)
+        else:  # a tensor descriptor
+            key.append(argument.base.dtype)
+            key.extend(argument.block_shape)
+            values.append(argument)
