@@ -26,7 +26,7 @@ from inbatch import collectives
 from inbatch.losses import ring
 from inbatch.losses.masking import Keys
 from inbatch.losses.objective import Term
-from inbatch.losses.softmax import Columns, Problem, Rows, new_gradient, places, row_major
+from inbatch.losses.softmax import Columns, Problem, Rows, new_gradient, places, refuse_second_derivatives, row_major
 from inbatch.losses.tiled import add_rows
 
 T = TypeVar("T")
@@ -56,8 +56,8 @@ class Softmax(torch.autograd.Function):
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), autocast:
             ctx.dtype = queries.dtype
             if query_columns is not None:
-                query_columns = row_major(query_columns.to(problem.dtype))
-            queries, passages = row_major(queries.to(problem.dtype)), row_major(passages.to(problem.dtype))
+                query_columns = row_major(query_columns, problem.dtype)
+            queries, passages = row_major(queries, problem.dtype), row_major(passages, problem.dtype)
             rows = Rows(queries, passages, problem, term, wanted)
             travels = problem.negatives == "ring" and len(problem.passage_counts) > 1
             d_passages, d_columns = (ring.solve if travels else solve)(rows, passages, query_columns)
@@ -75,11 +75,7 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if torch.is_grad_enabled():  # the gradients are constants to autograd, which would take their derivative for 0
-            raise RuntimeError(
-                "info_nce is differentiable once, and this backward pass has create_graph=True; "
-                'impl="reference" has second derivatives'
-            )
+        refuse_second_derivatives()
         # Once: checkpointing unpacks a tensor a single time.
         queries, passages, coefficient_B, d_queries, d_passages, d_columns, d_temperature = ctx.saved_tensors
         d_queries, d_passages = ctx.kernels.close(
@@ -94,11 +90,11 @@ class Softmax(torch.autograd.Function):
 
 def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Fill `rows`; return the gradients of this rank's passages as columns, and of the query columns."""
-    kernels, total, wanted = rows.kernels, len(rows.loss_B), any(rows.wanted)
+    kernels, total, wanted = rows.kernels, rows.loss_B.shape[0], any(rows.wanted)
     pieces = gather_pieces(rows, passages, query_columns)
     work = [(piece, block) for piece in pieces for block in rows.blocks(piece.columns)]
     together = len(pieces) == 1  # nothing to leave early: one call, which makes fewer launches
-    num_columns = sum(len(block.columns) for _, block in work)
+    num_columns = sum(block.columns.shape[0] for _, block in work)
     for start, stop in rows.chunks(num_columns):
         score_r, chunk = rows.score_B[start:stop], [(piece, block.part(start, stop)) for piece, block in work]
         exps, sums, pivots = [], [], []
@@ -167,7 +163,7 @@ class Piece:
 
 def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> list[Piece]:
     """Return all columns of the softmax: those given, or everyone's passages, which then are under way."""
-    problem, total = rows.problem, len(rows.loss_B)
+    problem, total = rows.problem, rows.loss_B.shape[0]
     if problem.negatives != "gather" or len(problem.passage_counts) == 1:
         columns = {}
         if any(direction.endswith("passage") for direction in rows.term.directions):

@@ -84,6 +84,11 @@ def info_nce(
     problem = _agree(queries, passages, asked, kernels, error)
     softmaxes = terms(problem.objective, queries.shape[1])
     if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
+        if impl == "auto" and kernels is not tiled:
+            from inbatch.losses.triton import small  # here, since it imports triton
+
+            if small.fits(queries, passages, problem):
+                return small.SmallSoftmax.apply(queries, passages, problem)
         return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
     with torch.autocast(queries.device.type, enabled=False):
         return _composed(queries, passages, problem)

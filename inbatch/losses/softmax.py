@@ -85,10 +85,12 @@ class Rows:
         self.score_B, self.scale_B = self.kernels.positive_scores(queries, positives, self.scale)
         self.limit_B = None if margin is None else self.score_B + margin * self.scale
         self.weight = term.weight * problem.row_weight
-        self.loss_B, self.coefficient_B = torch.empty((2, len(queries)), dtype=dtype, device=queries.device).unbind()
+        self.loss_B, self.coefficient_B = torch.empty(
+            (2, queries.shape[0]), dtype=dtype, device=queries.device
+        ).unbind()
         self.counts = None
         if problem.stats is not None:
-            self.counts = torch.zeros((len(queries), 2), dtype=torch.int32, device=queries.device)
+            self.counts = torch.zeros((queries.shape[0], 2), dtype=torch.int32, device=queries.device)
         self.sides = {"query": queries, "positive": positives}
         used = {DIRECTIONS[direction][0] for direction in term.directions}
         self.gradients = {
@@ -126,7 +128,7 @@ class Rows:
 
     def chunks(self, num_columns: int) -> list[tuple[int, int]]:
         """Return equal ranges of rows whose exponentials against so many columns fit the chunk size."""
-        kernels, num_rows, chunk_mib = self.kernels, len(self.loss_B), self.problem.chunk_mib
+        kernels, num_rows, chunk_mib = self.kernels, self.loss_B.shape[0], self.problem.chunk_mib
         row_mib = max(num_columns * kernels.exp_itemsize(self.sides["query"].dtype), 1) / 2**20
         limits = kernels.DEFAULT_CHUNKS if chunk_mib is None else ((chunk_mib, math.inf),)
         fitting = max(1, *(int(min(mib / row_mib, rows)) for mib, rows in limits))
@@ -167,11 +169,22 @@ def new_gradient(columns: Tensor, wanted: bool, num_rows: int) -> Tensor | None:
     return make(columns, dtype=torch.promote_types(columns.dtype, torch.float32))
 
 
-def row_major(embeddings: Tensor) -> Tensor:
-    """Return the same [rows, D], each row contiguous and apart from the others, as the kernels read them."""
+def row_major(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the same [rows, D] in `dtype`, each row contiguous and apart from the others, as the kernels read them."""
+    if embeddings.dtype != dtype:
+        embeddings = embeddings.to(dtype)
     if embeddings.is_contiguous() or (embeddings.stride(1) == 1 and embeddings.stride(0) >= embeddings.shape[1]):
         return embeddings
     return embeddings.contiguous()
+
+
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass that asks for a graph: gradients made beforehand are constants to it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "info_nce is differentiable once, and this backward pass has create_graph=True; "
+            'impl="reference" has second derivatives'
+        )
 
 
 def places(positives: slice | Tensor, before: int, device: torch.device, cut: tuple[int, int] | None = None) -> Tensor:

@@ -291,6 +291,26 @@ def test_statistics_are_those_of_the_tiled_path():
     assert collected[0] == pytest.approx(collected[1])
 
 
+@on_device
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_dense_kernel_of_small_batches(masked):
+    B, M, temperature = 7, 21, 0.05
+    dots = random(B, M, seed=30).to(DEVICE, torch.float32)
+    dots[1, 3] = 9.0  # a row whose positive wins by far
+    dots[2, 5] = 9.0  # and one that loses by 100 nats and more
+    shares, loss, coefficient = (torch.full(shape, math.nan, device=DEVICE) for shape in ((B, M), (B,), (B,)))
+    ids = integers(-1, 5, (M,), 31).long()
+    arguments = (dots, shares, loss, coefficient, ids, M, 3, 1 / temperature, 0.5)
+    _launch.launch(fused.row_kernels.dense_kernel, B, arguments, {"IDS": masked, "BLOCK": 16})
+    scores, own = (dots.double() / temperature).requires_grad_(), torch.arange(B, device=DEVICE) * 3
+    same = (ids[own, None] == ids) & (ids[own, None] != -1) & (torch.arange(M, device=DEVICE) != own[:, None])
+    true_loss = F.cross_entropy(scores.masked_fill(same & masked, -math.inf), own, reduction="none")
+    (true_loss.sum() / 2).backward()
+    torch.testing.assert_close(loss.double(), true_loss.detach(), rtol=1e-5, atol=1e-12)
+    shares[torch.arange(B), own] += coefficient
+    torch.testing.assert_close(shares.double(), scores.grad, rtol=1e-4, atol=1e-9)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("R", "C", "D"), [(1, 1, 8), (300, 1000, 64), (129, 700, 1024), (2000, 9000, 384)])
@@ -332,7 +352,7 @@ def test_the_hopper_kernel_compiles_and_fits():
 @on_gpu
 @pytest.mark.parametrize(("B", "M", "D"), [(1, 1, 8), (63, 189, 40), (256, 2048, 1024), (1000, 8000, 256)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_default_is_exact_for_small_batches(B, M, D, masked):
+def test_small_batches_take_their_own_path_to_the_same_result(B, M, D, masked):
     queries, passages = leaves(B, M, D, torch.bfloat16)
     q, p = (each.detach().double().requires_grad_() for each in (queries, passages))
     own = torch.arange(B, device=DEVICE) * (M // B)
@@ -341,12 +361,15 @@ def test_the_default_is_exact_for_small_batches(B, M, D, masked):
     false_negatives = FalseNegatives(passage_ids=ids) if masked else None
     truth = F.cross_entropy((q @ p.T / 0.02).masked_fill(same & masked, -math.inf), own)
     (2 * truth).backward()
-    loss = info_nce(queries, passages, temperature=0.02, false_negatives=false_negatives)
-    (2 * loss).backward()
-    assert abs(loss.item() - truth.item()) <= max(2e-5 * truth.item(), 1e-7)
-    if M > 1:  # else the gradients are exactly 0
-        assert error(queries.grad, q.grad) <= 2.5e-3
-        assert error(passages.grad, p.grad) <= 2.5e-3
+    for impl in ("auto", "fused", "auto"):
+        queries.grad = passages.grad = None
+        loss = info_nce(queries, passages, temperature=0.02, impl=impl, false_negatives=false_negatives)
+        assert ("Small" in type(loss.grad_fn).__name__) == (impl == "auto")
+        (2 * loss).backward()
+        assert abs(loss.item() - truth.item()) <= max(2e-5 * truth.item(), 1e-7)
+        if M > 1:  # else the gradients are exactly 0
+            assert error(queries.grad, q.grad) <= 2.5e-3
+            assert error(passages.grad, p.grad) <= 2.5e-3
 
 
 @on_gpu

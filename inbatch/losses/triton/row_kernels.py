@@ -119,3 +119,51 @@ def close_kernel(
             tile - query_tiles, p_total_ptr, coefficient_ptr, queries_ptr, factor, p_out_ptr,
             M, B, D, STRIDE, 1, query_stride, BM, BD,
         )  # fmt: skip
+
+
+@triton.jit
+def _rivals(dot_ptr, ids_ptr, j, at, positive_id, C, IDS: tl.constexpr):
+    """The products with columns j, -inf for the positive and, with IDS, for those of its id."""
+    dot = tl.load(dot_ptr + j, mask=(j < C) & (j != at), other=float("-inf"))
+    if IDS:
+        same = tl.load(ids_ptr + j, mask=j < C, other=-1) == positive_id
+        dot = tl.where(same & (positive_id != -1), float("-inf"), dot)
+    return dot
+
+
+@triton.jit
+def dense_kernel(
+    dot_ptr, out_ptr, loss_ptr, coefficient_ptr, ids_ptr, C, STRIDE, scale, factor,
+    IDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For row i (positive at column i * STRIDE), write the loss, and factor * softmax into `out`, 0 at the positive.
+
+    factor * (p_positive - 1) is written apart, in float32: rounded, it would not cancel what it should.
+    """
+    i = tl.program_id(0)
+    dot_ptr += i.to(tl.int64) * C
+    out_ptr += i.to(tl.int64) * C
+    at = i * STRIDE
+    positive = tl.load(dot_ptr + at)
+    positive_id = at
+    if IDS:
+        positive_id = tl.load(ids_ptr + at)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        best = tl.maximum(best, _rivals(dot_ptr, ids_ptr, j, at, positive_id, C, IDS))
+    top = tl.maximum(tl.max(best, 0), positive)
+    scale2 = scale * LOG2E
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        total += tl.exp2((_rivals(dot_ptr, ids_ptr, j, at, positive_id, C, IDS) - top) * scale2)
+    rest = tl.sum(total, 0)
+    share = factor / (rest + tl.exp2((positive - top) * scale2))
+    for first in range(0, C, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        exp = tl.exp2((_rivals(dot_ptr, ids_ptr, j, at, positive_id, C, IDS) - top) * scale2)
+        tl.store(out_ptr + j, (share * exp).to(out_ptr.dtype.element_ty), mask=j < C)
+    tl.store(coefficient_ptr + i, -rest * share)
+    rise = ((top - positive) * scale).to(tl.float64)
+    tl.store(loss_ptr + i, _log_sum(rest.to(tl.float64), rise).to(tl.float32))
