@@ -68,9 +68,19 @@ def info_nce(
     """
     if not torch.is_grad_enabled():  # else the gradient would be made for nothing
         queries, passages, temperature = map(_detached, (queries, passages, temperature))
+    if isinstance(temperature, Real):
+        temperature = float(temperature)  # NumPy's, too
+    extras = positives, objective, chunk_mib, stats
+    if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
+        from inbatch.losses.triton import small  # here, since it imports triton
+
+        alone = negatives in NEGATIVES and collectives.world_size(group) == 1
+        if alone and small.fits(queries, passages, temperature, false_negatives):
+            ids = None if false_negatives is None else false_negatives.passage_ids
+            return small.SmallSoftmax.apply(queries, passages, ids, temperature)
     asked = Problem(
         objective=PLAIN if objective is None else objective,
-        temperature=float(temperature) if isinstance(temperature, Real) else temperature,  # NumPy's, too
+        temperature=temperature,
         false_negatives=FalseNegatives() if false_negatives is None else false_negatives,
         negatives=negatives,
         chunk_mib=chunk_mib,
@@ -84,11 +94,6 @@ def info_nce(
     problem = _agree(queries, passages, asked, kernels, error)
     softmaxes = terms(problem.objective, queries.shape[1])
     if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
-        if impl == "auto" and kernels is not tiled:
-            from inbatch.losses.triton import small  # here, since it imports triton
-
-            if small.fits(queries, passages, problem):
-                return small.SmallSoftmax.apply(queries, passages, problem)
         return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
     with torch.autocast(queries.device.type, enabled=False):
         return _composed(queries, passages, problem)

@@ -62,8 +62,8 @@ def make_block(R: int, C: int, D: int, dtype: torch.dtype, *, keys: int = 0, lim
         row_keys, column_keys = (
             torch.where(values > 3, values << 32, values)
             for values in (
-                integers(-1, 8, (R, 2 - pair), 4 + pair).long(),
-                integers(-1, 8, (C, 1 + pair), 6 + pair).long(),
+                integers(-1, 6, (R, 2 - pair), 4 + pair).long(),
+                integers(-1, 6, (C, 1 + pair), 6 + pair).long(),
             )
         )
         pairs.append((row_keys, column_keys))
