@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from inbatch import __version__
-from inbatch.launch import INTERRUPTED, launch, no_fault_of_this_process, report, show_warning
+from inbatch.launch import INTERRUPTED, REPORT_FD, launch, no_fault_of_this_process, report, show_warning
+from inbatch.train.stopping import Stopped, stop_on_signals
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,13 @@ The same command again goes on with a run that was interrupted. On several machi
 
 def main() -> None:
     """The command `inbatch`: runs `sys.argv` and ends the process."""
+    stop_on_signals()
     try:
         status = run(sys.argv[1:])
     except Exception:
         traceback.print_exc()
+        if REPORT_FD in os.environ:
+            report("")  # the traceback says it
         status = 1
     if status or "RANK" in os.environ:
         _leave(status)
@@ -64,9 +68,9 @@ def _leave(status: int) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command: 0, 1 after a mistake in files or settings or the end of another process, 130 after Ctrl-C.
+    """Run one command and return its status: 0, 1 after a mistake in files or settings or the end of another process.
 
-    Wrong usage is SystemExit(2), as in argparse.
+    After a signal it is 128 + the signal's number, 130 after Ctrl-C. Wrong usage is SystemExit(2), as in argparse.
     """
     arguments = list(arguments)
     known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
@@ -84,11 +88,15 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         report(str(error))
         return 1
+    except Stopped as stopped:
+        report(stopped.message)
+        return int(stopped.code or 0)
     except (RuntimeError, KeyboardInterrupt) as error:
         if (words := no_fault_of_this_process(error)) is None:
             raise
-        report(words)
-        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        interrupted = isinstance(error, KeyboardInterrupt)
+        report(words, cause=interrupted)
+        return INTERRUPTED if interrupted else 1
     return 0
 
 

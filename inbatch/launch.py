@@ -1,44 +1,121 @@
-"""Processes on this machine through torchrun, and what is said of a failure: once, in one line."""
+"""Processes on this machine, and what is said of a failure: once, in one line."""
 
+import ctypes
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells know
+REPORT_FD = "INBATCH_REPORT_FD"
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE_S = 5  # for the others to say what they know, once a rank has failed
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(arguments: list[str], processes: int) -> int:
-    """Starts the command `inbatch ARGUMENTS` in several processes on this machine; 1 if one fails, 130 after Ctrl-C."""
-    import logging
+    """Run the command `inbatch ARGUMENTS` in several processes on this machine and return the status of the first end
+    that was no success, 0 if there is none.
 
-    from torch.distributed import run
+    SIGINT, SIGTERM and SIGHUP go to all of them. None outlives this process, however it ends.
+    """
+    with socket.socket() as reserved:
+        # Bound and never listened on: the kernel gives the port to nobody, and rank 0 may listen on it.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        environment = os.environ | {
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(reserved.getsockname()[1]),
+        }
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        environment[REPORT_FD] = str(writing)
+        ranks: list[subprocess.Popen] = []
+        before = {number: signal.getsignal(number) for number in _STOPPING}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, lambda number, _: _forward(number, ranks))
+        parent = os.getpid()
+        try:
+            for rank in range(processes):
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "inbatch", *arguments],
+                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.DEVNULL,
+                        pass_fds=[writing],
+                        preexec_fn=lambda: _end_with(parent),
+                    )
+                )
+            os.close(writing)
+            return _wait(ranks, reading)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+            os.close(reading)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # The rank that failed has said why; torchrun's own report would bury it.
-    logging.disable(logging.CRITICAL)
+
+def _end_with(parent: int) -> None:
+    """Make the kernel kill this new process when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _forward(number: int, ranks: list[subprocess.Popen]) -> None:
+    for process in ranks:
+        process.send_signal(number)
+
+
+def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
+    """Wait for the ranks, say why the first of them failed, and return its status."""
+    said, ended = b"", {}
+    deadline = float("inf")
+    while len(ended) < len(ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        said += _read(reading)
+        for rank, process in enumerate(ranks):
+            if rank not in ended and process.poll() is not None:
+                ended[rank] = process.returncode
+                if process.returncode:
+                    deadline = min(deadline, time.monotonic() + _PATIENCE_S)
+    reports = [json.loads(line) for line in (said + _read(reading)).splitlines()]
+    failed = {rank: status for rank, status in ended.items() if status}
+    silent = {rank: failed[rank] for rank in failed.keys() - {report["rank"] for report in reports}}
+    _report_killed(silent)
+    # A rank that lost another one says less than that one, and less than its end.
+    causes = [report for report in reports if report["cause"]] or ([] if silent else reports)
+    for message in dict.fromkeys(report["message"] for report in causes if report["message"]):
+        print(f"inbatch: error: {message}", file=sys.stderr)
+    return next((status if status > 0 else 128 - status for status in failed.values()), 0)
+
+
+def _read(reading: int) -> bytes:
     try:
-        run.main(["--standalone", "--nproc-per-node", str(processes), "-m", "inbatch", *arguments])
-    except Exception as error:  # torchrun's own two classes live in modules that are not public
-        if type(error).__name__ not in ("ChildFailedError", "SignalException"):
-            raise
-        if isinstance(failures := getattr(error, "failures", None), dict):
-            _report_killed({rank: failure.exitcode for rank, failure in failures.items()})
-        return INTERRUPTED if getattr(error, "sigval", None) == signal.SIGINT else 1
-    return 0
+        return os.read(reading, 1 << 16)
+    except BlockingIOError:
+        return b""
 
 
-def _report_killed(exit_codes: dict[int, int]) -> None:
-    """Names the rank that a signal ended, which could not say so. SIGTERM is what torchrun sends to the others."""
-    for rank, code in exit_codes.items():
-        if code < 0 and -code != signal.SIGTERM:
-            hint = " (memory may have run out)" if -code == signal.SIGKILL else ""
-            print(
-                f"inbatch: error: rank {rank} was ended by {signal.Signals(-code).name}{hint}",
-                file=sys.stderr,
-            )
+def _report_killed(statuses: dict[int, int]) -> None:
+    """Name the ranks that ended without a word."""
+    for rank, status in sorted(statuses.items()):
+        how = f"ended with status {status} and said nothing"
+        if status < 0:
+            hint = " (memory may have run out)" if -status == signal.SIGKILL else ""
+            how = f"was ended by {signal.Signals(-status).name}{hint}"
+        print(f"inbatch: error: rank {rank} {how}", file=sys.stderr)
 
 
 def no_fault_of_this_process(error: BaseException) -> str | None:
@@ -57,11 +134,19 @@ def no_fault_of_this_process(error: BaseException) -> str | None:
     return None
 
 
-def report(message: str) -> None:
-    """One line on stderr, from one of this machine's ranks, and in the report that torchrun prints last."""
+def report(message: str, *, cause: bool = True) -> None:
+    """Say why this process ends: one line on stderr, from one of this machine's ranks.
+
+    The launcher says it where there is one; torchrun repeats it in its last report. cause: False where another rank is
+    to blame, which may say more.
+    """
     message = " ".join(message.split())
     if os.environ.get("INBATCH_TRACEBACK"):
         traceback.print_exc()
+    if REPORT_FD in os.environ:
+        line = {"rank": int(os.environ["RANK"]), "message": message[:3000], "cause": cause}
+        os.write(int(os.environ[REPORT_FD]), f"{json.dumps(line)}\n".encode())
+        return
     torchrun_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     first = True
     if torchrun_file:

@@ -21,7 +21,7 @@ LAYERS = (
 )
 COLLECTIVES = {f"collectives.{name}" for name in ("agreement", "gather", "process_group", "ring")}
 # What is no collective operation: types, sharding and launching.
-ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "run", "tensor"}
+ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "tensor"}
 
 
 def _module(path) -> str:

@@ -1,6 +1,7 @@
 """This rank's training batches, made ahead by worker processes; what they hold is a function of the step alone."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -79,6 +80,9 @@ def start_worker(number: int) -> None:
     """One thread a worker, and the cores first to the process that launches kernels: the GPU waits for it alone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.nice(10)
+    # Schedulers signal every process of a job; the rank needs its batches for as long as it goes on.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:

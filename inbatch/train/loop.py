@@ -31,6 +31,7 @@ from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_
 from inbatch.train.report import Stopwatch, candidates, look_at, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
 from inbatch.train.setup import Learner, Run, set_up
+from inbatch.train.stopping import Stopped, held_back
 from inbatch.train.towers import save_towers
 
 _REMEDY = "lower optim.lr, raise loss.temperature or set train.precision to fp32"
@@ -45,7 +46,8 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
 
     Returns the last figures of metrics.jsonl by name. A run that is finished already is left as it is.
     Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
-    another run; FloatingPointError where the loss or the weights are no longer finite.
+    another run; FloatingPointError where the loss or the weights are no longer finite. At SIGTERM or SIGHUP it saves a
+    checkpoint after the step and raises Stopped, a SystemExit.
     """
     device = device or collectives.device()
     folder = RunFolder(config.train.output_dir)
@@ -75,24 +77,29 @@ def loop(run: Run, clock: Stopwatch) -> None:
     step_function = StepFunction(run.learner, config, run.total_steps)
     clock.turn_to("training")
     steps = run.batches.ahead_from(run.first_step, run.total_steps, num_workers=config.data.num_workers)
-    for step, parts in enumerate(steps, run.first_step):
-        if step == run.first_step:
-            announce(run, parts)
-            evaluate_if_due(run, clock, step)
-        figures = step_function(step, parts)
-        clock.count(pairs=len(run.plan.batch(step)))
-        run.report.advance()
-        done = step + 1
-        last = done == run.total_steps
-        if done == 1 or last or is_due(done, config.train.log_every):
-            speed = {"peak_mib": peak_bytes(run.learner.device) / 2**20}
-            run.report.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
-        # Before the evaluation, so that one that fails or is killed costs no training.
-        if config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps)):
-            with clock.during("saving"):
-                save_checkpoint(run, done)
-        if not last:  # the last one waits for the model to be saved
-            evaluate_if_due(run, clock, done)
+    with held_back() as signal_so_far:
+        for step, parts in enumerate(steps, run.first_step):
+            if step == run.first_step:
+                announce(run, parts)
+                evaluate_if_due(run, clock, step)
+            figures = step_function(step, parts)
+            clock.count(pairs=len(run.plan.batch(step)))
+            run.report.advance()
+            done = step + 1
+            last = done == run.total_steps
+            if done == 1 or last or is_due(done, config.train.log_every):
+                speed = {"peak_mib": peak_bytes(run.learner.device) / 2**20}
+                run.report.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
+            # A rank may be signalled alone, and all must stop after the same step.
+            stop = max_over_ranks(signal_so_far()) if not last else 0
+            # Before the evaluation, so that one that fails or is killed costs no training.
+            if stop or (config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps))):
+                with clock.during("saving"):
+                    save_checkpoint(run, done)
+            if stop:
+                raise Stopped(stop, f" after {done} steps, which are saved: the same command goes on from there")
+            if not last:  # the last one waits for the model to be saved
+                evaluate_if_due(run, clock, done)
 
 
 def is_due(done: int, every: int | None) -> bool:

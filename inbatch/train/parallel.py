@@ -109,4 +109,5 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def max_over_ranks(value: int) -> int:
+    """Return the largest of the ranks' values."""
     return int(collectives.all_reduce(torch.tensor(value), "max"))

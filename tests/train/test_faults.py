@@ -1,0 +1,114 @@
+"""Runs that are signalled or lose a rank: each ends in time, with one line, a status and what was kept."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from inbatch.train import checkpoint
+from inbatch.train.config import dump
+from inbatch.train.run_folder import read_metrics
+from tests.helpers import REPOSITORY
+from tests.train.test_loop import folder, make_config, pids_of  # noqa: F401
+
+
+class Running:
+    """`inbatch train` in processes of its own."""
+
+    def __init__(self, config, processes: int):
+        self.folder = Path(config.train.output_dir)
+        self.config = self.folder.parent / f"{self.folder.name}.yaml"
+        self.config.write_text(dump(config).replace("num_workers: 0", "num_workers: 1"))
+        command = [sys.executable, "-m", "inbatch", "train", str(self.config), "--nproc-per-node", str(processes)]
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(self, lines: int) -> None:
+        deadline = time.monotonic() + 120
+        while not (path := self.folder / "metrics.jsonl").exists() or path.read_bytes().count(b"\n") < lines:
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def ranks(self) -> list[int]:
+        """The processes that train, by rank."""
+        found = {}
+        for pid in pids_of(str(self.config)):
+            values = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            if "RANK" in values and int(parent) == self.process.pid:
+                found[int(values["RANK"])] = pid
+        return [found[rank] for rank in sorted(found)]
+
+    def end(self) -> tuple[int, list[str]]:
+        """The status and the errors, once no process is left."""
+        errors = [line for line in self.process.communicate(timeout=60)[1].splitlines() if "inbatch: error" in line]
+        deadline = time.monotonic() + 20
+        while pids_of(str(self.config)):
+            assert time.monotonic() < deadline, "neither a rank nor a process that makes batches is left"
+            time.sleep(0.1)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def start(folder, tmp_path):  # noqa: F811
+    started = []
+
+    def start_(processes: int, **groups) -> Running:
+        settings = {"max_steps": 10_000, **groups.pop("train", {})}
+        started.append(Running(make_config(folder, tmp_path / "run", train=settings, **groups), processes))
+        return started[-1]
+
+    yield start_
+    for running in started:
+        running.process.kill()
+        running.process.wait()
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "to_launcher"),
+    [(1, signal.SIGHUP, True), (2, signal.SIGTERM, True), (2, signal.SIGTERM, False)],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(start, processes, number, to_launcher):
+    """Also where checkpoints are not asked for, and a rank alone is signalled."""
+    running = start(processes)
+    running.wait_for(3)
+    os.kill(running.process.pid if to_launcher else running.ranks()[1], number)
+    status, errors = running.end()
+    assert status == 128 + number, errors
+    steps = len(read_metrics(running.folder))
+    found = checkpoint.newest_whole(running.folder / "checkpoints")
+    assert found is not None
+    assert found[0] == steps
+    (line,) = errors
+    assert f"stopped by {number.name} after {steps} steps, which are saved: the same command goes on" in line
+
+
+def test_the_keyboard_ends_it(start):
+    running = start(2)
+    running.wait_for(2)
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == (130, ["inbatch: error: interrupted"])
+
+
+def test_a_rank_that_vanishes_is_named(start):
+    running = start(2)
+    running.wait_for(2)
+    os.kill(running.ranks()[1], signal.SIGKILL)
+    status, errors = running.end()
+    assert status == 128 + signal.SIGKILL
+    assert errors == ["inbatch: error: rank 1 was ended by SIGKILL (memory may have run out)"]
+
+
+@pytest.mark.parametrize("delay_s", [0.3, 3])
+def test_a_launcher_that_is_killed_leaves_nobody(start, delay_s):
+    running = start(2)
+    deadline = time.monotonic() + 60
+    while len(running.ranks()) < 2:
+        assert time.monotonic() < deadline
+    time.sleep(delay_s)
+    running.process.kill()
+    assert running.end()[0] == -signal.SIGKILL
