@@ -72,7 +72,7 @@ def load_backbone(
         raise ValueError(f"{place} holds a LoRA adapter (adapter_config.json): merge it into its base model first")
     values = read_object(folder, str(Path(home, "config.json"))) or {}
     if not trust_remote_code:
-        _refuse_custom_code(place / "config.json", values, known=values.get("model_type") in CONFIG_MAPPING)
+        _refuse_custom_code(place / "config.json", values, known=str(values.get("model_type")) in CONFIG_MAPPING)
         settings = read_object(folder, str(Path(home, "tokenizer_config.json"))) or {}
         _refuse_custom_code(place / "tokenizer_config.json", settings, known=True)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -284,7 +284,7 @@ def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTr
     """ValueError where the tokenizer gives what the backbone cannot take: ids, types, or a limit that is none."""
     limit = tokenizer.model_max_length
     if type(limit) not in (int, float) or limit < 1 or (limit < _NO_LIMIT and type(limit) is float):
-        raise ValueError(f"{place}: the tokenizer's model_max_length is {limit!r}; expected a positive integer")
+        raise ValueError(f"{place}: the tokenizer's model_max_length is {limit!r:.60}; expected a positive integer")
     if "attention_mask" not in tokenizer.model_input_names:
         raise ValueError(
             f"{place}: the tokenizer's model_input_names {tokenizer.model_input_names} lack attention_mask: padding "
@@ -306,7 +306,7 @@ def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTr
     largest = max(*names, *ids[0], *ids[1], pad)
     if largest >= rows:
         raise ValueError(
-            f"{place}: the tokenizer's largest id is {largest} ({names.get(largest, 'of no token')!r}), but the "
+            f"{place}: the tokenizer's largest id is {largest} ({names.get(largest, 'of no token')!r:.60}), but the "
             f"backbone embeds {rows} ids: take the tokenizer that it was trained with, or resize its embeddings"
         )
     if any(any(types) for types in tokens.get("token_type_ids", [])):

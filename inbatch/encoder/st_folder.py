@@ -144,7 +144,7 @@ def file_within(folder: Path, name: str) -> Path:
         target = path.resolve()
         path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: there can be no file {name!r:.80}: {error}") from None
+        raise ValueError(f"{folder}: there can be no file {name[:80]!r}: {str(error)[:60]}") from None
     # Files in a snapshot of the hub's cache are links to the blobs beside the snapshots.
     if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
         raise ValueError(f"{path} lies outside of the model's folder: copy it into the folder")
