@@ -104,11 +104,11 @@ class Columns:
     def wanted(self, names: Sequence[str], source: str) -> list[str]:
         """Return the columns of a header that have a role, and note the others; ValueError if there are none."""
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{source}: the columns {repeated} stand there twice: rename or drop one")
+            raise ValueError(f"{source}: the columns {listed(repeated)} stand there twice: rename or drop one")
         rest = self._arrange(tuple(names))[""]
         if len(rest) == len(names):
             raise ValueError(
-                f"{source}: of the columns {rest[:_MOST]} none is known. Known conventions: {CONVENTIONS}. Name them "
+                f"{source}: of the columns {listed(rest)} none is known. Known conventions: {CONVENTIONS}. Name them "
                 "yourself: columns: {<field>: <column>}."
             )
         self.leave(rest)
@@ -151,9 +151,9 @@ class Columns:
         if full and role in self.given and self.given[role] != full:
             self._instead.setdefault(role, where())
         if not names or len({re.sub(r"_?[0-9]+$", "", str(name)) for name in full}) > 1:
-            problem = f"several could be the {role}: {full}" if names else f"none is known to be the {role}"
+            problem = f"several could be the {role}: {listed(full)}" if names else f"none is known to be the {role}"
             raise ValueError(
-                f"{where()}: of the columns {list(record)[:_MOST]} {problem}. Known conventions: {CONVENTIONS}. "
+                f"{where()}: of the columns {listed(list(record))} {problem}. Known conventions: {CONVENTIONS}. "
                 f"Name it yourself: columns: {{{role}: <column>}}."
             )
         return full or names[:1]
@@ -230,7 +230,7 @@ def not_read(source: str, names: Sequence[str], advice: str = "") -> None:
     """Say in one line which parts of a source are not read, if any."""
     if names:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        notice(f"{source}: not read: {', '.join(map(repr, names[:20]))}{more}{advice}")
+        notice(f"{source}: not read: {', '.join(map(_short.repr, names[:20]))}{more}{advice}")
 
 
 def id_text(value: object, name: str, where: Where) -> str | None:
@@ -289,7 +289,7 @@ def document(record: object, columns: Columns, where: Where, *, needs_id: bool =
     passage = _document(record, columns, where)
     if passage is None or (needs_id and passage.doc_id is None):
         ids = ", ".join(DOCUMENT["id"])
-        described = ", ".join(f"{name}: {type(value).__name__}" for name, value in list(record.items())[:_MOST])
+        described = ", ".join(f"{str(name)[:80]}: {type(value).__name__}" for name, value in list(record.items())[:20])
         raise ValueError(
             f"{where()}: expected an id ({ids}), a string `text` and optionally a string `title`, found {{{described}}}"
         )
@@ -303,6 +303,11 @@ def _document(record: Mapping, columns: Columns, where: Where) -> Passage | None
     if text is None or not isinstance(content, str) or not isinstance(heading, str):
         return None
     return Passage(content, heading, None if key is None else id_text(record[key], str(key), where))
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Return the first names of a list, each cut to a length that fits a message."""
+    return f"[{', '.join(map(_short.repr, names[:20]))}{', ...' if len(names) > 20 else ''}]"
 
 
 def show(value: object) -> str:

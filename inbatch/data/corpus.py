@@ -87,7 +87,7 @@ class Documents(Rows[Passage]):
         if self.has_ids and len(repeats):
             first, second = rows_by_key[repeats[0] : repeats[0] + 2].tolist()
             raise ValueError(
-                f"{self.where(second)}: the id {self[second].doc_id!r} is taken by {self.where(first)} "
+                f"{self.where(second)}: the id {self[second].doc_id!r:.80} is taken by {self.where(first)} "
                 f"({len(repeats)} such records). Expected each id once: delete or rename the repeated records."
             )
         return {

@@ -142,15 +142,15 @@ def read_qrels(paths: list[Path], queries: Documents, corpus: Documents) -> Qrel
             grades = qrels.setdefault(query, {})
             if not grades and queries.row(query) is None:
                 raise ValueError(
-                    f"{where()}: the query id {query!r} is not in {queries.name}. Expected every query of the qrels "
-                    "there: add the record or delete the line."
+                    f"{where()}: the query id {query!r:.80} is not in {queries.name}. Expected every query of the "
+                    "qrels there: add the record or delete the line."
                 )
             if grades.get(document, score) != score:
                 changed += 1
                 first_changed = first_changed or f"{where()}: {grades[document]}, then {score}"
             if document not in grades and corpus.row(document) is None:
                 unknown += 1
-                first_unknown = first_unknown or f"{where()}: {document!r}"
+                first_unknown = first_unknown or f"{where()}: {document!r:.80}"
             grades[document] = score
     pairs = sum(map(len, qrels.values()))
     if not rows:

@@ -136,7 +136,7 @@ class Content:
         self._file = path.open("rb") if unpack is None else made_once([path], kind, settings, unpack)
         weakref.finalize(self, self._file.close)
         self._first = 0 if unpack is None else HEADER
-        self._size = os.fstat(self._file.fileno()).st_size - self._first
+        self._size = max(0, os.fstat(self._file.fileno()).st_size - self._first)  # 0: nothing was unpacked
 
     def __len__(self) -> int:
         return self._size

@@ -16,6 +16,7 @@ from inbatch.data.columns import (
     GivenColumns,
     empty,
     id_text,
+    listed,
     not_read,
     notice,
     passages,
@@ -155,7 +156,7 @@ class _Lookup:
         if self.by_id is not None:
             name = self.by_id[0] if given is None and len(self.by_id) == 1 else given
             if name not in self.by_id:
-                raise ValueError(f"{where()}: corpus_id is {given!r}, but the file's corpora are {self.by_id}")
+                raise ValueError(f"{where()}: corpus_id is {given!r:.80}, but the file's corpora are {self.by_id}")
             return name, self._corpora[name]
         if self._corpus is None:
             raise ValueError(
@@ -173,7 +174,9 @@ class _Lookup:
         """Return the text of a query that a record names by id alone."""
         found = self._queries and open_once(self._queries, self._corpora)[1].documents.find(query_id)
         if not found:
-            raise ValueError(f"{where()}: the query {query_id!r} has no text, and is in no queries beside {self._name}")
+            raise ValueError(
+                f"{where()}: the query {query_id!r:.80} has no text, and is in no queries beside {self._name}"
+            )
         return found.full_text
 
 
@@ -323,4 +326,4 @@ def _check_given(opened: Sequence[Columns | None], name: str, columns: GivenColu
     for column, role in read[0].missing().items() if read else ():
         if all(column in described.missing() for described in read):
             present = list(dict.fromkeys(n for described in read for n in (*described.roles, *described.unread)))
-            raise ValueError(f"{name}: columns names {column!r} for {role!r}, but the columns are {present}")
+            raise ValueError(f"{name}: columns names {column!r} for {role!r}, but the columns are {listed(present)}")

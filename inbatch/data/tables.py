@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from inbatch.data.columns import Columns, not_read, show
+from inbatch.data.columns import Columns, listed, not_read, show
 from inbatch.data.index import Arrays, arrays_made_once
 from inbatch.data.json_spans import elements, members
 from inbatch.data.lines import Lines, Rows, joined, json_value, text_value
@@ -230,8 +230,8 @@ def _json_records(data: memoryview, num_lines: int) -> Arrays:
             return _texts(corpora, unread) | {"starts": np.array([start]), "stops": np.array([stop])}
         if "data" not in places:
             raise ValueError(
-                f"it is one object over several lines, with the keys {list(places)[:20]}: expected one JSON object a "
-                f"line, a list of records, or {BY_ID}"
+                f"it is one object over several lines, with the keys {listed(list(places))}: expected one JSON object "
+                f"a line, a list of records, or {BY_ID}"
             )
         if "corpus" in places:
             corpora = bytes(data[slice(*places["corpus"])])
@@ -269,7 +269,12 @@ def _delimited(path: Path, columns: Columns) -> Lines:
         return lines
     first, tabs = lines[0], suffix(path) == ".tsv"
     delimiter = "\t" if tabs else next((mark for mark in ",;\t" if mark in first), ",")
-    names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
+    try:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
+    except csv.Error as error:
+        if not tabs:
+            raise ValueError(f"{lines.where(0)} is not CSV: {error}") from None
+        names = first.split(delimiter)
     if not any(map(columns.knows, names)):
         names = _usual_names(path, first.split("\t")) if tabs else None
         if names is None:
@@ -311,7 +316,7 @@ def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
         for row in reader:  # it takes the lines of one row at a time
             if any(cell.strip() for cell in row):
                 if len(row) != len(names):
-                    raise ValueError(f"{len(row)} cells, expected {len(names)}: {list(names)}")
+                    raise ValueError(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
                 firsts.append(after)
                 afters.append(reader.line_num)
             after = reader.line_num
@@ -328,7 +333,7 @@ def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str
 def _plain_row(names: Sequence[str], line: bytes) -> dict[str, str | None]:
     cells = text_value(line).split("\t")
     if len(cells) != len(names):
-        raise ValueError(f"has {len(cells)} cells, expected {len(names)}: {names}")
+        raise ValueError(f"has {len(cells)} cells, expected {len(names)}: {listed(names)}")
     return _row(names, cells)
 
 
