@@ -48,11 +48,11 @@ def made_once(files: Sequence[Path], kind: str, settings: object, make: Callable
     if not files or sum(file.stat().st_size for file in files) < _SMALL:
         return _unnamed(make)
     made_of = _identity(files, settings)
-    paths = [folder / _name(files, folder, kind, settings) for folder in _folders(files[0])]
+    paths = places(files, kind, settings)
     for path in paths:
         if kept := _open_kept(path, made_of):
             return kept
-    path = next((path for path in paths if _writable(path.parent)), None)
+    path = next((path for path in paths if writable(path.parent)), None)
     if path is None:
         return _unnamed(make)
     with _alone(path, files[0]):
@@ -180,25 +180,29 @@ def _code() -> bytes:
     return hashlib.blake2b(b"".join(source.read_bytes() for source in sources)).digest()
 
 
-def _name(files: Sequence[Path], folder: Path, kind: str, settings: object) -> str:
-    # Relative to the data where it lies beside it, so that a folder moved or mounted elsewhere keeps its index.
-    home = folder.parent if folder.name == ".inbatch" else Path("/")
+def places(files: Sequence[Path], kind: str, settings: object) -> list[Path]:
+    """Return the paths at which something made of `files` may be kept, the best first."""
+    if given := os.environ.get("INBATCH_CACHE"):
+        if not writable(Path(given)):
+            raise ValueError(f"INBATCH_CACHE is {given!r}, which is no folder that can be written to: name another")
+        return [Path(given) / _name(files, Path("/"), kind, settings)]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Named by places relative to the data where it lies beside it, so that a folder that is moved keeps its index.
+    beside = files[0].parent
+    paths = [beside / ".inbatch" / _name(files, beside, kind, settings)]
+    if os.path.isabs(user):
+        paths.append(Path(user) / "inbatch" / _name(files, Path("/"), kind, settings))
+    return paths
+
+
+def _name(files: Sequence[Path], home: Path, kind: str, settings: object) -> str:
     names = [os.path.relpath(file.resolve(), home.resolve()) for file in files]
     digest = hashlib.blake2b(repr((names, kind, settings)).encode(), digest_size=8).hexdigest()
     return f"{files[0].name}.{kind}-{digest}"
 
 
-def _folders(data: Path) -> list[Path]:
-    """Return where an index of `data` may lie, the best place first."""
-    if given := os.environ.get("INBATCH_CACHE"):
-        if not _writable(Path(given)):
-            raise ValueError(f"INBATCH_CACHE is {given!r}, which is no folder that can be written to: name another")
-        return [Path(given)]
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [data.parent / ".inbatch", *([Path(user) / "inbatch"] if os.path.isabs(user) else [])]
-
-
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
+    """Return True if files can be made in a folder, which is made where it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

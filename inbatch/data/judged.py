@@ -89,7 +89,8 @@ def judged_examples(folder: Path, judged: Judged, split: str) -> Rows[Example]:
             corpus=str(folder),
         )
 
-    return Rows(len(row_of_query), read, lambda index: queries.where(int(row_of_query[index])))
+    files = [*queries.files, *corpus.files]
+    return Rows(len(row_of_query), read, lambda index: queries.where(int(row_of_query[index])), files=files)
 
 
 def is_judged(folder: Path) -> bool:

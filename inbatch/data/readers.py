@@ -53,7 +53,7 @@ class Examples(Rows[Example]):
 
     def __init__(self, sources: Sequence[Source], same: Mapping[int, int]):
         rows = joined([source.examples for source in sources])
-        super().__init__(len(rows), rows.__getitem__, rows.where)
+        super().__init__(len(rows), rows.__getitem__, rows.where, files=rows.files)
         self.sources, self.same = sources, same
 
 
@@ -313,7 +313,12 @@ def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
             notice(f"{source.name}: num_samples is {number}, but there are {len(examples)}: all are taken")
         return examples
     chosen = np.array(random.Random(seed).sample(range(len(examples)), number))
-    return Rows(number, lambda index: examples[int(chosen[index])], lambda index: examples.where(int(chosen[index])))
+    return Rows(
+        number,
+        lambda index: examples[int(chosen[index])],
+        lambda index: examples.where(int(chosen[index])),
+        files=examples.files,
+    )
 
 
 def _check_given(opened: Sequence[Columns | None], name: str, columns: GivenColumns | None) -> None:

@@ -16,6 +16,7 @@ from inbatch.train.settings import Number, settings
 # already taken.
 MAY_CHANGE = {
     "data.num_workers",
+    "data.token_cache",
     "train.output_dir",
     "train.epochs",
     "train.max_steps",
@@ -93,6 +94,8 @@ class DataConfig:
     """passages per query, the positive included; null takes every hard negative a record has"""
     num_workers: int | None = Field(default=None, ge=0)
     """processes per rank that make batches ahead; null: up to 8, as the cores allow; 0 makes them between the steps"""
+    token_cache: str | bool = "auto"
+    """folder where tokens are kept, for later epochs and runs; auto: where the data's index is, if read twice; off"""
     query_max_len: int = Field(default=64, ge=3)
     """tokens a query is cut to"""
     passage_max_len: int = Field(default=256, ge=3)

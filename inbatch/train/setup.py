@@ -9,6 +9,8 @@ from torch import nn
 from inbatch import collectives
 from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches
+from inbatch.data.readers import Examples
+from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.retrieval.metrics import check_evaluation
@@ -82,10 +84,11 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     first_step = 0
     if newest is not None:
         first_step = checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)
+    model = next(iter(learner.towers.values()))
     batches = Batches(
         examples,
         plan,
-        build_collator(config, next(iter(learner.towers.values())), examples.same),
+        together(lambda: build_collator(config, model, examples, repeats=total_steps > plan.steps_per_epoch)),
         rank=collectives.rank(),
         world_size=collectives.world_size(),
         accumulation_steps=config.train.accumulation_steps,
@@ -171,13 +174,18 @@ def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torc
             loss(row_1D, row_1D)
 
 
-def build_collator(config: Config, model: BiEncoderModel, same: Mapping[int, int]) -> Collator:
+def build_collator(config: Config, model: BiEncoderModel, examples: Examples, *, repeats: bool) -> Collator:
+    """Return what makes batches of examples; repeats: whether the run reads any of them twice."""
+
+    def tokenize(texts: list[str], max_length: int) -> Mapping[str, torch.Tensor]:
+        return model.tokenize(texts, max_length=max_length)
+
     return Collator(
-        lambda texts, max_length: model.tokenize(texts, max_length=max_length),
+        with_memory(tokenize, model.tokenizer, examples, config.data.token_cache, repeats=repeats),
         query_max_len=config.data.query_max_len,
         passage_max_len=config.data.passage_max_len,
         query_prefix=model.prompts.get("query", ""),
         passage_prefix=model.prompts.get("document", ""),
         train_n_passages=config.data.train_n_passages,
-        same=same,
+        same=examples.same,
     )

@@ -274,6 +274,20 @@ def test_bf16_trains_close_to_fp32(folder, tmp_path):
     assert {parameter.dtype for parameter in trained(config).values()} == {torch.float32}
 
 
+def test_kept_tokens_change_nothing(folder, tmp_path):
+    lines = {}
+    for name, kept in (("without", "off"), ("filled", str(tmp_path / "kept")), ("read", str(tmp_path / "kept"))):
+        config = make_config(folder, tmp_path / name, data={"token_cache": kept}, train={"max_steps": 9})
+        train(config)
+        lines[name] = read_lines(tmp_path / name / "metrics.jsonl")
+    assert lines["without"] == lines["filled"] == lines["read"]
+    assert len(lines["read"]) == 9
+    assert {path.suffix for path in (tmp_path / "kept").iterdir()} == {".entries", ".table"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data.token_cache is .*no folder that can be written to"):
+        train(make_config(folder, tmp_path / "refused", data={"token_cache": str(tmp_path / "file")}))
+
+
 def test_a_finished_run_can_be_extended_but_not_replaced(folder, tmp_path, capsys):
     config = make_config(folder, tmp_path, checkpoint={"every_steps": 3})
     first = train(config)
