@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from inbatch.losses import LossStats as LossStats
     from inbatch.losses import Objective as Objective
     from inbatch.losses import info_nce as info_nce
+    from inbatch.retrieval.mine import mine as mine
 
 # Public name -> module. Resolved on first use, so that `import inbatch` costs nothing and needs only torch.
 _PUBLIC = {
@@ -23,6 +24,7 @@ _PUBLIC = {
     "Objective": "inbatch.losses",
     "all_gather": "inbatch.collectives",
     "info_nce": "inbatch.losses",
+    "mine": "inbatch.retrieval.mine",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Objective",
     "all_gather",
     "info_nce",
+    "mine",
 ]
 __version__ = "0.1.0"
 

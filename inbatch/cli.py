@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | evaluate | encode | data | export`.
+"""The command line: `inbatch train | evaluate | encode | mine | data | export`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from inbatch.encoder.model import BiEncoderModel
     from inbatch.retrieval.embed import EmbedOptions
+    from inbatch.retrieval.evaluate import RetrieveOptions
     from inbatch.train.config import Config
 
 # A rank that dies ends the others at once, its connections being closed. The limit finds ranks that hang, and must not
@@ -127,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
     evaluate = commands.add_parser(
-        "evaluate", parents=[_common_options(), _encoding_options()], help="measure retrieval on a BEIR folder",
-        allow_abbrev=False,
+        "evaluate", parents=[_common_options(), _encoding_options(), _retrieval_options()],
+        help="measure retrieval on a BEIR folder", allow_abbrev=False,
         description="Embed the queries and the corpus of a BEIR folder, search exactly and print the measures as JSON.",
     )  # fmt: skip
     evaluate.add_argument(
@@ -137,14 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", metavar="DATA", help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
     evaluate.add_argument("--split", default="test", help="which qrels (default: %(default)s)")
     evaluate.add_argument("--measures", nargs="+", metavar="M", help="such as nDCG@10 R@100 RR@10")
-    evaluate.add_argument("--similarity", choices=("cosine", "dot"), help="(default: what the model was saved with)")
     evaluate.add_argument(
         "--top-k", type=_positive, default=100, metavar="K", help="documents per query (default: 100)"
     )
-    evaluate.add_argument("--query-prefix", help="text before each query (default: the model's prompt)")
-    evaluate.add_argument("--passage-prefix", help="text before each document (default: the model's prompt)")
-    evaluate.add_argument("--query-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
-    evaluate.add_argument("--passage-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
     evaluate.add_argument(
         "--keep-identical-ids", action="store_true",
         help="let a query find the document that has its own id; left out by default, as in BEIR and MTEB",
@@ -182,6 +178,42 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--first", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
     data.set_defaults(function=_data, nproc_per_node=1)
 
+    mine = commands.add_parser(
+        "mine", parents=[_common_options(), _encoding_options(), _retrieval_options()], help="find hard negatives",
+        allow_abbrev=False,
+        description="Write training records with the best documents of each query that are not known to be relevant.",
+    )  # fmt: skip
+    mine.add_argument(
+        "model", metavar="MODEL", help="folder or hub name of a model, or folder of two: MODEL/query and MODEL/passage"
+    )
+    mine.add_argument("source", metavar="SOURCE", help="BEIR folder, or training records and their passages")
+    mine.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it a report and a plot of the scores")
+    mine.add_argument("--split", default="train", help="which qrels (default: %(default)s)")
+    mine.add_argument(
+        "--format", choices=("lists", "triplets"), default="lists",
+        help="lists: query, pos, neg and scores, a line a query (default); triplets: anchor, positive, negative_1...",
+    )  # fmt: skip
+    for name, kind, default, text in (
+        ("num-negatives", int, 5, "negatives of a query"),
+        ("range-min", int, 0, "skip this many of the best candidates"),
+        ("range-max", int, 100, "look at this many of the best candidates"),
+        (
+            "relative-margin",
+            float,
+            None,
+            "a negative scores at most the lowest positive score x (1 - this), such as 0.05",
+        ),
+        ("absolute-margin", float, None, "a negative scores at most the lowest positive score - this"),
+        ("max-score", float, None, "a negative scores at most this"),
+        ("min-score", float, None, "a negative scores at least this"),
+        ("seed", int, 42, "of random sampling"),
+    ):
+        mine.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
+    mine.add_argument(
+        "--sampling", choices=("top", "random"), default="top", help="of the candidates that pass (default: top)"
+    )
+    mine.set_defaults(function=_mine)
+
     export = commands.add_parser(
         "export", help="make a model of a checkpoint", allow_abbrev=False,
         description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
@@ -218,6 +250,16 @@ def _column(text: str) -> tuple[str, list[str]]:
     if not equals or not names:
         raise argparse.ArgumentTypeError(f"{text}: expected FIELD=COLUMN or FIELD=COLUMN,COLUMN")
     return field, names.split(",")
+
+
+def _retrieval_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--similarity", choices=("cosine", "dot"), help="(default: what the model was saved with)")
+    options.add_argument("--query-prefix", help="text before each query (default: the model's prompt)")
+    options.add_argument("--passage-prefix", help="text before each document (default: the model's prompt)")
+    options.add_argument("--query-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
+    options.add_argument("--passage-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
+    return options
 
 
 def _positive(text: str) -> int:
@@ -292,37 +334,59 @@ def _embedding(known: argparse.Namespace, device: "torch.device", **options: Any
     return EmbedOptions(precision=precision, batch_tokens=known.batch_tokens, **options)
 
 
+def _open_towers(name: str, device: "torch.device") -> "tuple[BiEncoderModel, BiEncoderModel | None]":
+    """The encoder of the documents, and that of the queries where the folder holds two."""
+    towers = [Path(name) / tower for tower in ("passage", "query")]
+    if all(tower.is_dir() for tower in towers):
+        return _open_model(str(towers[0]), device), _open_model(str(towers[1]), device)
+    return _open_model(name, device), None
+
+
+def _retrieving(known: argparse.Namespace, device: "torch.device", **options: Any) -> "RetrieveOptions":
+    from inbatch.retrieval.evaluate import RetrieveOptions
+
+    names = ("similarity", "query_prefix", "passage_prefix", "query_max_len", "passage_max_len")
+    embedding = _embedding(known, device, progress="texts" if known.progress else None)
+    return RetrieveOptions(embedding=embedding, **{name: getattr(known, name) for name in names}, **options)
+
+
 def _evaluate(known: argparse.Namespace) -> None:
     with _processes(known.device) as device:
         from inbatch import collectives
         from inbatch.data import load_retrieval
-        from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
+        from inbatch.retrieval.evaluate import evaluate
         from inbatch.retrieval.metrics import DEFAULT_MEASURES
 
         data = collectives.together(lambda: load_retrieval(known.data, known.split))
-        towers = [Path(known.model) / name for name in ("passage", "query")]
-        separate = all(tower.is_dir() for tower in towers)
+        model, query_model = _open_towers(known.model, device)
         measures = known.measures or DEFAULT_MEASURES
         figures = evaluate(
-            _open_model(str(towers[0]) if separate else known.model, device),
+            model,
             data,
-            RetrieveOptions(
-                top_k=known.top_k,
-                similarity=known.similarity,
-                query_prefix=known.query_prefix,
-                passage_prefix=known.passage_prefix,
-                query_max_len=known.query_max_len,
-                passage_max_len=known.passage_max_len,
-                keep_identical_ids=known.keep_identical_ids,
-                embedding=_embedding(known, device, progress="texts" if known.progress else None),
-            ),
-            query_model=_open_model(str(towers[1]), device) if separate else None,
+            _retrieving(known, device, top_k=known.top_k, keep_identical_ids=known.keep_identical_ids),
+            query_model=query_model,
             measures=measures,
             run_file=known.run_file,
             report=lambda figures: print(json.dumps(figures), flush=True),
         )
         if missing := [name for name in measures if name not in figures]:
             raise ValueError(f"no figure for {', '.join(missing)}: see the warning above")
+
+
+def _mine(known: argparse.Namespace) -> None:
+    with _processes(known.device) as device:
+        from dataclasses import fields
+
+        from inbatch import collectives
+        from inbatch.retrieval.mine import MineOptions, mine, open_mining_set
+
+        options = MineOptions(**{field.name: getattr(known, field.name) for field in fields(MineOptions)})
+        data = collectives.together(lambda: open_mining_set(known.source, known.split))
+        model, query_model = _open_towers(known.model, device)
+        retrieve = _retrieving(known, device)
+        report = mine(model, data, known.output, options, retrieve, query_model=query_model, format=known.format)
+        if collectives.rank() == 0:
+            print(f"{known.output}: {json.dumps(report['counts'])}")
 
 
 def _encode(known: argparse.Namespace) -> None:

@@ -155,6 +155,13 @@ def test_train_evaluate_encode(home, capsys):
     np.testing.assert_allclose(np.load(output), expected, atol=1e-6)
     assert Path(f"{output}.ids.txt").read_text().split() == [f"d{i}" for i in range(5)]
 
+    mined, options = home / "mined.jsonl", ["--num-negatives", "2", "--query-prefix", "", "--no-progress"]
+    assert cli.run(["mine", model, str(home / "beir"), str(mined), "--split", "test", *options, "--device", "cpu"]) == 0
+    assert '"negatives": ' in capsys.readouterr().out
+    assert all(len(json.loads(line)["neg"]) == 2 for line in mined.read_text().splitlines())
+    assert cli.run(["mine", model, str(home / "beir"), str(mined), "--range-min", "100", "--device", "cpu"]) == 1
+    assert "range_min is 100 and range_max 100" in only_message(capsys)
+
     assert cli.run(["encode", model, str(home / "beir"), str(output), "--prompt", "poem", "--device", "cpu"]) == 1
     assert "--prompt poem: expected one of" in only_message(capsys)
 
@@ -174,7 +181,13 @@ def test_beside_a_gpu_torch_computes_in_one_thread(home, monkeypatch, device, th
 
 
 def test_help_names_every_key(capsys):
-    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["encode", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["encode", "--help"],
+        ["mine", "--help"],
+    ):
         with pytest.raises(SystemExit) as done:
             cli.run(arguments)
         assert done.value.code == 0

@@ -130,6 +130,27 @@ def retrieve(
     Raises ValueError on every rank if one fails, or if embeddings differ in size between ranks.
     """
     options = options or RetrieveOptions()
+    similarity, queries, documents = embed_both(
+        model, data.queries, data.documents, options, query_model=query_model, group=group
+    )
+    exclude = None if options.keep_identical_ids else _own_documents(data, first=collectives.rank(group) == 0)
+    scores, indices = top_k(queries, documents, options.top_k, similarity=similarity, exclude=exclude, group=group)
+    return {
+        query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True) if i >= 0}
+        for query, row, row_scores in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
+    }
+
+
+def embed_both(
+    model: nn.Module,
+    queries: Sequence[str],
+    documents: Sequence[str],
+    options: RetrieveOptions,
+    *,
+    query_model: nn.Module | None = None,
+    group=None,
+) -> tuple[str, Tensor, Tensor]:
+    """Return the similarity to search by, all queries [Q, D] on the device, and this rank's share of the documents."""
     module = unwrap(model)
     query_module = module if query_model is None else unwrap(query_model)
     bars = options.embedding.progress is not None and collectives.rank(group) == 0
@@ -148,24 +169,16 @@ def retrieve(
                 f"the model was saved with similarity {similarity!r}; expected one of {', '.join(SIMILARITIES)}: say "
                 "which to search by"
             )
-        queries = embed_share(
-            "query", data.queries, query_module, options.query_prefix, max_length=options.query_max_len,
-            dtype=torch.float32,
-        )  # fmt: skip
-        documents = embed_share(
-            "document", data.documents, module, options.passage_prefix, max_length=options.passage_max_len
+        lengths = options.query_max_len, options.passage_max_len
+        query_rows = embed_share(
+            "query", queries, query_module, options.query_prefix, max_length=lengths[0], dtype=torch.float32
         )
-        return similarity, queries.to(next(module.parameters()).device), documents
+        rows = embed_share("document", documents, module, options.passage_prefix, max_length=lengths[1])
+        return similarity, query_rows.to(next(module.parameters()).device), rows
 
-    similarity, queries, documents = collectives.together(both, group)
-    agreed = collectives.agree("the embeddings of the queries", {"queries": queries}, group=group)
-    queries = collectives.all_gather(queries, group, rows=agreed["queries"])
-    exclude = None if options.keep_identical_ids else _own_documents(data, first=collectives.rank(group) == 0)
-    scores, indices = top_k(queries, documents, options.top_k, similarity=similarity, exclude=exclude, group=group)
-    return {
-        query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True) if i >= 0}
-        for query, row, row_scores in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
-    }
+    similarity, query_rows, rows = collectives.together(both, group)
+    agreed = collectives.agree("the embeddings of the queries", {"queries": query_rows}, group=group)
+    return similarity, collectives.all_gather(query_rows, group, rows=agreed["queries"]), rows
 
 
 def _own_documents(data: RetrievalData, *, first: bool) -> Tensor:

@@ -77,6 +77,16 @@ def top_k(
         return _decoded(torch.cat(every_Qk.split(max(1, len(queries))), dim=1).topk(k).values)
 
 
+@torch.no_grad()
+def pair_scores(queries: Tensor, documents: Tensor, pairs: Tensor, *, similarity: str = "dot") -> Tensor:
+    """Return the scores [P] of pairs [P, 2] (row of a query, row of a document), as `top_k` gives them."""
+    chosen, rows = documents[pairs[:, 1].to(documents.device)].to(queries.device), pairs[:, 0].to(queries.device)
+    scores = torch.linalg.vecdot(queries[rows].double(), chosen.double())
+    if similarity == "cosine":
+        scores *= _inverse(queries[rows].double().norm(dim=1) * chosen.double().norm(dim=1))
+    return scores.float()
+
+
 def _misuse(queries: Tensor, documents: Tensor, k: int, similarity: str, *chunks: int) -> str | None:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         return f"top_k: k is {k!r}; expected an integer of at least 1"

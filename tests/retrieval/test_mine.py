@@ -1,0 +1,217 @@
+"""Mined negatives against brute force, on any number of ranks."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from inbatch.data import open_examples
+from inbatch.retrieval.evaluate import RetrieveOptions
+from inbatch.retrieval.mine import MineOptions, MiningSet, choose, mine, open_mining_set, search_negatives
+from tests.data_files import write_beir, write_jsonl
+from tests.helpers import device
+from tests.retrieval.test_evaluate import LetterEncoder, one_by_one, some_texts
+
+
+def some_set(documents: int, queries: int, seed: int) -> MiningSet:
+    chance = random.Random(seed)
+    rows = range(documents)
+    return MiningSet(
+        queries=some_texts(queries, seed),
+        documents=some_texts(documents, seed + 1),
+        positives=[sorted(chance.sample(rows, chance.randint(1, min(3, documents)))) for _ in range(queries)],
+        same=[chance.sample(rows, chance.randint(0, 1)) for _ in range(queries)],
+    )
+
+
+def vectors(count: int, seed: int) -> torch.Tensor:
+    """Many ties: few distinct directions."""
+    return torch.randint(-1, 2, (count, 4), generator=torch.Generator().manual_seed(seed)).float() + 0.5
+
+
+def brute_force(queries, documents, data, options):
+    """Every score in float64, then the rules one document at a time: (row, score) of each query's negatives."""
+    queries, documents = queries.double(), documents.double()
+    scores = queries @ documents.T / (queries.norm(dim=1)[:, None] * documents.norm(dim=1))
+    scores = scores.float().tolist()
+    chosen = []
+    for query, row in enumerate(scores):
+        banned = {*data.positives[query], *data.same[query]}
+        ranking = sorted((place for place in range(len(row)) if place not in banned), key=lambda i: (-row[i], i))
+        lowest = min(row[place] for place in data.positives[query])
+        kept = []
+        for place in ranking[options.range_min : options.range_max]:
+            too_high = (
+                (options.relative_margin is not None and row[place] > lowest - options.relative_margin * abs(lowest))
+                or (options.absolute_margin is not None and row[place] > lowest - options.absolute_margin)
+                or (options.max_score is not None and row[place] > options.max_score)
+            )
+            if not too_high and not (options.min_score is not None and row[place] < options.min_score):
+                kept.append((place, row[place]))
+        chosen.append(kept)
+    return chosen
+
+
+def _search(rank, counts, documents, queries, data, depth):
+    first = sum(counts[:rank])
+    mine = vectors(documents, 1)[first : first + counts[rank]].to(device())
+    found = search_negatives(vectors(queries, 0).to(device()), mine, data, depth)
+    return [(rows, scores.tolist(), indices.tolist(), positives) for rows, scores, indices, positives in found]
+
+
+margins = st.one_of(st.none(), st.floats(0, 0.5))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_property_equals_brute_force(pool, data):
+    counts = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(lambda counts: sum(counts) >= 1))
+    queries = data.draw(st.integers(1, 9))
+    given_set = some_set(sum(counts), queries, data.draw(st.integers(0, 99)))
+    low = data.draw(st.integers(0, 5))
+    options = MineOptions(
+        num_negatives=200,
+        range_min=low,
+        range_max=low + data.draw(st.integers(1, 60)),
+        relative_margin=data.draw(margins),
+        absolute_margin=data.draw(margins),
+        max_score=data.draw(margins),
+        min_score=data.draw(st.one_of(st.none(), st.floats(-1, 0))),
+    )
+    expected = brute_force(vectors(queries, 0), vectors(sum(counts), 1), given_set, options)
+    for found in pool.run(_search, len(counts), counts, sum(counts), queries, given_set, options.range_max):
+        ((rows, scores, indices, positives),) = found
+        assert rows == range(queries)
+        for query in rows:
+            candidates = [place for place in indices[query] if place >= 0]
+            places = choose(query, scores[query][: len(candidates)], positives[query], options, Counter())
+            assert [candidates[place] for place in places] == [place for place, _ in expected[query]]
+
+
+def test_random_sampling_is_a_function_of_the_seed_and_the_query():
+    options = MineOptions(num_negatives=3, range_min=2, range_max=30, sampling="random", seed=1)
+    scores = [1 - place / 40 for place in range(30)]
+    first, again, other = (choose(query, scores, [1.0], options, Counter()) for query in (7, 7, 8))
+    assert first == again == sorted(first)
+    assert first != other
+    assert len(set(first)) == 3
+    assert min(first) >= 2
+    drawn = {place for query in range(300) for place in choose(query, scores, [1.0], options, Counter())}
+    assert drawn == set(range(2, 30))
+
+
+def test_rules_are_counted():
+    filtered = Counter()
+    options = MineOptions(relative_margin=0.1, absolute_margin=0.25, max_score=0.5, min_score=0.1)
+    # The lowest positive is 0.8: at most 0.72, then 0.55, then 0.5; at least 0.1.
+    assert choose(0, [0.9, 0.73, 0.6, 0.52, 0.5, 0.1, 0.05], [0.9, 0.8], options, filtered) == [4, 5]
+    assert filtered == {"relative_margin": 2, "absolute_margin": 1, "max_score": 1, "min_score": 1}
+    assert choose(0, [-0.5, -0.54, -0.6], [-0.5], MineOptions(relative_margin=0.1), Counter()) == [2]
+
+
+def beir_set(tmp_path):
+    texts = some_texts(40, 3)
+    corpus = [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)]
+    corpus += [{"_id": "copy", "text": texts[0]}, {"_id": "blank", "text": " "}, {"_id": "q1", "text": texts[5] + "a"}]
+    qrels = [("q0", "d0", 1), ("q0", "d3", 2), ("q0", "d4", 0), ("q1", "d5", 1), ("q2", "d9", 0)]
+    folder = write_beir(tmp_path / "beir", corpus=corpus, qrels={"train": qrels})
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": texts[i + 20]} for i in range(3)])
+    return folder, texts
+
+
+def _mine(rank, folder, output, options, retrieve, format):
+    data = open_mining_set(folder, "train")
+    model = LetterEncoder().to(device())
+    return mine(model, data, output, MineOptions(**options), RetrieveOptions(**retrieve), format=format)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_mine_writes_what_training_reads(pool, tmp_path, world_size):
+    folder, texts = beir_set(tmp_path)
+    output = tmp_path / "new" / "mined.jsonl"
+    reports = pool.run(_mine, world_size, folder, output, {"num_negatives": 4}, {"query_prefix": "ab"}, "lists")
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    documents = [*texts, texts[5] + "a"]
+    model = LetterEncoder()
+    scores = (
+        nn.functional.normalize(one_by_one(model, texts[20:22], "ab").double(), dim=1)
+        @ nn.functional.normalize(one_by_one(model, documents).double(), dim=1).T
+    )
+    # Not: positives (a copy of one under another id too), the query's own text, the document with the query's id.
+    banned = [{0, 3, 20}, {5, 21, 40}]
+    for record, row, without, query in zip(records, scores, banned, texts[20:22], strict=True):
+        best = [i for i in row.argsort(descending=True).tolist() if i not in without][:4]
+        assert record["query"] == query
+        assert record["neg"] == [documents[i] for i in best]
+        assert record["neg_scores"] == pytest.approx(row[best].tolist(), abs=1e-6)
+    assert records[0]["pos"] == [texts[0], texts[3]]
+    assert records[0]["pos_scores"] == pytest.approx(scores[0, [0, 3]].tolist(), abs=1e-6)
+    counts = reports[0]["counts"]
+    assert (counts["queries"], counts["negatives"], counts["candidates"]) == (2, 8, 38 + 38)
+    assert all(report == reports[0] for report in reports)
+    saved = json.loads((tmp_path / "new" / "mined.jsonl.report.json").read_text())
+    assert saved.pop("examples") == records
+    assert saved == reports[0]
+    assert (tmp_path / "new" / "mined.jsonl.report.png").read_bytes().startswith(b"\x89PNG")
+    examples = open_examples(output)
+    assert [passage.text for passage in examples[0].positives] == records[0]["pos"]
+    assert [passage.text for passage in examples[1].negatives] == records[1]["neg"]
+
+
+def test_too_few_candidates_are_said_and_nothing_is_made_up(pool, tmp_path):
+    passages = some_texts(4, 9)
+    source = write_jsonl(
+        tmp_path / "records.jsonl",
+        [
+            {"query": "ab", "positive": passages[0], "negative": passages[1]},
+            {"query": "ab", "positive": passages[2], "negative": passages[0]},
+            {"query": "cd", "positive": passages[3], "negative": "cd"},
+        ],
+    )
+    data = open_mining_set(source)
+    assert [list(data.documents), data.positives, data.same] == [
+        [passages[0], passages[1], passages[2], passages[3], "cd"], [[0, 2], [3]], [[], [4]],
+    ]  # fmt: skip
+    output = tmp_path / "mined.jsonl"
+    report = mine(LetterEncoder(), data, output, MineOptions(num_negatives=3), format="triplets")
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["anchor"], line["positive"]) for line in lines] == [
+        ("ab", passages[0]), ("ab", passages[2]), ("cd", passages[3]),
+    ]  # fmt: skip
+    assert {text for name, text in lines[0].items() if name.startswith("negative")} == {passages[1], passages[3], "cd"}
+    assert report["counts"]["queries with fewer negatives"] == 0
+    report = mine(LetterEncoder(), data, output, MineOptions(num_negatives=4, max_score=-2.0))
+    assert report["counts"]["queries without negatives"] == 2
+    assert report["counts"]["max_score"] == 6
+    assert [json.loads(line)["neg"] for line in output.read_text().splitlines()] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_negatives": 0}, "num_negatives is 0; expected at least 1"),
+        ({"range_min": 100}, "range_min is 100 and range_max 100; expected 0 <= range_min < range_max"),
+        ({"sampling": "best"}, "sampling is 'best'; expected top or random"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MineOptions(**options)
+
+
+def test_wrong_output_and_a_model_that_fails_leave_nothing(tmp_path):
+    folder, _ = beir_set(tmp_path)
+    data, model = open_mining_set(folder), LetterEncoder()
+    with pytest.raises(ValueError, match=r"output 'a\.csv' in format 'lists'; expected a \.jsonl"):
+        mine(model, data, tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="in format 'poems'"):
+        mine(model, data, tmp_path / "a.jsonl", format="poems")
+    model.letters.weight.data[ord("a")] = torch.nan
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        mine(model, data, tmp_path / "out" / "a.jsonl")
+    assert not list((tmp_path / "out").iterdir())
