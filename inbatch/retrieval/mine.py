@@ -79,7 +79,7 @@ def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSe
     Queries without a positive are left out. Records with one query text are one query. Raises ValueError for what
     `open_examples` and `load_retrieval` refuse, and where nothing is left.
     """
-    if Path(source).is_dir():
+    if (Path(source) / "qrels").is_dir():
         data = load_retrieval(source, split)
         rows, keys, texts = _distinct(data.documents)
         row_of = dict(zip(data.doc_ids, rows, strict=True))
