@@ -20,8 +20,9 @@ LAYERS = (
     {"ids"},
 )
 COLLECTIVES = {f"collectives.{name}" for name in ("agreement", "gather", "process_group", "ring")}
-# What is no collective operation: types, sharding and launching.
+# What is no collective operation: types, sharding, and whether there are other processes.
 ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "tensor"}
+ALLOWED_DISTRIBUTED |= {"get_world_size", "is_initialized"}
 
 
 def _module(path) -> str:

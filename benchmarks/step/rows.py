@@ -14,7 +14,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
 from inbatch.data.batches import start_worker as start_worker  # noqa: E402
-from inbatch.grad_cache.cut import cut  # noqa: E402
+from inbatch.grad_cache.micro_batches import cut  # noqa: E402
 from inbatch.train.parallel import compile_layers, max_over_ranks, replicate, shard  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()

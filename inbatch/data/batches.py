@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import BatchPlan, Collator, Example, TrainBatch
 from inbatch.data.plan import share
-from inbatch.grad_cache.cut import MASK
+
+_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _as_it_is(value: Any) -> Any:
 def _packed(tensors: dict[str, Any]) -> dict[str, Any]:
     """As arrays: tensors would travel through shared memory, of which containers often have too little."""
     return {
-        name: {key: tokens.numpy().astype(bool if key == MASK else np.int32) for key, tokens in value.items()}
+        name: {key: tokens.numpy().astype(bool if key == _MASK else np.int32) for key, tokens in value.items()}
         if isinstance(value, dict)
         else value.numpy()
         for name, value in tensors.items()
@@ -125,6 +126,6 @@ def _unpacked(parts: list[tuple[dict, float]] | Exception) -> list[Part]:
 def _tensors(value: dict[str, np.ndarray] | np.ndarray) -> Any:
     if isinstance(value, dict):
         return {
-            key: torch.from_numpy(tokens if key == MASK else tokens.astype(np.int64)) for key, tokens in value.items()
+            key: torch.from_numpy(tokens if key == _MASK else tokens.astype(np.int64)) for key, tokens in value.items()
         }
     return torch.from_numpy(value)

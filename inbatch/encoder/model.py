@@ -28,7 +28,6 @@ from inbatch.encoder.loading import (
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
 from inbatch.encoder.pooling import check_pooling, pool
 from inbatch.encoder.st_folder import Folder, Layout, read_layout, write_layout
-from inbatch.grad_cache.memory import to_device
 
 
 class BiEncoderModel(nn.Module):
@@ -302,6 +301,13 @@ class BiEncoderModel(nn.Module):
         for weights_file in folder.glob("*.safetensors"):
             # safetensors makes its files for their owner alone, whatever the umask.
             weights_file.chmod((folder / "modules.json").stat().st_mode)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without a wait: CUDA copies from pinned memory only while the CPU goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _attended(mask_BT: Tensor) -> Tensor:

@@ -1,73 +1,106 @@
-"""The batches that share an encoder, and one pass over a micro-batch of theirs.
+"""The batches that share micro-batches, their encoding, and the way back from rows of batches to micro-batches.
 
-Shapes: B rows of one batch, R rows of the group's batches, b rows of a micro-batch, D dimension.
+Shapes: B rows of one batch, R rows of all batches of a group, b rows of a micro-batch, D dimension; embeddings may have
+further dimensions in between, of which the first (T, tokens) may differ between micro-batches.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from inbatch.grad_cache.cut import MASK, Batch, MicroBatch, take
-from inbatch.grad_cache.memory import RandomState
+from inbatch.grad_cache.memory import PassState
+from inbatch.grad_cache.micro_batches import Batch, MicroBatch, count_rows, on_device, take
 
-Encode = Callable[[dict[str, Tensor]], Tensor]
+Encode = Callable[[dict[str, Any]], Tensor]
 
 
-@dataclass(kw_only=True)
+@dataclass
+class Pass:
+    """A micro-batch's first encoding: what it started from and what came out, with its graph where that is kept."""
+
+    micro_batch: MicroBatch
+    state: PassState
+    output: Tensor
+
+
 class Group:
-    """One encoder's batches and micro-batches, and what the first pass leaves for the second."""
+    """Batches with one encode, equal numbers and equal strings: their rows may share micro-batches."""
 
-    encode: Encode
-    batches: list[Batch] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)  # the batches' places among the step's
-    micro_batches: list[MicroBatch] = field(default_factory=list)
-    kept: int = 0  # the first `kept` micro-batches keep their graph
-    outputs: list[Tensor] = field(default_factory=list)  # with a graph where kept, else without
-    states: list[RandomState] = field(default_factory=list)
-    trainable: bool = False
+    def __init__(self, encode: Encode, constants: dict[str, Any]):
+        self.encode = encode
+        self.constants = constants
+        self.batches: list[Batch] = []
+        self.numbers: list[int] = []  # the batches' places among the step's
+        self.passes: list[Pass] = []
+        self.trains = False
+        self.leaves: list[Tensor] = []  # behind the first output
 
-    @property
-    def sizes(self) -> list[int]:
-        return [len(batch[MASK]) for batch in self.batches]
-
-    def encoded(self, index: int) -> Tensor:
+    def encoded(self, micro_batch: MicroBatch) -> Tensor:
         """Encode a micro-batch, with a graph where grad mode is on; ValueError for an output that does not fit."""
-        micro_batch = self.micro_batches[index]
         output = self.encode(take(self.batches, micro_batch))
         rows = max(micro_batch.rows, 1)
         if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != rows:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"GradCache: encode must return one embedding a row, [{rows}, D]; got {got}")
-        if self.outputs and output.shape[1:] != self.outputs[0].shape[1:]:
-            shapes = f"{tuple(self.outputs[0].shape)} and {tuple(output.shape)}"
+        first = self.passes[0].output if self.passes else output
+        same_from = 1 if output.ndim == 2 else 2  # the number of tokens may differ
+        if output.shape[same_from:] != first.shape[same_from:] or output.ndim != first.ndim:
+            shapes = f"{tuple(first.shape)} and {tuple(output.shape)}"
             raise ValueError(f"GradCache: encode must return equally shaped embeddings for all rows; got {shapes}")
         return output
 
-    def row_order(self) -> Tensor:
-        """For each row as the micro-batches hold them: its place among the rows of the batches, one after another."""
-        starts = [sum(self.sizes[:number]) for number in range(len(self.batches))]
-        pieces = [piece for micro_batch in self.micro_batches for piece in micro_batch.pieces]
+    def embeddings(self) -> list[Tensor]:
+        """Return [B, D] or [B, T, D] of every batch, without a graph, where rows lack tokens filled up with zeros."""
+        widest = max(_tokens(one.output) for one in self.passes)
+        rows_R = torch.cat([_widened(one.output.detach()[: one.micro_batch.rows], widest) for one in self.passes])
+        in_order_R = torch.empty_like(rows_R).index_copy_(0, on_device(self._places(), rows_R.device), rows_R)
+        parts = in_order_R.split([count_rows(batch) for batch in self.batches])
+        return [part[:, : self._widest(n)] if part.ndim > 2 else part for n, part in enumerate(parts)]
+
+    def gradients(self, by_number: Mapping[int, Tensor]) -> list[Tensor]:
+        """Return the gradient of every pass's output, from those of the batches' embeddings."""
+        widest = max(_tokens(one.output) for one in self.passes)
+        whole_R = torch.cat([_widened(by_number[number], widest) for number in self.numbers])
+        rows_R = whole_R.index_select(0, on_device(self._places(), whole_R.device))
+        parts = zip(rows_R.split([one.micro_batch.rows for one in self.passes]), self.passes, strict=True)
+        return [
+            (part[:, : _tokens(one.output)] if part.ndim > 2 else part) if len(part) else torch.zeros_like(one.output)
+            for part, one in parts
+        ]
+
+    def _places(self) -> Tensor:
+        """Return, for each row as the micro-batches hold them, its place among the rows of all batches."""
+        starts = torch.tensor([0, *(count_rows(batch) for batch in self.batches)]).cumsum(0)
+        pieces = [piece for one in self.passes for piece in one.micro_batch.pieces]
         return torch.cat([torch.empty(0, dtype=torch.int64), *(piece.rows_b + starts[piece.batch] for piece in pieces)])
 
-    def rows(self) -> Tensor:
-        """[R, D] without a graph, in the order the micro-batches hold them."""
-        pairs = zip(self.outputs, self.micro_batches, strict=True)
-        return torch.cat([output.detach()[: micro_batch.rows] for output, micro_batch in pairs])
-
-    def split(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
-        """By micro-batch, from rows in the order those hold them; a placeholder has none."""
-        return rows_RD.split([micro_batch.rows for micro_batch in self.micro_batches])
+    def _widest(self, batch: int) -> int:
+        """Return the most tokens that a micro-batch with rows of this batch came out with."""
+        holding = [one for one in self.passes if any(piece.batch == batch for piece in one.micro_batch.pieces)]
+        return max((_tokens(one.output) for one in holding or self.passes), default=0)
 
 
-def backward(output: Tensor, gradient_bD: Tensor) -> None:
-    """From a micro-batch's output; with zeros from a placeholder's."""
-    output.backward(gradient_bD if len(gradient_bD) else torch.zeros_like(output))
+def in_order(groups: Sequence[Group]) -> list[Tensor]:
+    """Return the embeddings of all batches, as the step was given them."""
+    by_number = {n: e for group in groups for n, e in zip(group.numbers, group.embeddings(), strict=True)}
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def _tokens(output: Tensor) -> int:
+    return output.shape[1] if output.ndim > 2 else 0
+
+
+def _widened(rows: Tensor, tokens: int) -> Tensor:
+    missing = tokens - rows.shape[1] if rows.ndim > 2 else 0
+    return pad(rows, (0, 0) * (rows.ndim - 2) + (0, missing)) if missing else rows
 
 
 def check_callables(encode: object, loss: object) -> None:
-    """ValueError unless encode is a callable or a sequence of callables, and loss a callable."""
+    """Raise ValueError unless encode is a callable or a sequence of callables, and loss a callable."""
     if not callable(encode) and (not isinstance(encode, Sequence) or isinstance(encode, str)):
         raise ValueError(
             f"GradCache: encode must be a callable, or a sequence of one for each batch; got {type(encode).__name__}"
@@ -83,33 +116,17 @@ def check_callables(encode: object, loss: object) -> None:
 
 
 def group_batches(encode: Encode | Sequence[Encode], batches: Sequence[Batch]) -> list[Group]:
-    if callable(encode):
-        return [Group(encode=encode, batches=list(batches), numbers=list(range(len(batches))))]
-    if len(encode) != len(batches):
-        raise ValueError(f"GradCache: {len(encode)} encoders for {len(batches)} batches; give one for each")
+    encodes = [encode] * len(batches) if callable(encode) else encode
+    if len(encodes) != len(batches):
+        raise ValueError(f"GradCache: {len(encodes)} encoders for {len(batches)} batches; give one for each")
     groups: list[Group] = []
-    for number, (one, batch) in enumerate(zip(encode, batches, strict=True)):
+    for number, (one, batch) in enumerate(zip(encodes, batches, strict=True)):
+        constants = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
         # Bound methods are made anew at each access: equal, not identical.
-        group = next((group for group in groups if group.encode == one), None)
+        group = next((group for group in groups if group.encode == one and group.constants == constants), None)
         if group is None:
-            group = Group(encode=one)
+            group = Group(one, constants)
             groups.append(group)
         group.batches.append(batch)
         group.numbers.append(number)
     return groups
-
-
-def refuse_reentrant_checkpoints(output: Tensor) -> None:
-    """ValueError if the graph holds a reentrant checkpoint, which loses gradients where its inputs need none."""
-    nodes, seen = [output.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "GradCache: encode uses reentrant gradient checkpointing, which loses gradients below frozen inputs "
-                'and cannot run under FSDP2; use gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
-        seen.add(node)
-        nodes.extend(next_node for next_node, _ in node.next_functions)

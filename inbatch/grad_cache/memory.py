@@ -1,8 +1,8 @@
-"""What a micro-batch's graph weighs, how many graphs fit, and the random state that replays a pass."""
+"""What a micro-batch's graph weighs, how many graphs fit, and the state that a pass starts from."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,6 @@ def on_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without a wait: CUDA copies from pinned memory only while the CPU goes on."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 @contextmanager
 def shared_casts() -> Iterator[None]:
     """Inside, what autocast made of a weight serves every pass until the cache is cleared, not one pass alone.
@@ -40,23 +33,36 @@ def shared_casts() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-class RandomState:
-    """The CPU's and the current CUDA device's generators as they are now."""
+class PassState:
+    """The generators of the CPU and the current CUDA device, and autocast, as they are now."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if on_cuda() else None
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
+            for kind in ("cpu", "cuda")
+        ]
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, a pass draws what it drew and casts as it did, also in a backward thread and outside autocast."""
+        self.restore()
+        with ExitStack() as stack:
+            for kind, dtype, enabled, cached in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cached))
+            yield
+
 
 @contextmanager
 def restored_random_state() -> Iterator[None]:
     """Whatever is drawn inside leaves no trace in the generators."""
-    state = RandomState()
+    state = PassState()
     try:
         yield
     finally:
@@ -64,7 +70,7 @@ def restored_random_state() -> Iterator[None]:
 
 
 def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """The forward's output and the bytes its graph holds: from the allocator on CUDA, from saved tensors on the CPU.
+    """Return the forward's output and the bytes its graph holds: by the allocator on CUDA, by saved tensors on the CPU.
 
     What a checkpointed block will compute again is in neither count, as it is in neither graph.
     """
@@ -86,7 +92,7 @@ def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
 
 
 def free_bytes(modules: Sequence[nn.Module]) -> int:
-    """Memory that graphs may take: what is free now, less a tenth, less gradients that are still to be made."""
+    """Return the memory that graphs may take: what is free now, less a tenth, less gradients still to be made."""
     if on_cuda():
         free, total = torch.cuda.mem_get_info()
         allowed = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_allocated()
@@ -99,7 +105,7 @@ def free_bytes(modules: Sequence[nn.Module]) -> int:
 
 
 def tokens_that_fit(forward_and_backward: Callable[[], None], tokens: int, free: int) -> int:
-    """Tokens a micro-batch may have so that its peak takes at most an eighth of `free` bytes, from one of `tokens`."""
+    """Return the tokens of a micro-batch whose peak takes an eighth of `free` bytes, by a trial with `tokens`."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     forward_and_backward()

@@ -1,40 +1,28 @@
-"""The two-pass training step: a batch of any size in the memory of a micro-batch, with the plain step's gradient.
+"""The two-pass training step: a batch of any size in the memory of a micro-batch, with the plain step's gradient."""
 
-Shapes: B rows of one local batch, R rows of all batches that share an encoder, b rows of a micro-batch, D dimension.
-"""
-
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inbatch.grad_cache.cut import Batch, check_batches, cut, placeholder
-from inbatch.grad_cache.group import (
-    Encode,
-    Group,
-    backward,
-    check_callables,
-    group_batches,
-    refuse_reentrant_checkpoints,
+from inbatch.grad_cache.graph import Sums, accumulate, deferred
+from inbatch.grad_cache.group import Encode, Group, check_callables, group_batches, in_order
+from inbatch.grad_cache.memory import restored_random_state, shared_casts
+from inbatch.grad_cache.micro_batches import Batch, check_batches
+from inbatch.grad_cache.passes import Passes, second_pass
+from inbatch.grad_cache.wrappers import (
+    await_gradients,
+    is_ddp,
+    is_fsdp2,
+    local_gradients,
+    others_refused,
+    reduce_gradients,
+    running_ddp,
+    unreduced,
+    wrapped_modules,
 )
-from inbatch.grad_cache.memory import (
-    CPU_TOKENS,
-    FIRST_TOKENS,
-    LEAST_TOKENS,
-    MIB,
-    MOST_TOKENS,
-    RandomState,
-    free_bytes,
-    graph_bytes,
-    on_cuda,
-    restored_random_state,
-    shared_casts,
-    to_device,
-    tokens_that_fit,
-)
-from inbatch.grad_cache.reduce import is_fsdp2, local_gradients, others_refused, reduce_gradients, wrapped_modules
 
 
 class GradCache:
@@ -42,22 +30,23 @@ class GradCache:
 
         e = encode(batch) in parts, without graph;  g = d loss(e) / d e, once;  g . d encode(batch), in parts
 
-    encode: dict of tensors -> [b, D] (or any shape after b); one callable for all batches, or a sequence with one each.
-        Batches that share a callable share micro-batches. A micro-batch lies on the device of its batch. With
-        "attention_mask" [B, T], integer and bool tensors [B, T, ...] and a floating-point "inputs_embeds" [B, T, D]
-        are of tokens: cut to the micro-batch's width. Other tensors, floating-point [B, T] too, have whole rows.
-    loss: (embeddings of batch 0, of batch 1, ...) -> 0-d tensor; called once a step. Other inputs come by closure; a
-        parameter it uses (a temperature) gets its gradient there, once.
-    modules: DDP or FSDP2 (`fully_shard`) roots that encode runs through; their gradients are reduced once a step. An
-        encode that is such a module, or a method of one, is found by itself; inside any other it must be given.
+    `loss = step(queries, passages)` leaves gradients in `.grad`. `step.loss(queries, passages)` has a backward that
+    does the same, for trainers that call backward themselves.
+
+    encode: batch -> [b, D], or [b, T, D] with any T; one callable for all batches, or a sequence with one each. Batches
+        that share a callable share micro-batches. A batch maps names to tensors of B rows, and to numbers and strings,
+        which encode gets as they are. With "attention_mask" [B, T], integer and bool tensors [B, T, ...] and a
+        floating-point "inputs_embeds" [B, T, D] are of tokens: cut to the micro-batch's width. Other tensors are not.
+    loss: (embeddings of batch 0, of batch 1, ..., **loss_kwargs) -> 0-d tensor; called once a step. In [B, T, D], T is
+        the widest micro-batch's, filled up with vectors of zeros. Its own parameters get their gradient there, once.
+    modules: DDP or FSDP2 (`fully_shard`) roots that hold what encode trains; their gradients are reduced once a step.
+        Found without it: an encode that is such a module or its method, and a DDP module whose forward calls the step.
     micro_batch_tokens: most tokens, padding included, of one micro-batch. "auto" finds a size that fits, in the first
         step, from the longest rows; None keeps each batch whole, the plain step.
     keep_graph_mib: memory for graphs that need no second encoding; "auto" is what is free, 0 keeps none.
     width_multiple: widths are rounded up to it, as far as the batch has columns: fewer shapes to compile or tune for.
     max_over_ranks: int -> the largest over all ranks. Needed under FSDP2, where every rank must encode equally often.
     reshard: under FSDP2, False keeps gathered parameters until the step's end: faster, for the memory of the model.
-    Raises ValueError for batches, encodings or losses of the wrong shape, where nothing is trainable, and, in the
-        first step, for a DDP or FSDP2 module that encode calls and `modules` lacks.
     Source: Gao et al. 2021 (arXiv:2101.06983); here with length-sorted micro-batches, kept graphs, one reduction.
     """
 
@@ -77,175 +66,136 @@ class GradCache:
         self._encode = encode
         self._loss = loss
         self._modules = wrapped_modules([encode] if callable(encode) else encode, modules)
-        self._budget = _count("micro_batch_tokens", micro_batch_tokens, least=1, words=("auto", None))
-        self._keep_mib = _count("keep_graph_mib", keep_graph_mib, least=0, words=("auto",))
-        self._multiple = _count("width_multiple", width_multiple, least=1)
         self._sharded = any(is_fsdp2(module) for module in self._modules)
         if max_over_ranks is None and self._sharded:
             raise ValueError(
                 "GradCache: FSDP2 gathers parameters in every pass, so all ranks must encode equally often; give "
                 "max_over_ranks, a function from an int to its maximum over the ranks"
             )
-        self._max = max_over_ranks or (lambda value: value)
         self._reshard = reshard
-        self._keep_share = 1.0
+        self._passes = Passes(
+            budget=_count("micro_batch_tokens", micro_batch_tokens, least=1, words=("auto", None)),
+            keep_mib=_count("keep_graph_mib", keep_graph_mib, least=0, words=("auto",)),
+            multiple=_count("width_multiple", width_multiple, least=1),
+            max_over_ranks=max_over_ranks or (lambda value: value),
+            sharded=self._sharded,
+        )
         self._checked = False
+        self._unreduced: str | None = None
 
     @property
     def micro_batch_tokens(self) -> int | str | None:
         """The token budget in use: what was given, or what "auto" found in the first step."""
-        return self._budget
+        return self._passes.budget
 
-    def __call__(self, *batches: Batch, reduce: bool = True) -> Tensor:
-        """Add the step's gradients to every `.grad` and return the detached loss.
+    def __call__(self, *batches: Batch, loss_kwargs: Mapping[str, Any] | None = None, reduce: bool = True) -> Tensor:
+        """Add the step's gradients to every `.grad` and return the detached loss; under no_grad, only the loss.
 
         Random generators end where one pass over the micro-batches and one loss leave them, however many graphs were
-        kept. reduce=False leaves gradients local, for accumulation: a later step with reduce=True reduces the sum.
-        Accumulation adds no negatives: a query sees its own batch only.
+        kept. reduce=False leaves gradients local: for accumulation, where a later step reduces the sum, or for those
+        who average them themselves. Accumulation adds no negatives: a query sees its own batch only.
+
+        Raises ValueError for batches, encodings or losses of the wrong shape and where nothing is trainable; in the
+        first step also for a DDP or FSDP module that encode hides, and for parameters that several processes train
+        and no module reduces.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("GradCache: nothing can be trained under torch.inference_mode(); call the step outside it")
-        check_batches(batches)
-        groups = group_batches(self._encode, batches)
-        with local_gradients(self._modules, reshard=self._reshard), torch.enable_grad():
-            if self._budget == "auto":
-                with self._check():
-                    self._budget = self._find_budget(groups)
-            # Under FSDP2 a cast would outlive the gathered weight it was made of.
-            with nullcontext() if self._sharded else shared_casts():
-                held = 0
-                with self._check():
-                    for group in groups:
-                        held += self._first_pass(group, held)
-                self._checked = True
-                loss, gradients = self._loss_and_gradients(groups, len(batches))
-                with restored_random_state():
-                    self._second_pass(groups, gradients)
-        if reduce:
-            reduce_gradients(self._modules)
-        return loss
-
-    def _check(self) -> AbstractContextManager[None]:
-        """Around what encodes for the first time. Not around the loss: its modules reduce their own gradients."""
-        return nullcontext() if self._checked else others_refused(self._modules)
-
-    def _find_budget(self, groups: Sequence[Group]) -> int:
-        """The token budget by what the longest rows take forward and backward; fewer until they fit."""
-        if not on_cuda():
-            return CPU_TOKENS
-        tokens, most = FIRST_TOKENS, MOST_TOKENS
-        while True:
-            try:
-                fits = min(self._probe(group, tokens) for group in groups)
-                return -self._max(-min(fits, most))
-            except torch.OutOfMemoryError as error:
-                # Under FSDP2 the other ranks are inside a collective by now.
-                if tokens <= LEAST_TOKENS or self._sharded:
-                    raise torch.OutOfMemoryError(
-                        f"GradCache: {tokens} tokens forward and backward do not fit; set micro_batch_tokens lower, or "
-                        "use gradient checkpointing, shorter texts or sharded parameters"
-                    ) from error
-            tokens = most = tokens // 2
-            torch.cuda.empty_cache()
-
-    def _probe(self, group: Group, tokens: int) -> int:
-        group.micro_batches = cut(group.batches, budget=tokens, multiple=self._multiple)[:1]
-
-        def forward_and_backward() -> None:
-            output = group.encoded(0)
-            if output.requires_grad:
-                output.backward(torch.zeros_like(output))
-
-        with restored_random_state():
-            return tokens_that_fit(forward_and_backward, group.micro_batches[0].tokens, free_bytes(self._modules))
-
-    def _first_pass(self, group: Group, held: int) -> int:
-        """Encode all micro-batches, the first ones with a graph, as many as fit; the bytes that those hold."""
-        group.micro_batches = cut(group.batches, budget=self._budget, multiple=self._multiple)  # type: ignore[arg-type]
-        missing = self._max(len(group.micro_batches)) - len(group.micro_batches)
-        group.micro_batches += [placeholder(1)] * missing
-        group.states.append(RandomState())
-        # The first always with a graph: it tells whether the encoder trains, and what a graph weighs.
-        output, size = graph_bytes(lambda: group.encoded(0))
-        group.trainable, kept_bytes = output.requires_grad, 0
-        if group.trainable:
-            if not self._checked:
-                refuse_reentrant_checkpoints(output)
-            group.kept, kept_bytes = self._graphs_that_fit(group, size, held)
-        group.outputs.append(output if group.kept else output.detach())
-        del output
-        for index in range(1, len(group.micro_batches)):
-            if index == max(1, group.kept):
-                # A weight that autocast cast in one grad mode must not serve the other.
-                torch.clear_autocast_cache()
-            group.states.append(RandomState())
-            group.outputs.append(self._encode_once(group, index))
-        torch.clear_autocast_cache()
-        return kept_bytes
-
-    def _encode_once(self, group: Group, index: int) -> Tensor:
-        if index < group.kept:
-            try:
-                return group.encoded(index)
-            except torch.OutOfMemoryError:
-                if self._sharded:
-                    raise
-            # The estimate was too high: this graph is not kept after all, nor that many in later steps.
-            group.kept = index
-            self._keep_share *= 0.8
-            torch.clear_autocast_cache()
-            group.states[index].restore()
-            if on_cuda():
-                torch.cuda.empty_cache()
-        with torch.no_grad():
-            return group.encoded(index)
-
-    def _graphs_that_fit(self, group: Group, size: int, held: int) -> tuple[int, int]:
-        """How many micro-batches keep their graph, equal on all ranks, and the bytes that this takes."""
-        if self._keep_mib == "auto":
-            # The first graph is made already; the spare one is for a backward's temporaries and a graph made again.
-            budget = (free_bytes(self._modules) - (size if on_cuda() else held)) * self._keep_share
-        else:
-            budget = int(self._keep_mib) * MIB * self._keep_share - held
-        per_token = size / group.micro_batches[0].tokens
-        taken = [per_token * tokens for tokens in accumulate(one.tokens for one in group.micro_batches)]
-        fits = -self._max(-sum(total <= budget for total in taken))
-        return fits, int(taken[fits - 1]) if fits else 0
-
-    def _loss_and_gradients(self, groups: Sequence[Group], count: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """The detached loss, and for each group the gradients of its micro-batches' rows."""
-        leaves: list[Tensor] = [torch.empty(0)] * count
-        orders = []
+        if not torch.is_grad_enabled():
+            return self.loss(*batches, loss_kwargs=loss_kwargs)
+        modules = self._reducing_modules()
+        groups = self._first_pass(batches, modules, reduce)
+        embeddings = in_order(groups)
         for group in groups:
-            rows_RD = group.rows()
-            orders.append(to_device(group.row_order(), rows_RD.device))
-            in_order_RD = torch.empty_like(rows_RD).index_copy_(0, orders[-1], rows_RD)
-            for number, leaf_BD in zip(group.numbers, in_order_RD.split(group.sizes), strict=True):
-                leaves[number] = leaf_BD.clone().requires_grad_(group.trainable)
-        loss = self._loss(*leaves)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"GradCache: loss must return a 0-d tensor, got {got}")
+            for number in group.numbers:
+                embeddings[number].requires_grad_(group.trains)
+        loss = self._loss_of(embeddings, loss_kwargs)
         if not loss.requires_grad:
             raise ValueError("GradCache: nothing to train: no encoder's output and no input of the loss requires grad")
         loss.backward()
-        gradients = []
-        for group, order_R in zip(groups, orders, strict=True):
-            own = [leaves[number] for number in group.numbers]
-            parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in own]
-            gradients.append(group.split(torch.cat(parts).index_select(0, order_R)))
-        return loss.detach(), gradients
+        gradients = {n: torch.zeros_like(e) if e.grad is None else e.grad for n, e in enumerate(embeddings)}
+        with self._encoding(modules), restored_random_state():
+            second_pass(groups, gradients, accumulate)
+        if reduce:
+            reduce_gradients(modules)
+        return loss.detach()
 
-    def _second_pass(self, groups: Sequence[Group], gradients: Sequence[tuple[Tensor, ...]]) -> None:
-        """Backward through the kept graphs, which frees them, then encode the rest again, each with its backward."""
-        for group, gradient_bD in zip(groups, gradients, strict=True):
-            for index in range(group.kept):
-                backward(group.outputs[index], gradient_bD[index])
-                group.outputs[index] = group.outputs[index].detach()
-        for group, gradient_bD in zip(groups, gradients, strict=True):
-            for index in range(group.kept, len(group.micro_batches) if group.trainable else 0):
-                group.states[index].restore()
-                backward(group.encoded(index), gradient_bD[index])
+    def loss(self, *batches: Batch, loss_kwargs: Mapping[str, Any] | None = None, reduce: bool = True) -> Tensor:
+        """Return the loss, 0-d; its backward encodes a second time and gives every parameter its gradient.
+
+        To autograd it is an ordinary function of the parameters: it may be scaled, added to other losses and trained
+        by any trainer; DDP reduces what that gives, `no_sync` included. The price is memory, once or twice that of the
+        gradients. (Under FSDP2 gradients go to `.grad` directly and are reduced in each backward.)
+        Arguments and errors are those of the call.
+        """
+        modules = self._reducing_modules()
+        groups = self._first_pass(batches, modules, reduce, look=True)
+        embeddings = in_order(groups)
+        trained = [number for group in groups if group.trains for number in group.numbers]
+        if not trained:
+            return self._loss_of(embeddings, loss_kwargs)
+        ddps = [module for module in modules if is_ddp(module)]
+        awaiting = [module for module in ddps if reduce and module.require_backward_grad_sync]
+        parameters = [torch.zeros((), requires_grad=True)]
+        if not self._sharded:  # FSDP2 acts when a parameter that it gathered accumulates its gradient
+            held = [p for module in ddps for p in module.parameters() if p.requires_grad]  # DDP awaits all of them
+            found = [leaf for group in groups for leaf in group.leaves if isinstance(leaf, nn.Parameter)]
+            parameters += {id(parameter): parameter for parameter in [*held, *found]}.values()
+
+        def backward(gradients: Sequence[Tensor]) -> list[Tensor | None]:
+            sums = Sums()
+            with self._encoding(modules), restored_random_state():
+                by_number = dict(zip(trained, gradients, strict=True))
+                second_pass(groups, by_number, accumulate if self._sharded else sums.add)
+            if self._sharded and reduce:
+                reduce_gradients(modules)
+            for module in awaiting:
+                await_gradients(module)
+            return sums.take(parameters)
+
+        functions = deferred([embeddings[number] for number in trained], parameters, backward)
+        for number, embedding in zip(trained, functions, strict=True):
+            embeddings[number] = embedding
+        return self._loss_of(embeddings, loss_kwargs)
+
+    def _reducing_modules(self) -> list[nn.Module]:
+        running = [module for module in running_ddp() if module not in self._modules]
+        return [*self._modules, *wrapped_modules([], running)]
+
+    @contextmanager
+    def _encoding(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Around passes through the modules, forward and backward."""
+        with local_gradients(modules, reshard=self._reshard), ExitStack() as stack:
+            if not self._sharded:  # FSDP2 frees the gathered weight that a cast was made of
+                stack.enter_context(shared_casts())
+            yield
+
+    def _first_pass(
+        self, batches: Sequence[Batch], modules: Sequence[nn.Module], reduce: bool, *, look: bool = False
+    ) -> list[Group]:
+        check_batches(batches)
+        if reduce and self._unreduced and torch.is_grad_enabled():
+            raise ValueError(self._unreduced)
+        groups = group_batches(self._encode, batches)
+        with self._encoding(modules):
+            if self._checked:
+                self._passes.first(groups, modules, look=look)
+                return groups
+            with others_refused(modules) as reduced:
+                self._passes.first(groups, modules, look=True)
+        if torch.is_grad_enabled():
+            self._unreduced = unreduced((leaf for group in groups for leaf in group.leaves), reduced)
+            if reduce and self._unreduced:
+                raise ValueError(self._unreduced)
+            self._checked = True
+        return groups
+
+    def _loss_of(self, embeddings: Sequence[Tensor], loss_kwargs: Mapping[str, Any] | None) -> Tensor:
+        loss = self._loss(*embeddings, **(loss_kwargs or {}))
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"GradCache: loss must return a 0-d tensor, got {got}")
+        return loss
 
 
 def _count(name: str, value, *, least: int, words: tuple = ()):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from inbatch import collectives
 from inbatch.data import plan
-from inbatch.grad_cache.memory import to_device
+from inbatch.encoder.model import to_device
 
 PRECISIONS = ("fp32", "bf16")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

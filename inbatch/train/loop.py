@@ -111,7 +111,6 @@ class StepFunction:
 
     def __init__(self, learner: Learner, config: Config, total_steps: int):
         self._learner, self._config, self._total_steps = learner, config, total_steps
-        self._part: Part
         self._stats = LossStats()
         # A network that serves both sides is one callable, so that both share micro-batches.
         encode = {name: partial(self._encode, network) for name, network in learner.networks.items()}
@@ -132,8 +131,8 @@ class StepFunction:
         loss = torch.zeros((), device=learner.device)
         self._stats = LossStats()
         for index, part in enumerate(parts):
-            self._part = part
-            loss += self._grad_cache(part.batch.queries, part.batch.passages, reduce=index + 1 == len(parts))
+            sides, last = (part.batch.queries, part.batch.passages), index + 1 == len(parts)
+            loss += self._grad_cache(*sides, loss_kwargs={"part": part}, reduce=last)
         average_gradients(learner.loss)
         norm = clip_gradients(learner.parameters, config.optim.max_grad_norm)
         rate = learning_rate(step, self._total_steps, config.optim)
@@ -149,8 +148,8 @@ class StepFunction:
         with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
             return network(tokens)
 
-    def _loss(self, queries_BD: Tensor, passages_MD: Tensor) -> Tensor:
-        batch = self._part.batch
+    def _loss(self, queries_BD: Tensor, passages_MD: Tensor, part: Part) -> Tensor:
+        batch = part.batch
         if queries_BD.is_cuda:
             batch = pinned(batch)
         loss = self._learner.loss(
@@ -160,7 +159,7 @@ class StepFunction:
             false_negatives=false_negatives(self._config.loss, batch),
             stats=self._stats,
         )
-        return loss * self._part.share_of_step
+        return loss * part.share_of_step
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 from inbatch import collectives
 from inbatch.grad_cache import GradCache
-from inbatch.grad_cache.cut import cut, placeholder, take
+from inbatch.grad_cache.micro_batches import cut, placeholder, take
 from inbatch.losses import info_nce
 from tests.helpers import device
 
@@ -359,7 +359,7 @@ def test_errors(batches):
     queries, passages = batches
     check_error("no batch given")
     check_error("mapping of tensors, got list", [1])
-    check_error("needs a two-dimensional 'attention_mask'", {"input_ids": queries["input_ids"]})
+    check_error("needs a two-dimensional 'attention_mask'", {**queries, "attention_mask": torch.ones(9)})
     check_error("'extra' of shape \\(3,\\) beside 9 rows", {**queries, "extra": torch.zeros(3)})
     check_error("2 encoders for 1 batches", queries, encode=[Tower(), Tower()])
     check_error("same tensors", queries, {**passages, "extra": passages["input_ids"]})

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.grad_cache import GradCache
+from inbatch.grad_cache.passes import Passes
 from tests.grad_cache.test_step import (
     BUDGET,
     NO_LIMIT_MIB,
@@ -76,8 +77,8 @@ def check_probe(rank: int, kind: str):
     figures = {"on_cuda": lambda: True, "free_bytes": lambda modules: 1 << 30}
     step = GradCache(hidden(wrapped[0])[0], distributed_loss)
     with (
-        mock.patch.multiple("inbatch.grad_cache.step", tokens_that_fit=lambda run, *_: run() or 512, **figures),
-        mock.patch.object(GradCache, "_first_pass", side_effect=AssertionError("the probe let it through")),
+        mock.patch.multiple("inbatch.grad_cache.passes", tokens_that_fit=lambda run, *_: run() or 512, **figures),
+        mock.patch.object(Passes, "_encode_all", side_effect=AssertionError("the probe let it through")),
         refusal(match=NAMES[kind]),
     ):
         step(*local)

@@ -1,0 +1,160 @@
+"""Two passes over the micro-batches within a memory budget: encode all, then again what kept no graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from inbatch.grad_cache.graph import leaves
+from inbatch.grad_cache.group import Group, Pass
+from inbatch.grad_cache.memory import (
+    CPU_TOKENS,
+    FIRST_TOKENS,
+    LEAST_TOKENS,
+    MIB,
+    MOST_TOKENS,
+    PassState,
+    free_bytes,
+    graph_bytes,
+    on_cuda,
+    restored_random_state,
+    tokens_that_fit,
+)
+from inbatch.grad_cache.micro_batches import MicroBatch, cut, placeholder
+
+
+class Passes:
+    """GradCache's options on size, and what they came to. sharded: every rank must encode equally often."""
+
+    def __init__(
+        self,
+        *,
+        budget: int | str | None,
+        keep_mib: int | str,
+        multiple: int,
+        max_over_ranks: Callable[[int], int],
+        sharded: bool,
+    ):
+        self.budget = budget
+        self._keep_mib, self._keep_share = keep_mib, 1.0
+        self._multiple = multiple
+        self._max = max_over_ranks
+        self._sharded = sharded
+
+    def first(self, groups: Sequence[Group], modules: Sequence[nn.Module], *, look: bool) -> None:
+        """Encode every micro-batch of every group. look: also note the leaves behind each group's embeddings."""
+        if self.budget == "auto" and torch.is_grad_enabled():
+            self.budget = self._find_budget(groups, modules)
+        held = 0
+        for group in groups:
+            micro_batches = self._cut(group, FIRST_TOKENS if self.budget == "auto" else self.budget)
+            micro_batches += [placeholder(1)] * (self._max(len(micro_batches)) - len(micro_batches))
+            held += self._encode_all(group, micro_batches, free_bytes(modules), held, look)
+
+    def _cut(self, group: Group, budget) -> list[MicroBatch]:
+        return cut(group.batches, budget=budget, multiple=self._multiple)
+
+    def _encode_all(self, group: Group, micro_batches: list[MicroBatch], free: int, held: int, look: bool) -> int:
+        """Encode the group, its first micro-batches with a graph, as many as fit; the bytes that those hold."""
+        # The first always with a graph: it tells whether the encoder trains, and what a graph weighs.
+        state = PassState()
+        output, size = graph_bytes(lambda: group.encoded(micro_batches[0]))
+        group.trains, kept, kept_bytes = output.requires_grad, 0, 0
+        if group.trains:
+            if look:
+                group.leaves = leaves(output)
+            kept, kept_bytes = self._graphs_that_fit(micro_batches, size, free, held)
+        group.passes.append(Pass(micro_batches[0], state, output if kept else output.detach()))
+        del output
+        for index, micro_batch in enumerate(micro_batches[1:], 1):
+            if index == max(1, kept):
+                # A weight that autocast cast in one grad mode must not serve the other.
+                torch.clear_autocast_cache()
+            state = PassState()
+            output = self._with_graph(group, micro_batch, state) if index < kept else None
+            if output is None:
+                kept = min(kept, index)
+                with torch.no_grad():
+                    output = group.encoded(micro_batch)
+            group.passes.append(Pass(micro_batch, state, output))
+        torch.clear_autocast_cache()
+        return kept_bytes
+
+    def _with_graph(self, group: Group, micro_batch: MicroBatch, state: PassState) -> Tensor | None:
+        """Encode with a graph; None if memory is out: the estimate was too high, in later steps as well."""
+        try:
+            return group.encoded(micro_batch)
+        except torch.OutOfMemoryError:
+            if self._sharded:  # the other ranks are inside a collective by now
+                raise
+        self._keep_share *= 0.8
+        torch.clear_autocast_cache()
+        state.restore()
+        if on_cuda():
+            torch.cuda.empty_cache()
+        return None
+
+    def _graphs_that_fit(self, micro_batches: list[MicroBatch], size: int, free: int, held: int) -> tuple[int, int]:
+        """Return how many micro-batches keep their graph, equal on all ranks, and the bytes that this takes."""
+        if self._keep_mib == "auto":
+            # The first graph is made already; the spare one is for a backward's temporaries and a graph made again.
+            budget = (free - (size if on_cuda() else held)) * self._keep_share
+        else:
+            budget = int(self._keep_mib) * MIB * self._keep_share - held
+        per_token = size / micro_batches[0].tokens
+        taken = [per_token * tokens for tokens in accumulate(one.tokens for one in micro_batches)]
+        fits = -self._max(-sum(total <= budget for total in taken))
+        return fits, int(taken[fits - 1]) if fits else 0
+
+    def _find_budget(self, groups: Sequence[Group], modules: Sequence[nn.Module]) -> int:
+        """Return the token budget by what the longest rows take forward and backward; fewer until they fit."""
+        if not on_cuda():
+            return CPU_TOKENS
+        tokens, most = FIRST_TOKENS, MOST_TOKENS
+        while True:
+            try:
+                fits = min(self._probe(group, tokens, free_bytes(modules)) for group in groups)
+                return -self._max(-min(fits, most))
+            except torch.OutOfMemoryError as error:
+                if tokens <= LEAST_TOKENS or self._sharded:
+                    raise torch.OutOfMemoryError(
+                        f"GradCache: {tokens} tokens forward and backward do not fit; set micro_batch_tokens lower, or "
+                        "use gradient checkpointing, shorter texts or sharded parameters"
+                    ) from error
+            tokens = most = tokens // 2
+            torch.cuda.empty_cache()
+
+    def _probe(self, group: Group, tokens: int, free: int) -> int:
+        micro_batch = self._cut(group, tokens)[0]
+
+        def forward_and_backward() -> None:
+            output = group.encoded(micro_batch)
+            if output.requires_grad:
+                output.backward(torch.zeros_like(output))
+
+        with restored_random_state():
+            return tokens_that_fit(forward_and_backward, micro_batch.tokens, free)
+
+
+def second_pass(
+    groups: Sequence[Group], gradients: Mapping[int, Tensor], give: Callable[[Tensor, Tensor], None]
+) -> None:
+    """Go backward through the kept graphs, which frees them, then encode the rest again, each with its backward.
+
+    gradients: of the embeddings, by the number of the batch. give: (output, its gradient) -> None, the backward.
+    """
+    rest = []
+    for group in groups:
+        if not group.trains:
+            continue
+        for one, gradient in zip(group.passes, group.gradients(gradients), strict=True):
+            if one.output.requires_grad:
+                give(one.output, gradient)
+                one.output = one.output.detach()
+            else:
+                rest.append((group, one, gradient))
+    for group, one, gradient in rest:
+        with one.state.again():
+            output = group.encoded(one.micro_batch)
+        give(output, gradient)
