@@ -1,8 +1,10 @@
 """Drop-in for `nemo_automodel.components.models.common.inbatch_neg_utils`: change the import, keep the code.
 
 Same names, parameters, defaults and semantics, over this library's collectives and on the default process group.
-Added: ranks may hold different numbers of rows, or none; and where ranks disagree on what they gather (one has None,
-or another dtype, trailing shape or requires_grad), every rank raises the same ValueError instead of waiting for ever.
+Added: ranks may hold different numbers of rows, or none, in a gather; and where ranks disagree on what they gather (one
+has None, or another dtype, trailing shape or requires_grad), every rank raises the same ValueError instead of hanging.
+Labels computed as `(rank * local_batch_size + i) * train_n_passages` are right for equal ranks only, as the mask's are:
+with other numbers take `positive_columns`.
 For exact gradients by default, ids that may be unknown and any process group, see `inbatch.info_nce`.
 
 Legend: B local queries, N gathered passages.
@@ -83,6 +85,28 @@ def _input_error(what: str, t, min_dims: int, padding_value) -> str | None:
     return None
 
 
+def positive_columns(local_batch_size: int, train_n_passages: int, device: torch.device | None = None) -> Tensor:
+    """Return [local_batch_size] int64, the column of each row's positive among the gathered passages.
+
+        column(i) = (rows of the ranks before this one + i) * train_n_passages
+
+    These are the labels for cross-entropy over gathered passages, for equal and for unequal numbers of rows. Every rank
+    calls it. device: of the result; None is the CPU.
+
+    Raises ValueError, on every rank, for a negative number of rows or passages that are not at least 1 and equal.
+    """
+    error = None
+    if local_batch_size < 0 or train_n_passages < 1:
+        error = (
+            "positive_columns: expected local_batch_size of at least 0 and train_n_passages of at least 1, got "
+            f"{local_batch_size} and {train_n_passages}"
+        )
+    same, sizes = {"train_n_passages": train_n_passages}, {"rows": local_batch_size}
+    rows = collectives.agree("positive_columns", same=same, sizes=sizes, error=error)["rows"]
+    start = sum(rows[: collectives.rank()])
+    return torch.arange(start, start + local_batch_size, device=device) * train_n_passages
+
+
 def mask_gathered_passages_same_doc_as_positive(
     scores: Tensor, passage_doc_ids: Tensor, train_n_passages: int, rank: int, local_batch_size: int
 ) -> None:
@@ -91,13 +115,14 @@ def mask_gathered_passages_same_doc_as_positive(
         positive(i) = (rank * local_batch_size + i) * train_n_passages
         scores[i, j] = finfo.min    where passage_doc_ids[j] == passage_doc_ids[positive(i)] and j != positive(i)
 
-    scores: [B, N] floating point, this rank's query rows, B = local_batch_size, N = global queries * train_n_passages.
+    scores: [B, N] floating point, this rank's query rows; B = local_batch_size on every rank, N = W B train_n_passages.
     passage_doc_ids: [N] int64. Every value is an id, -1 too. train_n_passages counts the positive and its negatives.
 
     Masked scores receive no gradient. Divide by the temperature before masking: finfo.min divided by a temperature
     below 1 is -inf, which a learnable temperature turns into NaN gradients.
 
-    Raises ValueError for another shape, dtype or device, or a rank whose positives lie outside the N columns.
+    Raises ValueError for another shape, dtype or device, for positives outside the N columns, and where N shows that
+    ranks hold different numbers of rows: their positives lie elsewhere (`positive_columns`; `info_nce` masks them too).
     """
     error = _mask_error(scores, passage_doc_ids, train_n_passages, rank, local_batch_size)
     if error is not None:
@@ -126,5 +151,14 @@ def _mask_error(scores: Tensor, ids: Tensor, train_n_passages: int, rank: int, l
         return (
             f"rank {rank} with {local_batch_size} queries of {train_n_passages} passages needs "
             f"{(rank + 1) * local_batch_size * train_n_passages} columns, scores has {columns}"
+        )
+    if local_batch_size == 0:
+        return None
+    ranks, rest = divmod(columns, local_batch_size * train_n_passages)
+    if rest or (collectives.world_size() > 1 and ranks != collectives.world_size()):
+        return (
+            f"{columns} columns are not {local_batch_size} queries of {train_n_passages} passages on every rank, which "
+            "this function takes for granted; use info_nce(..., false_negatives=FalseNegatives(passage_ids)), or drop "
+            "the last, uneven batch"
         )
     return None

@@ -2,12 +2,14 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from inbatch.inbatch_neg_utils import (
     _all_gather_tensor,
     dist_gather_tensor,
     dist_gather_tensor_with_dim1_padding,
     mask_gathered_passages_same_doc_as_positive,
+    positive_columns,
 )
 from tests.collectives.test_collectives import nan_in_fresh_buffers, raised, rank_tensor
 from tests.helpers import device
@@ -155,6 +157,62 @@ def test_mistakes_raise_the_same_clear_error_on_every_rank(pool):
     for expected, found in results[0].items():
         assert found is not None, expected
         assert (found[0], expected in found[1]) == ("ValueError", True), found
+
+
+# ---- labels
+
+
+def labels_body(rank, rows, n):
+    """Cross-entropy over gathered passages with these labels = one process with all rows, for any split."""
+    starts = [sum(rows[:r]) for r in range(len(rows) + 1)]
+    total, mine = starts[-1], slice(starts[rank], starts[rank + 1])
+    queries = rank_tensor(7, total, 3).double().requires_grad_()
+    passages = rank_tensor(8, total * n, 3).double().requires_grad_()
+    labels = torch.arange(total, device=device()) * n
+    expected = torch.autograd.grad(F.cross_entropy(queries @ passages.T, labels), (queries, passages))
+    gathered = dist_gather_tensor(passages[mine.start * n : mine.stop * n], preserve_grad=True)
+    own = positive_columns(rows[rank], n, device())
+    assert own.tolist() == labels[mine].tolist()
+    loss = F.cross_entropy(queries[mine] @ gathered.T, own, reduction="sum") / total
+    found = torch.autograd.grad(loss, (queries, passages))
+    for gradient, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(dist_gather_tensor(gradient[None]).sum(0), whole)
+
+
+@pytest.mark.parametrize("rows", [[2, 2], [8, 4], [3, 0, 1]])
+def test_positive_columns_are_the_labels_of_any_split(pool, rows):
+    for n in (1, 3):
+        pool.run(labels_body, len(rows), rows, n)
+    assert positive_columns(3, 2).tolist() == [0, 2, 4]
+
+
+def wrong_labels_body(rank):
+    return [
+        raised(positive_columns, 2, 1 + rank),
+        raised(positive_columns, 2 - 3 * rank, 1),
+        raised(positive_columns, 2, -rank),
+    ]
+
+
+def test_positive_columns_that_cannot_be_are_refused_on_every_rank(pool):
+    results = pool.run(wrong_labels_body, 2)
+    assert results[0] == results[1]
+    for (kind, message), expected in zip(results[0], ("train_n_passages", "got -1 and 1", "got 2 and "), strict=True):
+        assert (kind, expected in message) == ("ValueError", True), message
+
+
+def uneven_mask_body(rank, rows):
+    scores = torch.zeros(rows[rank], sum(rows), device=device())
+    ids = torch.arange(sum(rows), device=device())
+    return raised(mask_gathered_passages_same_doc_as_positive, scores, ids, 1, rank, rows[rank])
+
+
+@pytest.mark.parametrize("rows", [[8, 4], [6, 5, 1], [4, 2, 2], [2, 1, 1, 0]])
+def test_the_mask_notices_ranks_that_are_not_equal(pool, rows):
+    found = pool.run(uneven_mask_body, len(rows), rows)
+    assert any(error and error[0] == "ValueError" and "info_nce" in error[1] for error in found), found
+    equal = [2] * len(rows)
+    assert pool.run(uneven_mask_body, len(rows), equal) == [None] * len(rows)
 
 
 # ---- the mask
