@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import Required, TypedDict
 
 from inbatch.train.settings import Number, settings
 
@@ -80,16 +81,29 @@ class LoraConfig:
     """which layers: all-linear, or a list of the ends of their names, such as [q_proj, v_proj]"""
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
+class TrainSource(TypedDict, total=False):
+    """A source of training records with settings of its own, over those of the group `data`."""
+
+    path: Required[str]
+    num_samples: Annotated[int, Field(ge=1)]
+    split: str
+    columns: dict[str, str | list[str]]
+    corpus: str
+
+
 @settings("data")
 class DataConfig:
     """The training records and their lengths."""
 
-    train: str | list[str] = Field(min_length=1)
-    """BEIR folders, or JSONL, Parquet or corpus-id JSON files; one or a list"""
+    train: str | TrainSource | list[str | TrainSource] = Field(min_length=1)
+    """file, folder or glob of records (docs/formats.md), or {path: records.jsonl, num_samples: 1000}; one or a list"""
     split: str = "train"
-    """which qrels of a BEIR folder"""
+    """of a folder, or which qrels"""
     columns: dict[str, str | list[str]] | None = None
     """names of the columns where they are not recognised, such as {query: question, negative: [worse, worst]}"""
+    corpus: str | None = None
+    """where documents are that records name by id, unless they lie beside them"""
     train_n_passages: int | None = Field(default=None, ge=1)
     """passages per query, the positive included; null takes every hard negative a record has"""
     num_workers: int | None = Field(default=None, ge=0)

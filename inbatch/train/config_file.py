@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import yaml
+from typing_extensions import is_typeddict
 
 from inbatch.train.config import Config
 from inbatch.train.settings import GROUPS, SettingsError, in_words, keys, kind, members, shown, unknown
@@ -150,8 +151,9 @@ def _typed(key: str, text: str) -> Any:
     types = members(kind(key))
     if text == "null" and type(None) in types:
         return None
-    bracketed = text[:1] + text[-1:] in ("[]", "{}") and any(get_origin(type_) in (list, dict) for type_ in types)
-    return text if str in types and not bracketed else _read_yaml(text, f"--{key}")[0]
+    bracketed = text[:1] + text[-1:] in ("[]", "{}")
+    structured = any(get_origin(type_) in (list, dict) or is_typeddict(type_) for type_ in types)
+    return text if str in types and not (bracketed and structured) else _read_yaml(text, f"--{key}")[0]
 
 
 def help_text() -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import dataclass_transform
+from typing_extensions import dataclass_transform, is_typeddict
 
 Class = TypeVar("Class")
 
@@ -195,4 +195,6 @@ def in_words(kind: Any) -> str:
         return f"[{', '.join(in_words(part) for part in parts)}]"
     if get_origin(kind) is dict:
         return f"{{name: {in_words(parts[1])}, ...}}"
+    if is_typeddict(kind):
+        return f"{{{', '.join(get_type_hints(kind))}}}"
     return words[kind]

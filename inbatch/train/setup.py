@@ -71,7 +71,7 @@ class Run:
 def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | None:
     """Open data and model and build what the loop needs; None where the run is finished already."""
     together = collectives.together
-    examples = together(lambda: open_examples(config.data.train, split=config.data.split, columns=config.data.columns))
+    examples = together(lambda: open_training_data(config))
     plan = BatchPlan(len(examples), config.train.global_batch_size, config.train.seed)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
@@ -105,6 +105,11 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
         evaluation=evaluation,
         **progress,
     )
+
+
+def open_training_data(config: Config) -> Examples:
+    data = config.data
+    return open_examples(data.train, split=data.split, columns=data.columns, corpus=data.corpus, seed=config.train.seed)
 
 
 def is_finished(folder: RunFolder, total_steps: int, *, can_go_on: bool) -> bool:

@@ -23,6 +23,8 @@ from inbatch.train.config import (
 )
 from inbatch.train.config_file import load
 from inbatch.train.settings import GROUPS, keys
+from inbatch.train.setup import open_training_data
+from tests.data_files import write_jsonl
 
 REQUIRED = {
     "model": {"name_or_path": "a-model"},
@@ -80,8 +82,41 @@ def test_columns_may_be_lists(write):
         load(write(data={"columns": {"query": [1]}}))
 
 
+def test_sources_may_have_settings(write):
+    source = {"path": "a.jsonl", "num_samples": 5, "columns": {"negative": ["n", "m"]}, "corpus": "c"}
+    assert load(write(data={"train": source})).data.train == source
+    assert load(write(data={"train": ["b", source]})).data.train == ["b", source]
+    config = load(write(), ["--data.train={path: a, num_samples: 5}", "--data.corpus=c"])
+    assert (config.data.train, config.data.corpus) == ({"path": "a", "num_samples": 5}, "c")
+    expected = ": expected text or {path, num_samples, split, columns, corpus} or [text or {path, "
+    for wrong in ({"path": "a", "numsamples": 5}, {"num_samples": 5}, {"path": 3}, {"path": "a", "num_samples": "5"}):
+        for train in (wrong, [wrong]):
+            with pytest.raises(ValueError, match=rf"line 2: data.train is .*{re.escape(expected)}"):
+                load(write(data={"train": train}))
+
+
+def test_documents_by_id_are_trained_on_from_the_file_alone(write, tmp_path):
+    write_jsonl(tmp_path / "elsewhere.jsonl", [{"docid": f"{n}", "text": f"document {n}"} for n in range(4)])
+    record = {"query_id": "1", "query_text": "q", "positive_document_ids": ["2"], "negative_document_ids": ["3"]}
+    write_jsonl(tmp_path / "a.jsonl", [record] * 5)
+    (tmp_path / "b.csv").write_text("frage,gut\nx,y\n")
+    corpus = str(tmp_path / "elsewhere.jsonl")
+    by_id = {"path": str(tmp_path / "a.jsonl"), "num_samples": 2}
+    for data in (
+        {"train": [by_id, {"path": str(tmp_path / "b.csv"), "columns": {"query": "frage", "positive": "gut"}}]}
+        | {"corpus": corpus},
+        {"train": {**by_id, "corpus": corpus}},
+    ):
+        examples = open_training_data(load(write(data=data)))
+        assert examples[0].positives[0].text == "document 2"
+        assert [e.query for e in examples] == ["q", "q", "x"][: len(examples)]
+
+
 def test_saved_and_read_back_is_equal(write, tmp_path):
-    config = load(write(data={"columns": {"query": "question"}}), ["--train.micro_batch_tokens", "null"])
+    config = load(
+        write(data={"columns": {"query": "question"}, "train": [{"path": "a", "columns": {"negative": ["n"]}}, "b"]}),
+        ["--train.micro_batch_tokens", "null"],
+    )
     (tmp_path / "resolved.yaml").write_text(dump(config))
     assert load(tmp_path / "resolved.yaml") == config
     assert set(flatten(config)) == set(keys())
