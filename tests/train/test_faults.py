@@ -16,6 +16,12 @@ from tests.helpers import REPOSITORY
 from tests.train.test_loop import folder, make_config, pids_of  # noqa: F401
 
 
+def _heed_signals() -> None:
+    """As a process of a shell does: one under nohup, or in the background of a script, passes on that it ignores some."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Running:
     """`inbatch train` in processes of its own."""
 
@@ -24,7 +30,9 @@ class Running:
         self.config = self.folder.parent / f"{self.folder.name}.yaml"
         self.config.write_text(dump(config).replace("num_workers: 0", "num_workers: 1"))
         command = [sys.executable, "-m", "inbatch", "train", str(self.config), "--nproc-per-node", str(processes)]
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_signals
+        )
 
     def wait_for(self, lines: int) -> None:
         deadline = time.monotonic() + 120
