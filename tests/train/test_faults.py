@@ -17,7 +17,7 @@ from tests.train.test_loop import folder, make_config, pids_of  # noqa: F401
 
 
 def _heed_signals() -> None:
-    """As a process of a shell does: one under nohup, or in the background of a script, passes on that it ignores some."""
+    """Heed what a process in the foreground heeds; under nohup some are ignored, and children inherit that."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
