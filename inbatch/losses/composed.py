@@ -96,6 +96,9 @@ def _reference(queries: Tensor, passages: Tensor, everyone: Tensor, problem: Pro
         temperature=temperature,
         margin=problem.false_negatives.margin,
         terms=[(term.dim, term.directions, term.weight * problem.row_weight) for term in softmaxes],
+        weights_B=problem.weights,
+        rules_B=problem.rules,
+        hardness=problem.objective.hardness,
     )
     if problem.stats is not None:
         others = sum(len(everyone if each.endswith("query") else passages) - 1 for each in softmaxes[0].directions)

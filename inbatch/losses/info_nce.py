@@ -21,7 +21,16 @@ from inbatch.losses import tiled
 from inbatch.losses.composed import composed
 from inbatch.losses.gathered import Softmax
 from inbatch.losses.kernels import Kernels
-from inbatch.losses.masking import FalseNegatives, passage_keys, positives_by_query, row_keys, sharing
+from inbatch.losses.masking import (
+    CANDIDATES,
+    FalseNegatives,
+    group_keys,
+    group_rules,
+    passage_keys,
+    positives_by_query,
+    row_keys,
+    sharing,
+)
 from inbatch.losses.objective import Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
@@ -46,10 +55,11 @@ def info_nce(
     objective: Objective | None = None,
     chunk_mib: float | None = None,
     stats: LossStats | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i),  s_ij = q_i . p_j / temperature.
 
-    C(i): the passages of all ranks less the false negatives of i. `Objective`: other sums of such terms.
+    C(i): the passages of all ranks less what `false_negatives` leaves out. `Objective`: other sums of such terms.
 
     queries [B, D], passages [M, D]: both float16, bfloat16, float32 or float64; B, M may differ by rank and may be 0
     positives [B] int64: column of each query's positive among the local passages; default: equal groups, positive first
@@ -60,6 +70,7 @@ def info_nce(
     chunk_mib: bound on the exponentials held at once by "tiled" (default 32) and "fused" (default 1024, or 4096 rows up
         to 2048, but 2048 rows at least)
     stats: counts what the softmax saw
+    weights [B], not negative: of the rows' losses; the sum of weight times loss is divided by the number of queries
 
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process. They are
@@ -70,7 +81,7 @@ def info_nce(
         queries, passages, temperature = map(_detached, (queries, passages, temperature))
     if isinstance(temperature, Real):
         temperature = float(temperature)  # NumPy's, too
-    extras = positives, objective, chunk_mib, stats
+    extras = positives, objective, chunk_mib, stats, weights
     if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
         from inbatch.losses.triton import small  # here, since it imports triton
 
@@ -87,6 +98,7 @@ def info_nce(
         stats=stats,
         group=group,
         positives=slice(None) if positives is None else positives,
+        weights=weights,
     )
     kernels, error = None, _find_error(queries, passages, asked)
     if error is None:
@@ -150,7 +162,11 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
         query_counts=counts["queries"],
         passage_counts=counts["passages"],
     )
-    if ids.passage_ids is None and ids.query_ids is None:
+    if asked.weights is not None:
+        weights = asked.weights.to(queries.device, torch.promote_types(queries.dtype, torch.float32), non_blocking=True)
+        problem = replace(problem, weights=weights)
+    grouped = ids.needs_groups or asked.objective.hardness_mode is not None
+    if ids.passage_ids is None and ids.query_ids is None and not grouped:
         return problem
     known, width = [], max(counts["known positives"])
     if ids.positive_ids is not None:
@@ -166,6 +182,13 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
     )
     rows = row_keys(on_device, positives, known)
     columns = passage_keys(on_device, positives, num_passages, max(counts["rows sharing a positive"]))
+    if grouped:
+        places_B, before = positives, sum(counts["passages"][: problem.rank])
+        if isinstance(places_B, slice):
+            places_B = torch.arange(places_B.start, places_B.stop, places_B.step, device=queries.device)
+        of_rows, of_columns = group_keys(places_B, num_passages, before)
+        rows, columns = replace(rows, groups=of_rows), replace(columns, groups=of_columns)
+        problem = replace(problem, rules=group_rules(ids, num_queries, queries.device))
     return replace(problem, row_keys=rows, passage_keys=columns, query_keys=rows)
 
 
@@ -191,6 +214,7 @@ def _positives_of_same_query(asked: Problem, problem: Problem, device: torch.dev
 def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | str | bool | None]:
     """Return what must be equal on all ranks besides the tensors."""
     temperature = asked.temperature
+    candidates, masked = asked.false_negatives.candidates, asked.false_negatives.mask_own_negatives
     if isinstance(temperature, Tensor):
         # Reading one that is on a GPU would make the CPU wait for it.
         value = "" if temperature.is_cuda else f" of {temperature.item():g}"
@@ -198,7 +222,10 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
     return {
         "temperature": temperature,
         "stats": asked.stats is not None,
+        "weights": asked.weights is not None,
         "margin": asked.false_negatives.margin,
+        "candidates": "by row" if isinstance(candidates, Tensor) else candidates,
+        "mask_own_negatives": "by row" if isinstance(masked, Tensor) else masked,
         "negatives": asked.negatives,
         "impl": "reference" if kernels is None else "tiled" if kernels is tiled else "fused",
         "objective": repr(asked.objective),
@@ -215,7 +242,7 @@ def _find_error(queries: Tensor, passages: Tensor, asked: Problem) -> str | None
         or _wrong_positives(asked.positives, queries.shape[0], passages.shape[0], asked.group)
         or _wrong_temperature(asked.temperature)
         or _wrong_ids(asked.false_negatives, queries.shape[0], passages.shape[0])
-        or _wrong_options(asked, queries.shape[1])
+        or _wrong_options(asked, queries.shape[1], queries.shape[0])
     )
 
 
@@ -296,10 +323,28 @@ def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
         return (
             f"FalseNegatives.margin must be a finite number in the units of q.p, or None, got {_describe(ids.margin)}"
         )
+    return _wrong_groups(ids, num_queries)
+
+
+def _wrong_groups(ids: FalseNegatives, num_queries: int) -> str | None:
+    candidates, masked = ids.candidates, ids.mask_own_negatives
+    if isinstance(candidates, Tensor):
+        right = candidates.dtype == torch.int64 and candidates.shape == (num_queries,)
+        right = right and bool(((candidates >= 0) & (candidates < len(CANDIDATES))).all())
+    else:
+        right = candidates in CANDIDATES
+    if not right:
+        return (
+            f"FalseNegatives.candidates must be {_one_of(CANDIDATES)}, or int64 [{num_queries}] of their places 0 to "
+            f"{len(CANDIDATES) - 1}, got {_describe(candidates)}"
+        )
+    by_row = isinstance(masked, Tensor) and masked.dtype == torch.bool and masked.shape == (num_queries,)
+    if not by_row and not isinstance(masked, bool):
+        return f"FalseNegatives.mask_own_negatives must be a bool, or bool [{num_queries}], got {_describe(masked)}"
     return None
 
 
-def _wrong_options(asked: Problem, dim: int) -> str | None:
+def _wrong_options(asked: Problem, dim: int, num_queries: int) -> str | None:
     if asked.negatives not in NEGATIVES:
         return f"negatives must be {_one_of(NEGATIVES)}, got {asked.negatives!r}"
     if not isinstance(asked.objective, Objective):
@@ -312,6 +357,14 @@ def _wrong_options(asked: Problem, dim: int) -> str | None:
         return f"chunk_mib must be a positive number of MiB, or None for the default, got {chunk_mib!r}"
     if asked.stats is not None and not isinstance(asked.stats, LossStats):
         return f"stats must be a LossStats() or None, got {_describe(asked.stats)}"
+    weights = asked.weights
+    if weights is not None:
+        fits = isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == (num_queries,)
+        if not fits or weights.requires_grad or not ((weights >= 0) & weights.isfinite()).all():
+            return (
+                f"weights must be floating-point [{num_queries}], one for each query, finite, not negative and not "
+                f"requiring grad, got {_describe(weights)}"
+            )
     return None
 
 
@@ -378,6 +431,7 @@ class InfoNCELoss(nn.Module):
         positives: Tensor | None = None,
         false_negatives: FalseNegatives | None = None,
         stats: LossStats | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
         return info_nce(
@@ -392,6 +446,7 @@ class InfoNCELoss(nn.Module):
             objective=self.objective,
             chunk_mib=self.chunk_mib,
             stats=stats,
+            weights=weights,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InfoNCELoss:

@@ -18,6 +18,33 @@ MAX_EXPONENT = 60.0
 
 
 @dataclass(kw_only=True, slots=True)
+class Groups:
+    """What depends on a pair being of one group (see `masking`): candidates, masks and the weight of hard negatives.
+
+    rows, columns  int64 [R, 1] and [C, 1]: keys of groups
+    rules          int32 [R]: bits from `masking.group_rules`
+    own, others    float32 [R]: what a score is multiplied by, within the row's group and outside, for the exponential
+                   alone: limit and gradients know nothing of it
+    """
+
+    rows: Tensor
+    columns: Tensor
+    rules: Tensor
+    own: Tensor
+    others: Tensor
+
+    def select(self, rows: slice | Tensor) -> "Groups":
+        """Return those of some rows."""
+        return Groups(
+            rows=self.rows[rows],
+            columns=self.columns,
+            rules=self.rules[rows],
+            own=self.own[rows],
+            others=self.others[rows],
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class Block:
     """Rows [R, D] against columns [C, D] (same dtype and device, contiguous last dimension; R or C may be 0).
 
@@ -27,6 +54,7 @@ class Block:
     keys      pairs (row keys int64 [R, K], column keys int64 [C, L]), at most two, the last dimension contiguous;
               a pair (i, j) is masked when any key of row i, -1 excepted, equals any key of column j
     limit     float32 [R] or None: a column with s_ij > limit_i is masked
+    groups    None, or what leaves out more columns, exempts some from the masks and weights scores
     counts    int32 [R, 2] or None: adds up per row the masked columns, and the unmasked ones with s_ij > the pivot
               given (the positive's score); the positive is not counted
     d_rows, d_columns  float32 [R, D] and [C, D] (float64 for float64): where the gradients go; None: not wanted
@@ -39,6 +67,7 @@ class Block:
     scale: Tensor
     keys: tuple[tuple[Tensor, Tensor], ...] = ()
     limit: Tensor | None = None
+    groups: Groups | None = None
     counts: Tensor | None = None
     d_rows: Tensor | None = None
     d_columns: Tensor | None = None
@@ -56,6 +85,7 @@ class Block:
             scale=self.scale[start:stop],
             keys=tuple((row_keys[start:stop], column_keys) for row_keys, column_keys in self.keys),
             limit=None if self.limit is None else self.limit[start:stop],
+            groups=None if self.groups is None else self.groups.select(slice(start, stop)),
             counts=None if self.counts is None else self.counts[start:stop],
             d_rows=None if self.d_rows is None else self.d_rows[start:stop],
             adds_to_columns=self.adds_to_columns or start > 0,
@@ -91,7 +121,8 @@ class Kernels(Protocol):
     def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return (E_RC, sum_R, pivot_R), and add to the block's counts.
 
-        s_ij = scale_i * rows_i . columns_j in float32 (float64 for float64); E_ij = exp(s_ij - pivot_i), exactly 0 on
+        s_ij = scale_i * rows_i . columns_j in float32 (float64 for float64), times the group's factor if there are
+        groups; E_ij = exp(s_ij - pivot_i), exactly 0 on
         the positive and on every masked column, in the dtype of the gradient products (None with keep=False).
         sum_i = sum_j E_ij in float32, taken before E is rounded. The pivots returned are those given, but the row's
         greatest score wherever it exceeds the pivot by more than MAX_EXPONENT: nothing overflows, nothing is clamped.

@@ -12,6 +12,9 @@ row equals a query key of the column. -1 is "unknown" and never matches. What th
     query as a column      its positive's id, its known positives  its query id
 
 Known positives of a row: those given, and the positives of all rows of the batch with its query id.
+
+A group is a positive and the passages after it, up to the next positive: the rows of that positive and their hard
+negatives. A pair is of one group, or not, by the third key, (column of the group's positive << 1) + (1 for a positive).
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Which passages a row is compared with. By row they are given as places here.
+CANDIDATES = ("all", "positives", "own")
 
 
 @dataclass(frozen=True)
@@ -33,43 +39,63 @@ class FalseNegatives:
     margin        a column with q.p above (q.positive + margin) is no negative; in units of q.p, not of scaled scores;
                   rounding decides about one that equals it, so 0 drops some copies of the positive and keeps others
 
-    Every rank passes the same ones. Masked columns leave the sum exactly. A row's own hard negatives follow the same
-    rules. A query as a column is no negative of rows with its query id or with a known positive in common.
+    candidates    "all", "positives" (the positives of other rows, and the row's own hard negatives) or "own" (its own
+        hard negatives); by row int64 [B], as places in masking.CANDIDATES
+    mask_own_negatives  False, or by row in bool [B]: the row's own hard negatives stay, whatever ids and margin say
+
+    A row's own hard negatives are the passages between its positive and the next positive of the rank.
+
+    Every rank passes the same ones. Masked columns leave the sum exactly. A query as a column is no negative of rows
+    with its query id or with a known positive in common.
     """
 
     passage_ids: Tensor | None = None
     query_ids: Tensor | None = None
     positive_ids: Tensor | None = None
     margin: float | None = None
+    candidates: str | Tensor = "all"
+    mask_own_negatives: bool | Tensor = True
+
+    @property
+    def needs_groups(self) -> bool:
+        """True if it matters which hard negatives are a row's own."""
+        return self.mask_own_negatives is not True or not isinstance(self.candidates, str) or self.candidates != "all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keys:
-    """int64 keys of n rows or columns: documents [n, K], queries [n, L], None where there are none."""
+    """int64 keys of n rows or columns: documents [n, K], queries [n, L], groups [n, 1], None where there are none."""
 
     documents: Tensor | None = None
     queries: Tensor | None = None
+    groups: Tensor | None = None
 
     def packed(self) -> Tensor | None:
-        """Return both side by side, to travel as one tensor [n, K + L]."""
-        if self.documents is None or self.queries is None:
-            return self.queries if self.documents is None else self.documents
-        return torch.cat([self.documents, self.queries], dim=1)
+        """Return them side by side, to travel as one tensor [n, K + L + 1]."""
+        present = [keys for keys in (self.documents, self.queries, self.groups) if keys is not None]
+        if len(present) < 2:
+            return present[0] if present else None
+        return torch.cat(present, dim=1)
 
     def like(self, packed: Tensor | None) -> Keys:
         """Return the keys that `packed` holds, split as these are."""
-        width = 0 if self.documents is None else self.documents.shape[1]
+        if packed is None:
+            return NO_KEYS
+        first = 0 if self.documents is None else self.documents.shape[1]
+        last = packed.shape[1] - (self.groups is not None)
         return Keys(
-            documents=None if self.documents is None or packed is None else packed[:, :width],
-            queries=None if self.queries is None or packed is None else packed[:, width:],
+            documents=None if self.documents is None else packed[:, :first],
+            queries=None if self.queries is None else packed[:, first:last],
+            groups=None if self.groups is None else packed[:, last:],
         )
 
     def part(self, start: int, stop: int) -> Keys:
         """Return those of rows or columns start..stop."""
-        documents, queries = self.documents, self.queries
+        documents, queries, groups = self.documents, self.queries, self.groups
         return Keys(
             documents=None if documents is None else documents[start:stop],
             queries=None if queries is None else queries[start:stop],
+            groups=None if groups is None else groups[start:stop],
         )
 
 
@@ -128,6 +154,42 @@ def passage_keys(ids: FalseNegatives, positives: slice | Tensor, num_passages: i
             ordered, order = positives.sort()
             queries[ordered, _position_in_run(ordered)] = ids.query_ids[order]
     return Keys(documents=None if ids.passage_ids is None else ids.passage_ids.unsqueeze(1), queries=queries)
+
+
+def group_keys(positives: Tensor, num_passages: int, before: int) -> tuple[Tensor, Tensor]:
+    """Return the groups of rows [B, 1] and of passages [M, 1]. before: the passages of the ranks in front.
+
+    Passages in front of the first positive are of no group: their key is -2, which no row has.
+    """
+    columns_M = torch.arange(num_passages, device=positives.device)
+    ordered_B = positives.sort().values
+    place_M = torch.searchsorted(ordered_B, columns_M, right=True) - 1
+    owner_M = columns_M if len(ordered_B) == 0 else ordered_B[place_M.clamp(min=0)]
+    passages_M = ((owner_M + before) * 2 + (owner_M == columns_M)).masked_fill(place_M < 0, -2)
+    return ((positives + before) * 2 + 1).unsqueeze(1), passages_M.unsqueeze(1)
+
+
+def group_rules(ids: FalseNegatives, num_rows: int, device: torch.device) -> Tensor:
+    """Return int32 [B], bit by bit what the rows' groups decide.
+
+    1: hard negatives of other groups are no candidates; 2: nor are their positives; 4: the own ones are never masked.
+    """
+    candidates, masked = ids.candidates, ids.mask_own_negatives
+    if isinstance(candidates, str):
+        candidates = torch.full((num_rows,), CANDIDATES.index(candidates), device=device)
+    if not isinstance(masked, Tensor):
+        masked = torch.full((num_rows,), masked, device=device)
+    left_out_B = (1 << candidates.to(device, non_blocking=True)) - 1
+    return (left_out_B + 4 * ~masked.to(device, non_blocking=True)).int()
+
+
+def by_group(rows_R1: Tensor, columns_C1: Tensor, rules_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dense bool [R, C]: of the row's group; left out by its rule; never masked, by its rule."""
+    columns_C, rules_R1 = columns_C1[:, 0], rules_R[:, None]
+    positive_C = (columns_C & 1).bool()
+    own_RC = (rows_R1 >> 1) == (columns_C >> 1)
+    left_out_RC = torch.where(positive_C, (rules_R1 & 2).bool(), (rules_R1 & 1).bool()) & ~own_RC
+    return own_RC, left_out_RC, own_RC & ~positive_C & (rules_R1 & 4).bool()
 
 
 def match(rows: Keys, columns: Keys, *, only_itself: bool = False) -> tuple[tuple[Tensor, Tensor], ...]:

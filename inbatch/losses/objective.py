@@ -20,6 +20,9 @@ DIRECTIONS = {
 }
 
 
+HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
     """One softmax for each row: `weight` * (logsumexp over the scores of `directions` - the positive's score)."""
@@ -46,6 +49,10 @@ class Objective:
     partition: "joint", one softmax over all of them, or "per_direction", one for each and the mean of their losses
     matryoshka_dims: the loss is the weighted sum over prefixes of the embeddings, each renormalised (the full dimension
         is taken as it is); weights default to 1 (Kusupati et al. 2022)
+    hardness_mode: which negatives' scores s(q_i, p) of query_to_passage get hardness_strength * q_i.p added, a constant
+        to the gradient: "in_batch_negatives" (of other rows; Lan et al. 2025 take strength 9), "hard_negatives" (the
+        row's own; Schechter Vera et al. 2025 take 5) or "all_negatives"; a row's own are those between its positive
+        and the next one
 
     Settings: CLIP (Radford et al. 2021), GTE (Li et al. 2023) and QWEN3_EMBEDDING (Zhang et al. 2025, which also masks
     by FalseNegatives(margin=0.1)). Each takes a list, too. Raises ValueError for unknown or repeated names, for wrong
@@ -56,6 +63,8 @@ class Objective:
     partition: str = "joint"
     matryoshka_dims: tuple[int, ...] | None = None
     matryoshka_weights: tuple[float, ...] | None = None
+    hardness_mode: str | None = None
+    hardness_strength: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("directions", "matryoshka_dims", "matryoshka_weights"):
@@ -83,6 +92,28 @@ class Objective:
             raise ValueError(
                 f"matryoshka_weights must give one finite number for each of matryoshka_dims {dims!r}, got {weights!r}"
             )
+        if self.hardness_mode not in (None, *HARDNESS_MODES):
+            raise ValueError(f"hardness_mode must be None or one of {HARDNESS_MODES}, got {self.hardness_mode!r}")
+        strength = self.hardness_strength
+        if not (isinstance(strength, Real) and 0 <= strength < math.inf) or (strength > 0) == (not self.hardness_mode):
+            raise ValueError(
+                "hardness_strength must be a positive number with a hardness_mode, and 0 without, got "
+                f"hardness_mode={self.hardness_mode!r}, hardness_strength={strength!r}"
+            )
+        if self.hardness_mode and "query_to_passage" not in self.directions:
+            raise ValueError(
+                f'hardness_mode={self.hardness_mode!r} weights the scores of "query_to_passage", which is not among '
+                f"the directions {self.directions!r}"
+            )
+
+    @property
+    def hardness(self) -> tuple[float, float]:
+        """What is added to the scores of a row's own negatives, and of others, in units of q.p."""
+        strength = float(self.hardness_strength)
+        return (
+            strength if self.hardness_mode in ("hard_negatives", "all_negatives") else 0.0,
+            strength if self.hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0,
+        )
 
 
 @lru_cache(maxsize=64)

@@ -4,9 +4,10 @@ Shapes: B queries of this rank (rows), N passages and Q queries of all ranks tha
 
     s(a, b) = a . b / temperature
     l_i     = log( exp s(q_i, d_i) + sum over directions and columns j in C(i) of exp s(row_i, column_j) ) - s(q_i, d_i)
-    loss    = sum over terms of weight * sum_i l_i
+    loss    = sum over terms of weight * sum_i weight_i * l_i
 
-C(i) leaves out the row itself (its positive) and its false negatives. Autograd does the rest.
+C(i) leaves out the row itself (its positive), its false negatives and what is no candidate of it. With hardness, the
+scores of negatives get strength * q_i . p_j more, as a constant. Autograd does the rest.
 """
 
 import math
@@ -16,18 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inbatch.losses.masking import Keys, mask, match
+from inbatch.losses.masking import Keys, by_group, mask, match
 
 
 def reference_loss(
     queries_BD: Tensor, positives_BD: Tensor, columns: Mapping[str, Tensor], own: Mapping[str, Tensor],
     row_keys: Keys, column_keys: Mapping[str, Keys], temperature: Tensor | float, margin: float | None,
-    terms: Sequence[tuple[int, Sequence[str], float]],
+    terms: Sequence[tuple[int, Sequence[str], float]], weights_B: Tensor | None, rules_B: Tensor | None,
+    hardness: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the loss, 0-d, and int64 [B, 2]: by row the columns masked and those that beat the positive (first term).
 
     columns, own, column_keys: by kind of column, "passage" or "query": all of them [C, D], the place of each row's
     positive (or of the row itself) among them [B], and their keys. terms: (dimensions, directions, weight) of each.
+    weights_B: of the rows. rules_B: what the rows' groups decide (`masking`), if anything does. hardness: strengths for
+    negatives of the row's group and for others, in query_to_passage.
     Everything is computed in float32 (float64 for float64), and all scores are in memory.
     """
     dtype = torch.float64 if queries_BD.dtype == torch.float64 else torch.float32
@@ -44,13 +48,20 @@ def reference_loss(
             masked_BC = mask(pairs, *similarity_BC.shape, device=similarity_BC.device)
             if margin is not None:
                 masked_BC |= similarity_BC.detach() > similarity_B1.detach() + margin
+            hardness_BC = 0.0
+            if rules_B is not None:
+                group_BC, left_out_BC, kept_BC = by_group(row_keys.groups, column_keys[column].groups, rules_B)
+                masked_BC = (masked_BC & ~kept_BC) | left_out_BC
+                if direction == "query_to_passage":
+                    hardness_BC = torch.where(group_BC, *hardness) * similarity_BC.detach()
             own_BC = own[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
             masked_BC &= ~own_BC
             # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.
-            scores_BC = (similarity_BC / temperature).masked_fill(masked_BC | own_BC, -math.inf)
+            scores_BC = (similarity_BC / temperature + hardness_BC).masked_fill(masked_BC | own_BC, -math.inf)
             candidates.append(scores_BC)
             found_B2 += torch.stack([masked_BC.sum(1), (scores_BC > candidates[0]).sum(1)], dim=1)
-        loss = loss + weight * (torch.logsumexp(torch.cat(candidates, dim=1), dim=1) - candidates[0][:, 0]).sum()
+        loss_B = torch.logsumexp(torch.cat(candidates, dim=1), dim=1) - candidates[0][:, 0]
+        loss = loss + weight * (loss_B if weights_B is None else loss_B * weights_B).sum()
         counts = found_B2 if counts is None else counts
     assert counts is not None
     return loss, counts

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from inbatch.losses.kernels import Block, Kernels
+from inbatch.losses.kernels import Block, Groups, Kernels
 from inbatch.losses.masking import NO_KEYS, FalseNegatives, Keys, match
 from inbatch.losses.objective import DIRECTIONS, Objective, Term
 from inbatch.losses.stats import LossStats
@@ -41,6 +41,8 @@ class Problem:
     rank: int = 0
     query_counts: list[int] = field(default_factory=list)
     passage_counts: list[int] = field(default_factory=list)
+    weights: Tensor | None = None  # of the rows, in float32 (float64 for float64)
+    rules: Tensor | None = None  # of the rows' groups; None: nothing depends on groups
     row_keys: Keys = NO_KEYS
     passage_keys: Keys = NO_KEYS
     query_keys: Keys = NO_KEYS  # of the queries at hand as columns
@@ -115,6 +117,7 @@ class Rows:
                 scale=self.scale_B,
                 keys=match(self.problem.row_keys, those.keys, only_itself=direction == "passage_to_query"),
                 limit=self.limit_B,
+                groups=None if self.problem.rules is None else self._groups(direction, those.keys),
                 counts=self.counts,
                 d_rows=self.gradients.get(side),
                 d_columns=those.gradient,
@@ -125,6 +128,21 @@ class Rows:
             self.written.add(side)
             those.written = True
         return blocks
+
+    def _groups(self, direction: str, columns: Keys) -> Groups:
+        rows, rules, objective = self.problem.row_keys.groups, self.problem.rules, self.problem.objective
+        assert rows is not None
+        assert rules is not None
+        assert columns.groups is not None
+        own, others = objective.hardness if direction == "query_to_passage" else (0.0, 0.0)
+        same_B = torch.ones_like(self.scale_B)
+        return Groups(
+            rows=rows,
+            columns=columns.groups,
+            rules=rules,
+            own=same_B + own / self.scale if own else same_B,
+            others=same_B + others / self.scale if others else same_B,
+        )
 
     def chunks(self, num_columns: int) -> list[tuple[int, int]]:
         """Return equal ranges of rows whose exponentials against so many columns fit the chunk size."""
@@ -145,7 +163,11 @@ class Rows:
         if stop - start < self.score_B.shape[0]:
             vectors = tuple(vector[start:stop] for vector in vectors)
         score_r, loss_r, coefficient_r = vectors
-        return self.kernels.finish(sums, pivots, score_r, self.scale, self.weight, loss_r, coefficient_r)
+        block_weights = self.kernels.finish(sums, pivots, score_r, self.scale, self.weight, loss_r, coefficient_r)
+        if self.problem.weights is not None:
+            for vector_r in (loss_r, coefficient_r, *block_weights):
+                vector_r.mul_(self.problem.weights[start:stop])
+        return block_weights
 
     def count(self, num_columns: int) -> None:
         """Hand what was counted against so many columns (positives and the rows themselves included) to the stats."""

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from inbatch.losses.kernels import MAX_EXPONENT, Block
+from inbatch.losses.kernels import MAX_EXPONENT, Block, Groups
+from inbatch.losses.masking import by_group
 
 DEFAULT_CHUNKS: tuple[tuple[float, float], ...] = (
     (32.0, math.inf),
@@ -50,6 +51,7 @@ def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Ten
             scale=block.scale[too_large],
             keys=tuple((row_keys[too_large], column_keys) for row_keys, column_keys in block.keys),
             limit=None if block.limit is None else block.limit[too_large],
+            groups=None if block.groups is None else block.groups.select(too_large),
         )
         again_fC, _ = _masked_scores(again)
         top_f = again_fC.amax(1)
@@ -70,6 +72,8 @@ def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
     local = ((block.positive >= 0) & (block.positive < num_columns)).nonzero().squeeze(1)
     positives = block.positive[local]
     masked_RC = _masked(block, scores_RC)
+    if block.groups is not None:
+        masked_RC = _by_group(block.groups, scores_RC, masked_RC)
     if masked_RC is not None:
         masked_RC[local, positives] = False
         scores_RC.masked_fill_(masked_RC, -math.inf)
@@ -88,6 +92,13 @@ def _masked(block: Block, scores_RC: Tensor) -> Tensor | None:
                     equal_RC[unknown_R] = False
                 masked_RC = equal_RC if masked_RC is None else masked_RC.logical_or_(equal_RC)
     return masked_RC
+
+
+def _by_group(groups: Groups, scores_RC: Tensor, masked_RC: Tensor | None) -> Tensor:
+    """Weight the scores, in place; return what is masked in the end."""
+    own_RC, left_out_RC, kept_RC = by_group(groups.rows, groups.columns, groups.rules)
+    scores_RC.mul_(torch.where(own_RC, groups.own[:, None], groups.others[:, None]))
+    return left_out_RC if masked_RC is None else masked_RC.logical_and_(~kept_RC).logical_or_(left_out_RC)
 
 
 def _widened(columns: Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:

@@ -448,6 +448,34 @@ def test_an_objective_takes_lists_and_refuses_fractions():
         Objective(matryoshka_dims=(4.0,))
 
 
+@pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
+@pytest.mark.parametrize("directions", [("query_to_passage",), ("query_to_passage", "query_to_query")])
+def test_hardness_is_that_of_sentence_transformers(mode, directions):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    generator = torch.Generator().manual_seed(5)
+    columns = [torch.randn(7, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(4)]
+    theirs = losses.MultipleNegativesRankingLoss(
+        None,
+        scale=4.0,
+        similarity_fct=lambda a, b: a @ b.T,
+        directions=tuple(name.replace("passage", "doc") for name in directions),
+        hardness_mode=mode,
+        hardness_strength=0.7,
+    ).compute_loss_from_embeddings(columns, None)
+    expected = gradients_of(theirs, *columns)
+    passages = torch.stack(columns[1:], 1).reshape(-1, 8)
+    objective = Objective(directions=directions, hardness_mode=mode, hardness_strength=0.7)
+    for impl in IMPLS:
+        ours = info_nce(columns[0], passages, temperature=0.25, impl=impl, objective=objective)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradients_of(ours, *columns), expected)
+    for wrong in ({"hardness_mode": "hard"}, {"hardness_mode": mode}, {"hardness_strength": 1.0}):
+        with pytest.raises(ValueError, match="hardness_"):
+            Objective(**wrong)
+    with pytest.raises(ValueError, match="query_to_passage"):
+        Objective(directions=("passage_to_query",), hardness_mode=mode, hardness_strength=1.0)
+
+
 def test_a_temperature_of_numpy_is_a_float():
     queries, passages = torch.randn(4, 8), torch.randn(8, 8)
     expected = info_nce(queries, passages, temperature=0.25)

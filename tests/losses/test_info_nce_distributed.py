@@ -5,10 +5,12 @@ TRITON_INTERPRET=1 it covers impl="fused" on the CPU.
 """
 
 import copy
+import itertools
+import math
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from inbatch.losses import (
     info_nce,
     tiled,
 )
+from inbatch.losses.masking import CANDIDATES
 from tests.helpers import device
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
@@ -62,6 +65,9 @@ class Case:
     margin: float | None
     objective: Objective
     chunk_mib: float
+    weights: list | None
+    candidates: str | list  # by row
+    mask_own: bool | list  # by row
 
     def owner(self, counts: list) -> list:
         return [rank for rank, count in enumerate(counts) for _ in range(count)]
@@ -97,6 +103,10 @@ def make_case(seed: int, world_size: int) -> Case:
         return [rng.choice([-1, rng.randrange(ids), rng.randrange(ids), rng.choice(wide)]) for _ in range(n)]
 
     passage_ids = some_ids(columns) if rng.random() < 0.6 else None
+    objective = rng.choice([OBJECTIVES[0], *OBJECTIVES])
+    mode = rng.choice([None, "in_batch_negatives", "hard_negatives", "all_negatives"])
+    if mode is not None and "query_to_passage" in objective.directions:
+        objective = replace(objective, hardness_mode=mode, hardness_strength=rng.choice([0.5, 5.0]))
     return Case(
         query_counts=query_counts,
         passage_counts=passage_counts,
@@ -110,8 +120,11 @@ def make_case(seed: int, world_size: int) -> Case:
         query_ids=some_ids(rows) if rng.random() < 0.6 else None,
         positive_ids=[some_ids(rng.randint(0, 3)) for _ in range(rows)] if passage_ids and rng.random() < 0.5 else None,
         margin=rng.choice([None, None, 0.1, -0.3]),
-        objective=rng.choice([OBJECTIVES[0], *OBJECTIVES]),
+        objective=objective,
         chunk_mib=rng.choice([1e-4, 1e-3, 1.0]),
+        weights=[rng.choice([0.0, 0.5, 1.0, 3.0]) for _ in range(rows)] if rng.random() < 0.4 else None,
+        candidates=rng.choice(["all", "own", "positives", [rng.choice(CANDIDATES) for _ in range(rows)]]),
+        mask_own=rng.choice([True, False, [rng.random() < 0.5 for _ in range(rows)]]),
     )
 
 
@@ -142,6 +155,13 @@ def true_loss(case: Case, queries: Tensor, passages: Tensor, temperature: Tensor
         row_documents = document(y[i]) if direction == "passage_to_query" else documents(i)
         return bool(row_documents & documents(j)) or same_query(i, j)
 
+    def group_of(j: int) -> int | None:
+        """The positive of the group of passage j: the nearest at or before it among those of its rank."""
+        return max((k for k in y if k <= j and column_rank[k] == column_rank[j]), default=None)
+
+    def by_row(values, i: int):
+        return values[i] if isinstance(values, list) else values
+
     objective, total = case.objective, torch.zeros((), dtype=torch.float64)
     full = queries.shape[1]
     dims = objective.matryoshka_dims or (full,)
@@ -162,13 +182,27 @@ def true_loss(case: Case, queries: Tensor, passages: Tensor, temperature: Tensor
                         if j == own or (local and (column_rank if to_passages else row_rank)[j] != row_rank[i]):
                             continue
                         score = row @ (p[j] if to_passages else q[j])
-                        if is_false(direction, i, j) or (case.margin is not None and score > positive + case.margin):
+                        same_group = (group_of(j) if to_passages else y[j]) == y[i]
+                        hard = to_passages and j not in y
+                        policy = by_row(case.candidates, i)
+                        if not same_group and (policy == "own" or (policy == "positives" and hard)):
                             continue
-                        scores.append(score)
-                scores = torch.stack(scores) / temperature
+                        exempt = same_group and hard and not by_row(case.mask_own, i)
+                        above = case.margin is not None and score > positive + case.margin
+                        if not exempt and (above or is_false(direction, i, j)):
+                            continue
+                        weighted = {"hard_negatives": same_group, "in_batch_negatives": not same_group}
+                        bonus = 0.0
+                        if direction == "query_to_passage" and weighted.get(
+                            objective.hardness_mode, objective.hardness_mode is not None
+                        ):
+                            bonus = objective.hardness_strength * score.detach()
+                        scores.append(score / temperature + bonus)
+                scores = torch.stack([scores[0] / temperature, *scores[1:]])
                 above = scores[1:] - scores[0]
                 far = bool((above > 0).any())  # else log1p keeps the digits of a tiny loss
-                total = total + weight * (
+                weight_i = weight if case.weights is None else weight * case.weights[i]
+                total = total + weight_i * (
                     torch.logsumexp(scores, 0) - scores[0] if far else torch.log1p(above.exp().sum())
                 )
     return total / len(queries)
@@ -201,6 +235,12 @@ def run_share(case: Case, rank: int, *, dtype: torch.dtype, group=None, stats=No
     def ids(values: list | None, where: slice) -> Tensor | None:
         return None if values is None else torch.tensor(values[where], dtype=torch.int64, device=device())
 
+    def places(names: list) -> Tensor:
+        return torch.tensor([CANDIDATES.index(name) for name in names], dtype=torch.int64)
+
+    def by_row(values: bool | list, where: slice) -> bool | Tensor:
+        return values if isinstance(values, bool) else torch.tensor(values[where], dtype=torch.bool)
+
     positive_ids = None
     if case.positive_ids is not None:
         mine = case.positive_ids[my_rows]
@@ -218,7 +258,10 @@ def run_share(case: Case, rank: int, *, dtype: torch.dtype, group=None, stats=No
             query_ids=ids(case.query_ids, my_rows),
             positive_ids=positive_ids,
             margin=case.margin,
+            candidates=case.candidates if isinstance(case.candidates, str) else places(case.candidates[my_rows]),
+            mask_own_negatives=by_row(case.mask_own, my_rows),
         ),
+        weights=None if case.weights is None else torch.tensor(case.weights[my_rows], dtype=torch.float64),
         objective=case.objective,
         chunk_mib=case.chunk_mib,
         group=group,
@@ -295,6 +338,75 @@ def test_every_path_gives_the_one_process_loss_and_gradients(pool, world_size):
     assert min(counts) >= 6 * len(seeds)
 
 
+# ---- options in pairs
+
+IDS = {"passage_ids": [1, 2, 3, 1, 5, 6, 7, 7, 2, 9], "query_ids": [1, 2, 1, 3]}
+FEATURES = {
+    "ids": IDS,
+    "margin": {"margin": 0.1},
+    "clip": {"objective": CLIP},
+    "gte": {"objective": GTE},
+    "matryoshka": {"objective": Objective(matryoshka_dims=(6, 3))},
+    "weights": {"weights": [0.5, 2.0, 0.0, 1.0]},
+    "own": {"candidates": "own"},
+    "positives": {"candidates": "positives"},
+    "by row": {"candidates": ["all", "own", "positives", "own"]},
+    "kept": IDS | {"mask_own": False},
+    "in batch": {"objective": Objective(hardness_mode="in_batch_negatives", hardness_strength=9.0)},
+    "hard": {"objective": Objective(hardness_mode="hard_negatives", hardness_strength=5.0)},
+    "all": {"objective": Objective(hardness_mode="all_negatives", hardness_strength=2.0)},
+    "learnable": {"learnable": True},
+}
+
+
+def together(one: dict, other: dict) -> dict:
+    """Both features' changes; of two objectives, the directions of one and the hardness of the other."""
+    both = one | other
+    if "objective" in one and "objective" in other:
+        hard = one["objective"] if one["objective"].hardness_mode else other["objective"]
+        plain = other["objective"] if hard is one["objective"] else one["objective"]
+        both["objective"] = replace(plain, hardness_mode=hard.hardness_mode, hardness_strength=hard.hardness_strength)
+    return both
+
+
+def check_pairs(rank: int) -> int:
+    """Every two options together, on two ranks with 3 and 1 queries and groups of different sizes."""
+    plain = Case(
+        query_counts=[3, 1],
+        passage_counts=[6, 4],
+        queries=torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        passages=torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
+        positives=[0, 1, 4, 6],
+        default_positives=False,
+        temperature=0.5,
+        learnable=False,
+        passage_ids=None,
+        query_ids=None,
+        positive_ids=None,
+        margin=None,
+        objective=Objective(),
+        chunk_mib=1e-4,
+        weights=None,
+        candidates="all",
+        mask_own=True,
+    )
+    checked = 0
+    for (name, one), (other_name, other) in itertools.combinations(FEATURES.items(), 2):
+        case = replace(plain, **together(one, other))
+        expected = truth(case, torch.float64, local=False)
+        for impl in ("reference", "tiled"):
+            for negatives in ("gather", "ring"):
+                share = run_share(case, rank, dtype=torch.float64, impl=impl, negatives=negatives)
+                what = f"{name} with {other_name}, {impl}, {negatives}"
+                check_share(case, rank, None, share, expected, 1e-7, what)
+                checked += 1
+    return checked
+
+
+def test_options_compose_in_pairs(pool):
+    assert pool.run(check_pairs, 2, timeout_s=200) == [4 * math.comb(len(FEATURES), 2)] * 2
+
+
 # ---- groups that are not the whole world
 
 
@@ -311,7 +423,7 @@ def mesh_body(rank: int, seed: int) -> None:
                 case, position, dtype=torch.float64, group=group, stats=stats, impl=impl, negatives=negatives
             )
             check_share(case, position, group, share, expected, 1e-7, f"{impl}, {negatives}")
-            if case.objective == Objective() and negatives != "local":
+            if case.objective.directions == ("query_to_passage",) and negatives != "local":
                 figures = stats.result()
                 total = sum(case.passage_counts)
                 assert figures["candidates"] == pytest.approx(total - figures["masked"] * (total - 1))
@@ -403,6 +515,19 @@ MISTAKES = {
     ),
     "other negatives": (lambda a: a.update(negatives="local"), r"negatives.*rank 1 has 'local'"),
     "other impl": (lambda a: a.update(impl="reference"), r"impl.*rank 1 has 'reference'"),
+    "other candidates": (
+        lambda a: a.update(false_negatives=FalseNegatives(candidates="own")),
+        r"candidates: ranks 0, 2 have 'all', rank 1 has 'own'",
+    ),
+    "unknown candidates": (
+        lambda a: a.update(false_negatives=FalseNegatives(candidates="none")),
+        r'rank 1: FalseNegatives.candidates must be "all", "positives" or "own".* got str',
+    ),
+    "weights on one rank": (
+        lambda a: a.update(weights=torch.ones(2)),
+        r"weights: ranks 0, 2 have False, rank 1 has True",
+    ),
+    "negative weights": (lambda a: a.update(weights=torch.tensor([1.0, -1.0])), r"rank 1: weights must be .*negative"),
     "other objective": (lambda a: a.update(objective=CLIP), r"objective.*rank 1"),
 }
 

@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="the fused path needs triton")
 
 from inbatch import info_nce
 from inbatch.losses import CLIP, GTE, FalseNegatives, LossStats, tiled
-from inbatch.losses.kernels import Block, Kernels
+from inbatch.losses.kernels import Block, Groups, Kernels
 from inbatch.losses.triton import host as fused
 from inbatch.losses.triton import launch as _launch
 from tests.helpers import REPOSITORY
@@ -56,7 +56,10 @@ def integers(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
     return values.to(DEVICE)
 
 
-def make_block(R: int, C: int, D: int, dtype: torch.dtype, *, keys: int = 0, limit: bool = False, scale: float = 20.0):
+def make_block(
+    R: int, C: int, D: int, dtype: torch.dtype, *,
+    keys: int = 0, limit: bool = False, groups: bool = False, scale: float = 20.0,
+):  # fmt: skip
     pairs = []
     for pair in range(keys):  # several agree in their lower 32 bits
         row_keys, column_keys = (
@@ -74,6 +77,19 @@ def make_block(R: int, C: int, D: int, dtype: torch.dtype, *, keys: int = 0, lim
         scale=torch.full((R,), scale, device=DEVICE),
         keys=tuple(pairs),
         limit=random(R, seed=8).to(DEVICE, torch.float32) * 5 if limit else None,
+        groups=make_groups(R, C) if groups else None,
+    )
+
+
+def make_groups(R: int, C: int) -> Groups:
+    """A few groups of rows and columns, every rule, and other factors for every row."""
+    positive = integers(0, 2, (C, 1), 11).long()
+    return Groups(
+        rows=integers(0, 4, (R, 1), 10).long() * 2 + 1,
+        columns=integers(-1, 4, (C, 1), 12).long() * 2 + positive,
+        rules=integers(0, 8, (R,), 13),
+        own=1 + random(R, seed=14).abs().to(DEVICE, torch.float32),
+        others=1 + random(R, seed=15).abs().to(DEVICE, torch.float32),
     )
 
 
@@ -86,6 +102,12 @@ def truth(block: Block, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         masked |= ((row_keys == column_keys[None, :, None, :]) & (row_keys != -1)).any(3).any(2)
     if block.limit is not None:
         masked |= scores > block.limit[:, None]
+    if (groups := block.groups) is not None:
+        same, positive = groups.rows // 2 == groups.columns[:, 0] // 2, groups.columns[:, 0] % 2 == 1
+        rule = groups.rules[:, None]
+        masked &= ~(same & ~positive & (rule // 4 == 1))
+        masked |= ~same & torch.where(positive, rule // 2 % 2 == 1, rule % 2 == 1)
+        scores = scores * torch.where(same, groups.own[:, None], groups.others[:, None]).double()
     own = torch.arange(scores.shape[1], device=DEVICE) == block.positive[:, None]
     masked &= ~own
     exp = torch.where(masked | own, 0.0, torch.exp(scores - pivot.double()[:, None]))
@@ -100,9 +122,12 @@ SHAPES = [(1, 1, 1), (63, 257, 17), (33, 64, 16), (40, 129, 24)] + (
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("keys", "limit"), [(0, False), (1, False), (2, True)])
-def test_exponentials_and_sums(shape, dtype, keys, limit):
-    block = make_block(*shape, dtype, keys=keys, limit=limit)
+@pytest.mark.parametrize(
+    ("keys", "limit", "groups"),
+    [(0, False, False), (1, False, False), (2, True, False), (0, False, True), (2, True, True)],
+)
+def test_exponentials_and_sums(shape, dtype, keys, limit, groups):
+    block = make_block(*shape, dtype, keys=keys, limit=limit, groups=groups)
     pivot = random(shape[0], seed=9).to(DEVICE, torch.float32)
     counts = torch.zeros(shape[0], 2, dtype=torch.int32, device=DEVICE)
     exp, sums, pivots = fused.exp_scores(replace(block, counts=counts), pivot)
@@ -155,8 +180,9 @@ def test_a_chunk_of_rows_is_those_rows():
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_far_above_their_pivot_are_exact(dtype):
-    block = make_block(40, 70, 16, dtype, keys=1, scale=300.0)
+@pytest.mark.parametrize("groups", [False, True])
+def test_rows_far_above_their_pivot_are_exact(dtype, groups):
+    block = make_block(40, 70, 16, dtype, keys=1, groups=groups, scale=300.0)
     pivot = torch.full((40,), 150.0, device=DEVICE)
     pivot[::3] = -250.0
     exp, sums, pivots = fused.exp_scores(block, pivot)

@@ -180,13 +180,17 @@ def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Ten
         for of_rows, of_columns in block.keys
     )
     grid = min(-(-R // plan.tile.BM) * column_tiles, plan.multiprocessors)
-    common = *vectors, block.positive if counts is None else counts, keys, R, C, D
-    if plan.hopper:
-        hopper.launch_exp(grid, rows, columns, exp, common, plan.masks)
+    groups = ()
+    if (of := block.groups) is not None:
+        groups = tuple(part.contiguous() for part in (of.rows, of.columns, of.rules, of.own, of.others))
+    counted = block.positive if counts is None else counts
+    if plan.hopper and not groups:
+        hopper.launch_exp(grid, rows, columns, exp, (*vectors, counted, keys, R, C, D), plan.masks)
     else:
+        common = *vectors, counted, keys, groups, R, C, D
         operands = _descriptors(rows, columns, exp, plan.tile) if bulk else (rows, columns, exp)
         launch(kernels.exp_kernel, grid, (*operands, *common, *strides), plan.constants, **plan.options)
-    arguments = (rows, columns, exp, *vectors, sum_R, new_pivot_R, keys, R, C, D, column_tiles, *strides)
+    arguments = (rows, columns, exp, *vectors, sum_R, new_pivot_R, keys, groups, R, C, D, column_tiles, *strides)
     launch(kernels.settle_kernel, -(-R // _SETTLE_TILE["BM"]), arguments, plan.settle_constants)
     return (exp[:, :C] if keep else None), sum_R, new_pivot_R
 

@@ -50,6 +50,7 @@ def _passage_ids_alone(ids: FalseNegatives, passages: Tensor) -> bool:
     return (
         isinstance(ids, FalseNegatives)
         and ids.query_ids is ids.positive_ids is ids.margin is None
+        and not ids.needs_groups
         and isinstance(ids.passage_ids, Tensor)
         and ids.passage_ids.dtype == torch.int64
         and ids.passage_ids.shape == passages.shape[:1]

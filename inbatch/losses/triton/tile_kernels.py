@@ -113,6 +113,41 @@ def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.co
 
 
 @triton.jit
+def _own(groups, i, j, R, C):
+    """Return (the pair is of one group, left out by the row's rule, never masked by it); rules of `masking`.
+
+    groups: (row groups [r], column groups [C], rules [r], factor within the group [r], factor outside [r]), or ().
+    """
+    column = tl.load(groups[1] + j, mask=j < C, other=-2)
+    positive = (column & 1).to(tl.int32)
+    rule = tl.load(groups[2] + i, mask=i < R, other=0)
+    own = (tl.load(groups[0] + i, mask=i < R, other=1) >> 1)[:, None] == (column >> 1)[None, :]
+    left_out = (((rule[:, None] >> positive[None, :]) & 1) != 0) & ~own
+    return own, left_out, own & (positive == 0)[None, :] & ((rule & 4) != 0)[:, None]
+
+
+@triton.jit
+def _fill_left_out(values, unmasked, fill, groups, i, j, R, C):
+    """`values`, those of `unmasked` where the row's rule says so, and `fill` where it leaves the pair out."""
+    if len(groups) > 0:
+        _, left_out, kept = _own(groups, i, j, R, C)
+        values = tl.where(left_out, fill, tl.where(kept, unmasked, values))
+    return values
+
+
+@triton.jit
+def _scores(dot, scale, groups, i, j, R, C):
+    """scale * dot, times the groups' factor."""
+    scores = dot * scale[:, None]
+    if len(groups) > 0:
+        own, _, _ = _own(groups, i, j, R, C)
+        within = tl.load(groups[3] + i, mask=i < R, other=1.0)
+        outside = tl.load(groups[4] + i, mask=i < R, other=1.0)
+        scores = scores * tl.where(own, within[:, None], outside[:, None])
+    return scores
+
+
+@triton.jit
 def _in_base_2(pivot, scale):
     """The pivot in the units of dot * (scale * LOG2E), that product's rounding included: pivot * rounded / scale.
 
@@ -125,16 +160,22 @@ def _in_base_2(pivot, scale):
 
 @triton.jit
 def _exp_piece(
-    dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT: tl.constexpr, COUNT: tl.constexpr
+    dot, scale, pivot, own, limit, keys, groups, i, j, R, C, bare, LIMIT: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
-    """E = exp(scale * dot - pivot), 0 on own, masked and missing columns; with COUNT also what `_count_piece` returns.
+    """E = exp(score - pivot), 0 on own, masked and missing columns; with COUNT also what `_count_piece` returns.
 
-    pivot2: the pivot from `_in_base_2`. bare: none of these columns is missing or a row's own.
+    pivot: from `_in_base_2` if there are no groups. bare: none of these columns is missing or a row's own.
     """
-    exp = tl.exp2(dot * (scale * LOG2E)[:, None] - pivot2[:, None])
+    if len(groups) > 0:
+        exp = tl.exp2((_scores(dot, scale, groups, i, j, R, C) - pivot[:, None]) * LOG2E)
+    else:
+        exp = tl.exp2(dot * (scale * LOG2E)[:, None] - pivot[:, None])
+    unmasked = exp
+    fill: tl.constexpr = -1.0 if COUNT else 0.0
     if len(keys) > 0 or LIMIT:
-        exp = _fill_masked(exp, dot, -1.0 if COUNT else 0.0, scale, limit, keys, i, j, R, C, LIMIT)
-    return _count_piece(exp, own, j, C, bare, len(keys) > 0 or LIMIT, COUNT)
+        exp = _fill_masked(exp, dot, fill, scale, limit, keys, i, j, R, C, LIMIT)
+    exp = _fill_left_out(exp, unmasked, fill, groups, i, j, R, C)
+    return _count_piece(exp, own, j, C, bare, len(keys) > 0 or len(groups) > 0 or LIMIT, COUNT)
 
 
 @triton.jit
@@ -169,7 +210,7 @@ def _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA: tl.constexpr,
 @triton.jit
 def exp_kernel(
     rows, columns, exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts,
-    keys, R, C, D, row_stride, column_stride, exp_stride,
+    keys, groups, R, C, D, row_stride, column_stride, exp_stride,
     LIMIT: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -188,7 +229,9 @@ def exp_kernel(
         # Before the products, so that nothing waits for these loads after them.
         i = row0 + tl.arange(0, BM)
         scale = tl.load(scale_ptr + i, mask=i < R, other=1.0)
-        pivot2 = _in_base_2(tl.load(pivot_ptr + i, mask=i < R, other=0.0), scale)
+        pivot2 = tl.load(pivot_ptr + i, mask=i < R, other=0.0)
+        if len(groups) == 0:
+            pivot2 = _in_base_2(pivot2, scale)
         own = tl.load(own_ptr + i, mask=i < R, other=-1)
         limit = pivot2
         if LIMIT:
@@ -199,7 +242,7 @@ def exp_kernel(
         dot = _dot_tile(rows, columns, row0, column0, R, C, D, row_stride, column_stride, TMA, BM, BN, BK, PRECISION)
         if HALVES == 1:
             j = column0 + tl.arange(0, BN)
-            values, seen = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT, COUNT)
+            values, seen = _exp_piece(dot, scale, pivot2, own, limit, keys, groups, i, j, R, C, bare, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, BN)
             total = tl.sum(values, 1)
@@ -207,11 +250,13 @@ def exp_kernel(
             half: tl.constexpr = BN // 2
             left, right = tl.split(tl.permute(tl.reshape(dot, (BM, 2, half)), (0, 2, 1)))
             j = column0 + tl.arange(0, half)
-            values, seen = _exp_piece(left, scale, pivot2, own, limit, keys, i, j, R, C, bare, LIMIT, COUNT)
+            values, seen = _exp_piece(left, scale, pivot2, own, limit, keys, groups, i, j, R, C, bare, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, half)
             total = tl.sum(values, 1)
-            values, more = _exp_piece(right, scale, pivot2, own, limit, keys, i, j + half, R, C, bare, LIMIT, COUNT)
+            values, more = _exp_piece(
+                right, scale, pivot2, own, limit, keys, groups, i, j + half, R, C, bare, LIMIT, COUNT
+            )
             seen += more
             if KEEP:
                 _store_tile(exp, values, row0, column0 + half, R, C, exp_stride, TMA, BM, half)
@@ -225,7 +270,7 @@ def exp_kernel(
 @triton.jit
 def settle_kernel(
     rows, columns, exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, sum_ptr, pivot_out_ptr,
-    keys, R, C, D, TILES, row_stride, column_stride, exp_stride,
+    keys, groups, R, C, D, TILES, row_stride, column_stride, exp_stride,
     LIMIT: tl.constexpr, KEEP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -255,18 +300,20 @@ def settle_kernel(
             dot = _dot_tile(
                 rows, columns, row0, column0, R, C, D, row_stride, column_stride, False, BM, BN, BK, PRECISION
             )
-            score = _fill_masked(dot * scale[:, None], dot, float("-inf"), scale, limit, keys, i, j, R, C, LIMIT)
+            unmasked = _scores(dot, scale, groups, i, j, R, C)
+            score = _fill_masked(unmasked, dot, float("-inf"), scale, limit, keys, i, j, R, C, LIMIT)
+            score = _fill_left_out(score, unmasked, float("-inf"), groups, i, j, R, C)
             score = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], float("-inf"), score)
             best = tl.maximum(best, tl.max(score, 1))
         pivot = tl.where(again, best, pivot)
-        pivot2 = _in_base_2(pivot, scale)
+        pivot2 = pivot if len(groups) > 0 else _in_base_2(pivot, scale)
         fresh = tl.zeros((BM,), tl.float32)
         for column0 in range(0, C, BN):
             j = column0 + tl.arange(0, BN)
             dot = _dot_tile(
                 rows, columns, row0, column0, R, C, D, row_stride, column_stride, False, BM, BN, BK, PRECISION
             )
-            values, _ = _exp_piece(dot, scale, pivot2, own, limit, keys, i, j, R, C, False, LIMIT, False)
+            values, _ = _exp_piece(dot, scale, pivot2, own, limit, keys, groups, i, j, R, C, False, LIMIT, False)
             fresh += tl.sum(values, 1)
             if KEEP:
                 ptrs = exp + i.to(tl.int64)[:, None] * exp_stride + j[None, :]
