@@ -183,8 +183,10 @@ def group_rules(ids: FalseNegatives, num_rows: int, device: torch.device) -> Ten
     return (left_out_B + 4 * ~masked.to(device, non_blocking=True)).int()
 
 
-def by_group(rows_R1: Tensor, columns_C1: Tensor, rules_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_group(rows_R1: Tensor | None, columns_C1: Tensor | None, rules_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dense bool [R, C]: of the row's group; left out by its rule; never masked, by its rule."""
+    assert rows_R1 is not None
+    assert columns_C1 is not None
     columns_C, rules_R1 = columns_C1[:, 0], rules_R[:, None]
     positive_C = (columns_C & 1).bool()
     own_RC = (rows_R1 >> 1) == (columns_C >> 1)
