@@ -3,7 +3,7 @@
 from inbatch.data.collator import Collator
 from inbatch.data.corpus import Documents, open_corpus
 from inbatch.data.judged import load_retrieval
-from inbatch.data.plan import BatchPlan
+from inbatch.data.plan import BatchPlan, Mixture
 from inbatch.data.readers import open_examples
 from inbatch.data.records import Example, Passage, RetrievalData, TrainBatch
 from inbatch.ids import stable_id
@@ -13,6 +13,7 @@ __all__ = [
     "Collator",
     "Documents",
     "Example",
+    "Mixture",
     "Passage",
     "RetrievalData",
     "TrainBatch",

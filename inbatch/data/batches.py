@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import BatchPlan, Collator, Example, TrainBatch
-from inbatch.data.plan import share
+from inbatch.data.collator import collate
+from inbatch.data.plan import Mixture, share
 
 _MASK = "attention_mask"
 
@@ -31,26 +32,31 @@ class Batches(Dataset):
     def __init__(
         self,
         examples: Sequence[Example],
-        plan: BatchPlan,
-        collator: Collator,
+        plan: BatchPlan | Mixture,
+        collator: Collator | Sequence[Collator],
         *,
         rank: int,
         world_size: int,
         accumulation_steps: int = 1,
     ):
-        self._examples, self._plan, self._collator = examples, plan, collator
+        self._examples, self._plan = examples, plan
+        self._collators = collator if isinstance(collator, Sequence) else [collator]  # by source
         self._rank, self._world_size, self._parts = rank, world_size, accumulation_steps
 
     def step(self, step: int) -> list[Part]:
         """The parts of optimizer step `step` (from 0), those without any query on any rank left out."""
-        rows, epoch = self._plan.batch(step), self._plan.epoch(step)
-        parts = []
+        rows = self._plan.rows(step)
+        size, parts = len(rows.examples), []
+        sources = [self._collators[source] for source in np.unique(rows.sources)]  # the same on every rank
         for index in range(self._parts):
-            part = rows[share(len(rows), index, self._parts)]
+            part = share(size, index, self._parts)
             if len(part):
-                mine = part[share(len(part), self._rank, self._world_size)]
-                batch = self._collator([self._examples[row] for row in mine.tolist()], epoch)
-                parts.append(Part(batch, len(part) / len(rows)))
+                mine = [part[place] for place in share(len(part), self._rank, self._world_size)]
+                drawn = [
+                    (self._collators[rows.sources[row]], self._examples[int(rows.examples[row])], int(rows.passes[row]))
+                    for row in mine
+                ]
+                parts.append(Part(collate(drawn, sources), len(part) / size))
         return parts
 
     def ahead_from(self, first: int, last: int, *, num_workers: int | None = None) -> Iterator[list[Part]]:
@@ -112,6 +118,7 @@ def _packed(tensors: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict)
         else value.numpy()
         for name, value in tensors.items()
+        if value is not None
     }
 
 

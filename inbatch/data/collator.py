@@ -8,19 +8,22 @@ from torch import Tensor
 
 from inbatch.data.identity import passage_key, query_key
 from inbatch.data.records import Example, Passage, TrainBatch
+from inbatch.losses.masking import CANDIDATES
 
 Tokenize = Callable[[list[str], int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Make one rank's ``TrainBatch`` of its examples: pure, the same for the same examples and epoch.
+    """Make one rank's ``TrainBatch`` of its examples of one source: pure, the same for the same examples and epoch.
 
     Each query brings one positive, then its negatives: positive number ``epoch % len(positives)``, and
     ``train_n_passages - 1`` negatives (all where that is None), taken in turn over the epochs where there are more;
     a query with fewer brings fewer. All its positives are in ``positive_ids``, so that none counts as a negative.
     Passages are "title text" behind ``passage_prefix``, unless the example brings a prefix of its own; lengths are in
-    tokens. Ids are keys of texts, or what ``same`` (see ``identity.merged``) gives for them.
+    tokens. Ids are keys of texts, or what ``same`` (see ``identity.merged``) gives for them. ``negatives`` and
+    ``mask_own_negatives`` say which passages the queries are compared with, as in ``FalseNegatives``; ``loss_weight``
+    multiplies their losses.
 
     ``tokenize(texts, max_length)`` returns padded int64 tensors ``[len(texts), T]``. No examples give tensors of 0
     rows under the same names.
@@ -33,6 +36,9 @@ class Collator:
     query_prefix: str = ""
     passage_prefix: str = ""
     train_n_passages: int | None = None
+    negatives: str = "all"
+    mask_own_negatives: bool = True
+    loss_weight: float = 1.0
     same: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -42,39 +48,60 @@ class Collator:
             )
 
     def __call__(self, examples: Sequence[Example], epoch: int) -> TrainBatch:
-        groups = [self._passages(example, epoch) for example in examples]
-        sizes = torch.tensor([0] + [len(group) for group in groups])
-        known = [[self._key(passage_key(p)) for p in example.positives] for example in examples]
-        width = max([1, *map(len, known)])
-        queries = [_prefixed(example.query_prefix, self.query_prefix) + example.query for example in examples]
-        passages = [
-            _prefixed(example.passage_prefix, self.passage_prefix) + passage.full_text
-            for example, group in zip(examples, groups, strict=True)
-            for passage in group
-        ]
-        return TrainBatch(
-            queries=self._tokenized(queries, self.query_max_len),
-            passages=self._tokenized(passages, self.passage_max_len),
-            positives=sizes.cumsum(0)[:-1],
-            query_ids=_int64([self._key(query_key(example)) for example in examples]),
-            passage_ids=_int64([self._key(passage_key(passage)) for group in groups for passage in group]),
-            positive_ids=_int64([row + [-1] * (width - len(row)) for row in known]).reshape(-1, width),
-        )
+        return collate([(self, example, epoch) for example in examples], [self])
 
-    def _key(self, key: int) -> int:
+    def key(self, key: int) -> int:
+        """Return what stands for the key of a text."""
         return self.same.get(key, key)
 
-    def _passages(self, example: Example, epoch: int) -> list[Passage]:
+    def passages(self, example: Example, epoch: int) -> list[Passage]:
+        """Return the passages that the example brings in this epoch, its positive first."""
         positives, negatives = example.positives, example.negatives
         wanted = len(negatives) if self.train_n_passages is None else self.train_n_passages - 1
         # A window that moves on by its own width each epoch, so that every negative gets its turn.
         taken = [negatives[(epoch * wanted + i) % len(negatives)] for i in range(min(wanted, len(negatives)))]
         return [positives[epoch % len(positives)], *taken]
 
-    def _tokenized(self, texts: list[str], max_length: int) -> dict[str, Tensor]:
+    def tokenized(self, texts: list[str], max_length: int) -> dict[str, Tensor]:
+        """Return the tokens of texts, of which there may be none."""
         # Tokenizers refuse an empty list, but the names and dtypes of what they give are needed all the same.
         tensors = self.tokenize(texts or [""], max_length)
         return {name: tensor[: len(texts)] for name, tensor in tensors.items()}
+
+
+def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[Collator]) -> TrainBatch:
+    """Return one rank's batch of examples, each with its source's collator and its epoch.
+
+    collators: of all sources in the global batch, the same on every rank, which also share lengths and tokenizer.
+    """
+    groups = [collator.passages(example, epoch) for collator, example, epoch in drawn]
+    sizes = torch.tensor([0] + [len(group) for group in groups])
+    known = [[one.key(passage_key(passage)) for passage in example.positives] for one, example, _ in drawn]
+    width = max([1, *map(len, known)])
+    queries = [_prefixed(example.query_prefix, one.query_prefix) + example.query for one, example, _ in drawn]
+    passages = [
+        _prefixed(example.passage_prefix, one.passage_prefix) + passage.full_text
+        for (one, example, _), group in zip(drawn, groups, strict=True)
+        for passage in group
+    ]
+    first = collators[0]
+    # By all of the global batch's sources, so that ranks agree on what they pass.
+    by_group = any(one.negatives != "all" or not one.mask_own_negatives for one in collators)
+    return TrainBatch(
+        queries=first.tokenized(queries, first.query_max_len),
+        passages=first.tokenized(passages, first.passage_max_len),
+        positives=sizes.cumsum(0)[:-1],
+        query_ids=_int64([first.key(query_key(example)) for _, example, _ in drawn]),
+        passage_ids=_int64([first.key(passage_key(passage)) for group in groups for passage in group]),
+        positive_ids=_int64([row + [-1] * (width - len(row)) for row in known]).reshape(-1, width),
+        candidates=_int64([CANDIDATES.index(one.negatives) for one, _, _ in drawn]) if by_group else None,
+        mask_own_negatives=torch.tensor([one.mask_own_negatives for one, _, _ in drawn], dtype=torch.bool)
+        if by_group
+        else None,
+        weights=torch.tensor([float(one.loss_weight) for one, _, _ in drawn])
+        if any(one.loss_weight != 1 for one in collators)
+        else None,
+    )
 
 
 def _prefixed(given: str | None, usual: str) -> str:

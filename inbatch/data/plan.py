@@ -1,7 +1,12 @@
-"""Which examples make up which batch: a pure function of (seed, step), so that nothing has to be saved to resume."""
+"""Which examples make up which batch: a pure function of (seed, step), so that nothing has to be saved to resume.
 
+Shapes: G rows of a global batch, S sources.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +14,14 @@ import numpy as np
 def share(count: int, index: int, parts: int) -> range:
     """Return part ``index`` of ``range(count)`` cut into ``parts``: contiguous, sizes differ by at most 1."""
     return range(index * count // parts, (index + 1) * count // parts)
+
+
+class Rows(NamedTuple):
+    """The rows of a global batch, int64 [G]: examples (over all sources), their sources, how often each was read."""
+
+    examples: np.ndarray
+    sources: np.ndarray
+    passes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,124 @@ class BatchPlan:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.global_batch_size
-        return _permutation(self.num_examples, self.seed, epoch)[start : start + self.global_batch_size].copy()
+        return _permutations(self.num_examples, self.seed)(epoch)[start : start + self.global_batch_size].copy()
+
+    def rows(self, step: int) -> Rows:
+        """The rows of the global batch of ``step``, of the one source."""
+        examples = self.batch(step)
+        return Rows(examples, np.zeros_like(examples), np.full_like(examples, self.epoch(step)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The global batches of a run over several sources, of ``sizes`` examples.
+
+    Every batch comes from one source, or with ``mixed`` its rows are drawn from all. Each source is read in passes of
+    its own, as ``BatchPlan`` does. An epoch has the steps of one pass over all sources; ``weights`` (None: one pass
+    each) are the sources' shares of its batches (of its rows if mixed), kept over the run to within one.
+    """
+
+    sizes: tuple[int, ...]
+    global_batch_size: int
+    seed: int = 0
+    weights: tuple[float, ...] | None = None
+    mixed: bool = False
+
+    def __post_init__(self):
+        assert len(self.sizes) > 0
+        if self.weights is not None and (len(self.weights) != len(self.sizes) or min(self.weights) <= 0):
+            raise ValueError(f"weights must be {len(self.sizes)} positive numbers, one a source, got {self.weights}")
+
+    @property
+    def plans(self) -> list[BatchPlan]:
+        """The passes over each source, in steps of what is drawn at once: a batch, or with ``mixed`` an example."""
+        drawn = 1 if self.mixed else self.global_batch_size
+        return [BatchPlan(size, drawn, self.seed + source) for source, size in enumerate(self.sizes)]
+
+    @property
+    def num_examples(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def draws_per_epoch(self) -> int:
+        """How many batches (if mixed, examples) an epoch draws."""
+        return sum(plan.steps_per_epoch for plan in self.plans)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.draws_per_epoch // self.global_batch_size) if self.mixed else self.draws_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """The epoch (from 0) that ``step`` belongs to."""
+        return step // self.steps_per_epoch
+
+    def draws(self, epoch: int) -> np.ndarray:
+        """How many batches (if mixed, examples) the epoch draws of each source: int64 [S]."""
+        return _apportioned(self._shares(), self.draws_per_epoch, epoch)[1]
+
+    def batch(self, step: int) -> np.ndarray:
+        """The example indices of the global batch of ``step``, counted over all sources: int64 [G]."""
+        return self.rows(step).examples
+
+    def rows(self, step: int) -> Rows:
+        """The rows of the global batch of ``step``."""
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        sources, draws = _order(self._shares(), self.draws_per_epoch, self.seed, epoch)
+        width = self.global_batch_size if self.mixed else 1
+        chosen = slice(place * width, (place + 1) * width)
+        plans, first = self.plans, np.cumsum([0, *self.sizes])
+        parts = []
+        for source, draw in zip(sources[chosen].tolist(), draws[chosen].tolist(), strict=True):
+            examples = plans[source].batch(draw)
+            passes = np.full_like(examples, plans[source].epoch(draw))
+            parts.append((examples + first[source], np.full_like(examples, source), passes))
+        return Rows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def _shares(self) -> tuple[float, ...]:
+        weights = self.weights or tuple(plan.steps_per_epoch for plan in self.plans)
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@lru_cache(maxsize=4)
+def _apportioned(shares: tuple[float, ...], number: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many of `number` draws an epoch each source had before `epoch`, and has in it: int64 [S] each."""
+    before = in_epoch = np.zeros(len(shares), np.int64)
+    for k in range(epoch + 1):
+        before = before + in_epoch
+        due = np.array(shares) * number * (k + 1) - before
+        in_epoch = np.floor(due).clip(0).astype(np.int64)
+        while (missing := number - in_epoch.sum()) != 0:  # a step for each source at most
+            behind = due - in_epoch
+            if missing > 0:
+                in_epoch[behind.argmax()] += 1
+            else:
+                in_epoch[np.where(in_epoch > 0, behind, np.inf).argmin()] -= 1
+    return before, in_epoch
 
 
 @lru_cache(maxsize=2)
+def _order(shares: tuple[float, ...], number: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source of every draw of an epoch, and how many of that source came before it in the run."""
+    before, in_epoch = _apportioned(shares, number, epoch)
+    sources = np.repeat(np.arange(len(shares)), in_epoch)
+    draws = np.concatenate([np.arange(a, a + n) for a, n in zip(before.tolist(), in_epoch.tolist(), strict=True)])
+    # Where each draw goes is chance; the draws of one source stay in order.
+    places = _permutation(number, seed, epoch)
+    ordered = np.empty_like(sources)
+    ordered[places] = sources
+    result = np.empty_like(draws)
+    result[np.argsort(ordered, kind="stable")] = draws
+    return ordered, result
+
+
+@lru_cache(maxsize=1024)
+def _permutations(n: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Return the function from epochs to permutations. It remembers two: a run may be between two epochs."""
+    return lru_cache(maxsize=2)(partial(_permutation, n, seed))
+
+
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     # Not Generator.permutation: numpy promises to keep the raw stream of a bit generator for ever, but not what its
     # shuffles make of it, and a run must resume after an upgrade.

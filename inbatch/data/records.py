@@ -51,6 +51,8 @@ class TrainBatch:
         query_ids: ``[B]`` int64.
         passage_ids: ``[M]`` int64.
         positive_ids: ``[B, K]`` int64, every known positive of each query, padded with -1; K >= 1.
+        candidates, mask_own_negatives: ``[B]`` int64 and bool, as in ``FalseNegatives``; None where all are usual.
+        weights: ``[B]`` float32, of the queries' losses; None where all are 1.
     """
 
     queries: dict[str, Tensor]
@@ -59,6 +61,17 @@ class TrainBatch:
     query_ids: Tensor
     passage_ids: Tensor
     positive_ids: Tensor
+    candidates: Tensor | None = None
+    mask_own_negatives: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def regular(self) -> bool:
+        """True if all queries have equally many passages, so that ``positives`` says nothing. Reads it."""
+        num_queries, num_passages = len(self.positives), len(self.passage_ids)
+        if num_queries == 0 or num_passages % num_queries:
+            return False
+        return torch.equal(self.positives, torch.arange(num_queries) * (num_passages // num_queries))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
         """The same batch with every tensor on ``device``."""
@@ -73,6 +86,9 @@ class TrainBatch:
             query_ids=move(self.query_ids),
             passage_ids=move(self.passage_ids),
             positive_ids=move(self.positive_ids),
+            candidates=None if self.candidates is None else move(self.candidates),
+            mask_own_negatives=None if self.mask_own_negatives is None else move(self.mask_own_negatives),
+            weights=None if self.weights is None else move(self.weights),
         )
 
 

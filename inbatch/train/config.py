@@ -83,13 +83,27 @@ class LoraConfig:
 
 @with_config(ConfigDict(extra="forbid", strict=True))
 class TrainSource(TypedDict, total=False):
-    """A source of training records with settings of its own, over those of the group `data`."""
+    """A source of training records with settings of its own, over those of the group `data`.
+
+    weight: its share of the batches, against the other sources' weights. negatives: which passages its queries are
+    compared with: all, positives (the other queries' positives and its own hard negatives) or own (those alone).
+    mask_own_negatives: false keeps a query's own hard negatives whatever the masks say. loss_weight: of its losses.
+    """
 
     path: Required[str]
+    weight: Annotated[Number, Field(gt=0)]
     num_samples: Annotated[int, Field(ge=1)]
     split: str
     columns: dict[str, str | list[str]]
     corpus: str
+    train_n_passages: Annotated[int, Field(ge=1)]
+    query_max_len: Annotated[int, Field(ge=3)]
+    passage_max_len: Annotated[int, Field(ge=3)]
+    query_prefix: str
+    passage_prefix: str
+    negatives: Literal["all", "positives", "own"]
+    mask_own_negatives: bool
+    loss_weight: Annotated[Number, Field(ge=0)]
 
 
 @settings("data")
@@ -98,6 +112,10 @@ class DataConfig:
 
     train: str | TrainSource | list[str | TrainSource] = Field(min_length=1)
     """file, folder or glob of records (docs/formats.md), or {path: records.jsonl, num_samples: 1000}; one or a list"""
+    source_weights: Literal["proportional", "equal"] | Number = "proportional"
+    """shares of several sources without `weight`: by size, equal, or for a number T by size ** (1 / T)"""
+    mixed_batches: bool = False
+    """draw every batch from all sources; false takes each batch from one"""
     split: str = "train"
     """of a folder, or which qrels"""
     columns: dict[str, str | list[str]] | None = None
@@ -119,6 +137,23 @@ class DataConfig:
     passage_prefix: str | None = None
     """text put before every passage, saved with the model; null takes the saved model's"""
 
+    def __post_init__(self):
+        if isinstance(self.source_weights, (int, float)) and self.source_weights <= 0:
+            raise ValueError(f"data.source_weights is {self.source_weights}: expected a positive number, or a name")
+        for name in ("query_max_len", "passage_max_len"):
+            lengths = {source.get(name, getattr(self, name)) for source in self.sources}
+            if self.mixed_batches and len(lengths) > 1:
+                raise ValueError(
+                    f"data.mixed_batches is true and the sources' {name} are {sorted(lengths)}: the rows of a batch "
+                    "are cut alike; give them one length, or take each batch from one source"
+                )
+
+    @property
+    def sources(self) -> list[TrainSource]:
+        """The sources of `train`, each with what is set for it alone."""
+        listed = self.train if isinstance(self.train, list) else [self.train]
+        return [{"path": source} if isinstance(source, str) else source for source in listed]
+
 
 @settings("loss")
 class LossConfig:
@@ -138,6 +173,10 @@ class LossConfig:
     """how the sum is computed; auto picks by device"""
     mask_duplicates: bool = True
     """leave out passages that are a positive of the query, by id or equal text"""
+    hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
+    """whose scores get hardness_strength x cosine added, as a constant: hard negatives weigh more; null is off"""
+    hardness_strength: Number = Field(default=0.0, ge=0)
+    """such as 9 for in_batch_negatives, 5 for hard_negatives"""
     margin: Number | None = None
     """also leave out passages that score above the positive's score plus this (cosine); null is off"""
 
@@ -149,6 +188,11 @@ class LossConfig:
         dims = self.matryoshka_dims
         if dims is not None and (len(set(dims)) < len(dims) or min(dims) < 1):
             raise ValueError(f"loss.matryoshka_dims is {dims}: expected different positive numbers, or null")
+        if (self.hardness_mode is None) == (self.hardness_strength > 0):
+            raise ValueError(
+                f"loss.hardness_mode is {self.hardness_mode} and loss.hardness_strength {self.hardness_strength}: "
+                "expected a mode and a positive strength, or neither"
+            )
 
 
 Beta = Annotated[Number, Field(ge=0, lt=1)]

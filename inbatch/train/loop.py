@@ -28,7 +28,7 @@ from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
 from inbatch.train.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
 from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_0
-from inbatch.train.report import Stopwatch, candidates, look_at, warnings
+from inbatch.train.report import Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
 from inbatch.train.setup import Learner, Run, set_up
 from inbatch.train.stopping import Stopped, held_back
@@ -89,7 +89,10 @@ def loop(run: Run, clock: Stopwatch) -> None:
             last = done == run.total_steps
             if done == 1 or last or is_due(done, config.train.log_every):
                 speed = {"peak_mib": peak_bytes(run.learner.device) / 2**20}
-                run.report.step(done, {"epoch": run.plan.epoch(step), **figures()}, {**clock.read(), **speed})
+                about = {"epoch": run.plan.epoch(step)}
+                if len(run.plan.sizes) > 1 and not run.plan.mixed:
+                    about["source"] = int(run.plan.rows(step).sources[0])
+                run.report.step(done, {**about, **figures()}, {**clock.read(), **speed})
             # A rank may be signalled alone, and all must stop after the same step.
             stop = max_over_ranks(signal_so_far()) if not last else 0
             # Before the evaluation, so that one that fails or is killed costs no training.
@@ -149,15 +152,16 @@ class StepFunction:
             return network(tokens)
 
     def _loss(self, queries_BD: Tensor, passages_MD: Tensor, part: Part) -> Tensor:
-        batch = part.batch
+        batch, regular = part.batch, part.batch.regular
         if queries_BD.is_cuda:
             batch = pinned(batch)
         loss = self._learner.loss(
             queries_BD,
             passages_MD,
-            positives=batch.positives,
+            positives=None if regular else batch.positives,
             false_negatives=false_negatives(self._config.loss, batch),
             stats=self._stats,
+            weights=batch.weights,
         )
         return loss * part.share_of_step
 
@@ -169,15 +173,19 @@ def seed_of(seed: int, step: int, rank: int) -> int:
 
 
 def pinned(batch: TrainBatch) -> TrainBatch:
-    """With positives and ids in memory from which the loss's copies to the GPU make nobody wait."""
-    names = ("positives", "query_ids", "passage_ids", "positive_ids")
-    return replace(batch, **{name: getattr(batch, name).pin_memory() for name in names})
+    """With what goes by row or passage in memory from which the loss's copies to the GPU make nobody wait."""
+    tensors = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)
 
 
-def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives | None:
-    if config.mask_duplicates:
-        return FalseNegatives(batch.passage_ids, batch.query_ids, batch.positive_ids, config.margin)
-    return None if config.margin is None else FalseNegatives(margin=config.margin)
+def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives:
+    ids = (batch.passage_ids, batch.query_ids, batch.positive_ids) if config.mask_duplicates else ()
+    return FalseNegatives(
+        *ids,
+        margin=config.margin,
+        candidates="all" if batch.candidates is None else batch.candidates,
+        mask_own_negatives=True if batch.mask_own_negatives is None else batch.mask_own_negatives,
+    )
 
 
 def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -206,7 +214,10 @@ def announce(run: Run, parts: list[Part]) -> None:
     first = look_at(parts[0])
     gpus = torch.cuda.device_count() if run.learner.device.type == "cuda" else 0
     l2_normalize = next(iter(run.learner.towers.values())).l2_normalize
-    for line in candidates(run.config, first, examples=run.plan.num_examples):
+    for line in mixture(run.config, run.plan):
+        run.report.note(line)
+    short = run.plan.num_examples if run.plan.mixed or len(run.plan.sizes) == 1 else 0
+    for line in candidates(run.config, first, examples=short):
         run.report.note(line)
     for line in warnings(run.config, first, l2_normalize=l2_normalize, gpus=gpus):
         run.report.note(f"warning: {line}")

@@ -18,6 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from inbatch import collectives
+from inbatch.data import Mixture
 from inbatch.data.batches import Part
 from inbatch.data.files import naming, sync
 from inbatch.train.config import Config
@@ -184,6 +185,24 @@ def _copies(wanted_B: Tensor, ids_N: Tensor) -> Tensor:
     """How often each wanted id occurs."""
     known_U, counts_U = torch.unique(ids_N, return_counts=True)
     return counts_U[torch.searchsorted(known_U, wanted_B)]
+
+
+def mixture(config: Config, plan: Mixture) -> list[str]:
+    """Say how an epoch is drawn from several sources, and what differs between them."""
+    sources = config.data.sources
+    if len(sources) == 1:
+        return []
+    unit = "rows" if plan.mixed else "batches"
+    drawn = "every batch drawn from all sources" if plan.mixed else "every batch from one source"
+    lines = [f"an epoch has {plan.steps_per_epoch} steps, {drawn}:"]
+    for place, (source, plan_of_it, draws) in enumerate(zip(sources, plan.plans, plan.draws(0).tolist(), strict=True)):
+        settings = ", ".join(f"{key} {value!r}" for key, value in source.items() if key not in ("path", "columns"))
+        lines.append(
+            f"  source {place}, {source['path']}: {draws} {unit} ({draws / plan.draws_per_epoch:.1%}), "
+            f"{draws / plan_of_it.steps_per_epoch:.2f} passes over {plan_of_it.num_examples} examples"
+            + (f"; {settings}" if settings else "")
+        )
+    return lines
 
 
 def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]:

@@ -1,15 +1,15 @@
 """Everything before the first step: the data, the model, the optimizer, and where to go on from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
 
 from inbatch import collectives
-from inbatch.data import BatchPlan, Collator, RetrievalData, load_retrieval, open_examples
+from inbatch.data import Collator, Mixture, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches
-from inbatch.data.readers import Examples
+from inbatch.data.readers import SETTINGS, Examples
 from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
@@ -61,7 +61,7 @@ class Run:
     folder: RunFolder
     report: Report
     learner: Learner
-    plan: BatchPlan
+    plan: Mixture
     batches: Batches
     evaluation: RetrievalData | None
     first_step: int
@@ -72,7 +72,7 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     """Open data and model and build what the loop needs; None where the run is finished already."""
     together = collectives.together
     examples = together(lambda: open_training_data(config))
-    plan = BatchPlan(len(examples), config.train.global_batch_size, config.train.seed)
+    plan = plan_mixture(config, examples)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
     if is_finished(folder, total_steps, can_go_on=newest is not None):
@@ -88,7 +88,7 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     batches = Batches(
         examples,
         plan,
-        together(lambda: build_collator(config, model, examples, repeats=total_steps > plan.steps_per_epoch)),
+        together(lambda: build_collators(config, model, examples, repeats=total_steps > plan.steps_per_epoch)),
         rank=collectives.rank(),
         world_size=collectives.world_size(),
         accumulation_steps=config.train.accumulation_steps,
@@ -109,7 +109,28 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
 
 def open_training_data(config: Config) -> Examples:
     data = config.data
-    return open_examples(data.train, split=data.split, columns=data.columns, corpus=data.corpus, seed=config.train.seed)
+    sources = [{key: value for key, value in source.items() if key in SETTINGS} for source in data.sources]
+    return open_examples(sources, split=data.split, columns=data.columns, corpus=data.corpus, seed=config.train.seed)
+
+
+def plan_mixture(config: Config, examples: Examples) -> Mixture:
+    """Return which examples of which sources make up the batches; ValueError for weights that say too little."""
+    data = config.data
+    sizes = tuple(len(source.examples) for source in examples.sources)
+    given = [source["weight"] for source in data.sources if "weight" in source]
+    if given and len(given) < len(sizes):
+        raise ValueError(f"data.train gives {len(given)} of its {len(sizes)} sources a weight: give all or none one")
+    weights = tuple(given) or None
+    if not given and data.source_weights != "proportional":
+        power = 0.0 if isinstance(data.source_weights, str) else 1 / data.source_weights
+        weights = tuple(size**power for size in sizes)
+    return Mixture(
+        sizes=sizes,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+        weights=weights,
+        mixed=data.mixed_batches and len(sizes) > 1,
+    )
 
 
 def is_finished(folder: RunFolder, total_steps: int, *, can_go_on: bool) -> bool:
@@ -164,6 +185,8 @@ def build_loss(config: LossConfig) -> InfoNCELoss:
         objective=replace(
             OBJECTIVES[config.objective],
             matryoshka_dims=None if config.matryoshka_dims is None else tuple(config.matryoshka_dims),
+            hardness_mode=config.hardness_mode,
+            hardness_strength=config.hardness_strength,
         ),
     )
 
@@ -179,13 +202,13 @@ def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torc
             loss(row_1D, row_1D)
 
 
-def build_collator(config: Config, model: BiEncoderModel, examples: Examples, *, repeats: bool) -> Collator:
-    """Return what makes batches of examples; repeats: whether the run reads any of them twice."""
+def build_collators(config: Config, model: BiEncoderModel, examples: Examples, *, repeats: bool) -> list[Collator]:
+    """Return by source what makes batches of its examples; repeats: whether the run reads any of them twice."""
 
     def tokenize(texts: list[str], max_length: int) -> Mapping[str, torch.Tensor]:
         return model.tokenize(texts, max_length=max_length)
 
-    return Collator(
+    usual = Collator(
         with_memory(tokenize, model.tokenizer, examples, config.data.token_cache, repeats=repeats),
         query_max_len=config.data.query_max_len,
         passage_max_len=config.data.passage_max_len,
@@ -194,3 +217,5 @@ def build_collator(config: Config, model: BiEncoderModel, examples: Examples, *,
         train_n_passages=config.data.train_n_passages,
         same=examples.same,
     )
+    own = {field.name for field in fields(Collator)} - {"tokenize", "same"}
+    return [replace(usual, **{key: source[key] for key in own if key in source}) for source in config.data.sources]

@@ -88,7 +88,7 @@ def test_sources_may_have_settings(write):
     assert load(write(data={"train": ["b", source]})).data.train == ["b", source]
     config = load(write(), ["--data.train={path: a, num_samples: 5}", "--data.corpus=c"])
     assert (config.data.train, config.data.corpus) == ({"path": "a", "num_samples": 5}, "c")
-    expected = ": expected text or {path, num_samples, split, columns, corpus} or [text or {path, "
+    expected = ": expected text or {path, weight, num_samples, split, columns, corpus, "
     for wrong in ({"path": "a", "numsamples": 5}, {"num_samples": 5}, {"path": 3}, {"path": "a", "num_samples": "5"}):
         for train in (wrong, [wrong]):
             with pytest.raises(ValueError, match=rf"line 2: data.train is .*{re.escape(expected)}"):

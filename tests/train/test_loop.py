@@ -191,6 +191,33 @@ def test_accumulation_and_temperature_are_equal_on_any_number_of_ranks(pool, fol
     assert one_lines[0]["candidates"] < 0.7 * 16
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_mixture_is_the_same_on_any_number_of_ranks(pool, folder, tmp_path, mixed):
+    path = str(folder / "records.jsonl")
+    length = 8 if mixed else 6
+    sources = [
+        {"path": path, "weight": 2, "negatives": "positives", "query_max_len": length},
+        {"path": path, "weight": 1, "negatives": "own", "mask_own_negatives": False, "query_prefix": f"{WORDS[0]} "},
+        {"path": str(folder / "beir"), "split": "dev", "weight": 1, "loss_weight": 0.5, "train_n_passages": 1},
+    ]
+    data = {"train": sources, "mixed_batches": mixed}
+    runs = []
+    for world_size in (1, 3):
+        config = make_config(folder, tmp_path / str(world_size), data=data, train={"max_steps": 12})
+        pool.run(train_body, world_size, config)
+        runs.append((trained(config), read_metrics(config.train.output_dir)))
+    (one, one_lines), (three, three_lines) = runs
+    assert_close(one, three, atol=1e-4)
+    for mine, theirs in zip(one_lines, three_lines, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    if not mixed:
+        candidates = {
+            source: [line["candidates"] for line in one_lines if line["source"] == source] for source in range(3)
+        }
+        assert len(candidates[0]) == 6
+        assert max(candidates[1]) < min(candidates[0]), "its own negatives alone"
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, world_size):
     """Dropout on. metrics.jsonl, evaluations included, is equal byte for byte, and so are the parameters."""
