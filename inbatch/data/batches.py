@@ -1,5 +1,7 @@
 """This rank's training batches, made ahead by worker processes; what they hold is a function of the step alone."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -72,7 +74,12 @@ class Batches(Dataset):
             options = {"num_workers": num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
             options["worker_init_fn"] = start_worker
         loader = DataLoader(self, sampler=range(first, last), batch_size=None, collate_fn=_as_it_is, **options)
+        others = set(multiprocessing.active_children())
         steps = map(_unpacked, iter(loader))
+        for worker in set(multiprocessing.active_children()) - others:
+            # An iterator that outlives its use, as in an exception's traceback, keeps its workers. They ignore the
+            # SIGTERM of multiprocessing's own end, which would then wait for them for ever.
+            atexit.register(worker.kill)
         return _received_ahead(steps) if num_workers else steps
 
     def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:

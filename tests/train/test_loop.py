@@ -528,6 +528,16 @@ def test_batches_are_the_plan_s_in_order_for_any_ranks(folder):
         assert sum(part[0].share_of_step for part in parts) == pytest.approx(1)
 
 
+def test_workers_end_with_a_process_that_still_holds_their_batches():
+    code = """
+from inbatch.data import BatchPlan
+from inbatch.data.batches import Batches
+steps = Batches([0] * 99, BatchPlan(99, 4), None, rank=0, world_size=1).ahead_from(0, 20, num_workers=2)
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 3
+
+
 def test_an_error_while_reading_ahead_is_raised(folder):
     class Broken(list):
         def __getitem__(self, index):
