@@ -37,6 +37,17 @@ def without_positives(positives: Sequence[Passage], negatives: Sequence[Passage]
     return [p for p in negatives if p.doc_id not in ids and normalised(p.full_text) not in texts]
 
 
+def apart(positives: Iterable[str], negatives: Iterable[str]) -> bool:
+    """Return True if no text of the one is a text of the other, as `without_positives` compares them."""
+    if {_first_word(text) for text in positives}.isdisjoint(map(_first_word, negatives)):  # which says it for most
+        return True
+    return {normalised(text) for text in positives}.isdisjoint(map(normalised, negatives))
+
+
+def _first_word(text: str) -> str:
+    return unicodedata.normalize("NFC", text).split(None, 1)[0]
+
+
 def id_texts(examples: Iterable[Example]) -> np.ndarray:
     """Return the different (key of an id within its corpus, key of a text that it comes with): int64 [n, 2]."""
     pairs: list[tuple[int, int]] = []

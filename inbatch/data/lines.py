@@ -173,18 +173,39 @@ def json_value(line: bytes) -> Any:
     """Parse one JSON value; ValueError says what is wrong, also of a key that stands twice: JSON would keep one."""
     try:
         text = line.decode().removeprefix("\ufeff")
-        try:
-            value, end = _scan_json(text, 0)
-        except StopIteration:
-            end = 0
-        if not end or text[end:].strip():  # what the scanner alone does not take, and most errors
-            value = _DECODER.decode(text)
-        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair passes as JSON, and no tokenizer takes it
-            json.dumps(value, ensure_ascii=False).encode()
+        value = _DECODER.decode(text)
+        _require_utf8(value, text, 0, len(text))
         return value
     except (ValueError, RecursionError) as error:
         shown = line[:60].decode("utf-8", "replace")
         raise ValueError(f"is not JSON ({error}): {shown!r}. Expected one JSON object a line, in UTF-8.") from None
+
+
+def _require_utf8(value: Any, text: str, start: int, stop: int) -> None:
+    """Raise ValueError for half a surrogate pair in text[start:stop]: it passes as JSON, and no tokenizer takes it."""
+    if text.find("\\ud", start, stop) >= 0 or text.find("\\uD", start, stop) >= 0:
+        json.dumps(value, ensure_ascii=False).encode()
+
+
+def _json_lines(block: bytes) -> Iterator[Any]:
+    """Yield what `json_value` would return for one line after the other, in half the time, up to a line that differs.
+
+    Such a line may be wrong, or blank, or begin with white space: the caller goes on from it with care.
+    """
+    try:
+        text = block.decode()
+        start, end = 0, len(text)
+        while start < end:
+            stop = text.find("\n", start)
+            stop = end if stop < 0 else stop
+            value, after = _scan_json(text, start)
+            if after != stop and (after > stop or text[after:stop].strip()):
+                return
+            _require_utf8(value, text, start, stop)
+            yield value
+            start = stop + 1
+    except (StopIteration, ValueError, RecursionError):
+        return
 
 
 def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,7 +217,6 @@ def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
-# decode without its preparations, which take as long as a short record.
 _scan_json: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # pyright: ignore
 
 
@@ -254,6 +274,10 @@ class Lines(Rows[Any]):
             last = max(first + 1, int(np.searchsorted(stops, starts[first] + _BLOCK_BYTES, side="right")))
             zero = starts[first]
             block = self.content[zero : stops[last - 1]]
+            if self._parse is json_value and self._unit == "line":
+                for value in _json_lines(block):
+                    yield value
+                    first += 1
             for place in range(first, last):
                 yield self._value(block[starts[place] - zero : stops[place] - zero], rows.start + place)
             first = last
