@@ -1,10 +1,11 @@
-"""Losses of several softmaxes: their weighted sum, by autograd, over one gather; and the dense reference.
+"""Losses that autograd composes, over one gather: several softmaxes, several vectors a text, and the dense reference.
 
-Shapes: B local queries, M local passages, D dimension.
+Shapes: B local queries, M local passages, N passages of all ranks, D dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,25 +14,32 @@ from torch import Tensor
 
 from inbatch import collectives
 from inbatch.losses.gathered import Softmax
+from inbatch.losses.max_sim import Tokens, max_sim, ring_max_sim
 from inbatch.losses.objective import terms
-from inbatch.losses.reference import reference_loss
+from inbatch.losses.reference import dense_loss, dot_products, max_similarities
 from inbatch.losses.softmax import Problem
 
 
 def composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
     """Return the weighted sum of the objective's softmaxes, over one gather."""
-    everyone = queries
-    gather = problem.negatives == "gather" or (problem.negatives == "ring" and problem.kernels is None)
-    if gather and len(problem.passage_counts) > 1:
-        problem, passages, everyone = _at_hand(queries, passages, problem)
+    everyone, softmaxes = queries, terms(problem.objective, queries.shape[1])
+    if _gathers(problem):
+        query_columns = any(term.query_columns for term in softmaxes)
+        passages = collectives.all_gather(passages, problem.group, rows=problem.passage_counts)
+        if query_columns:
+            everyone = collectives.all_gather(queries, problem.group, rows=problem.query_counts)
+        problem = _at_hand(problem, query_columns=query_columns)
     if problem.kernels is None:
-        return _reference(queries, passages, everyone, problem)
+        positives, columns = passages[problem.positives], {"passage": passages, "query": everyone}
+        return _dense(
+            [(*dot_products(queries, positives, columns, t.dim, t.directions), t.weight) for t in softmaxes], problem
+        )
     # Gradients of several softmaxes are added up before they are narrowed, once.
     wide = torch.promote_types(problem.dtype, torch.float32)
     rows = queries.to(wide)
     queries, passages, everyone = rows, passages.to(wide), rows if everyone is queries else everyone.to(wide)
     total = None
-    for term in terms(problem.objective, queries.shape[1]):
+    for term in softmaxes:
         columns = _prefix(everyone, term.dim) if term.query_columns else None
         rows, candidates = _prefix(queries, term.dim), _prefix(passages, term.dim)
         loss = Softmax.apply(rows, candidates, columns, problem.temperature, problem, term)
@@ -41,32 +49,126 @@ def composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
     return total
 
 
-def _at_hand(queries: Tensor, passages: Tensor, problem: Problem) -> tuple[Problem, Tensor, Tensor]:
-    """Gather all columns, with gradient; return (problem, passages, queries) of one process that holds them."""
-    position, group = problem.rank, problem.group
-    before, positives = sum(problem.passage_counts[:position]), problem.positives
+def multi_vector(queries: Tokens, passages: Tokens, problem: Problem) -> Tensor:
+    """Return the loss of texts of several vectors, whose scores alone, [B, N], are held whole.
+
+    Only real tokens travel. The softmax over the scores is the reference's: they are a small part of the grid.
+    """
+    softmaxes, group, own = terms(problem.objective, queries.vectors.shape[1]), problem.group, problem.positives
+    travels = problem.negatives == "ring" and problem.kernels is not None and len(problem.passage_counts) > 1
+    gathers = _gathers(problem) and not travels
+    mean, query_columns = problem.token_reduction == "mean", any(term.query_columns for term in softmaxes)
+    if gathers or travels:
+        problem = _at_hand(problem, query_columns=query_columns)
+    counts = _by_rank(passages, problem) if gathers or travels else []
+    everyone = queries
+    positives = _some(passages, own) if query_columns else passages
+    if gathers:
+        passages = _gathered(passages, counts, group)
+        everyone = _gathered(queries, _by_rank(queries, problem, of_queries=True), group) if query_columns else queries
+
+    def scores(rows: Tokens, columns: Tokens) -> Tensor:
+        if problem.kernels is None:
+            if not len(rows.lengths) or not len(columns.lengths):  # connected, since others wait for its backward pass
+                nothing = rows.vectors.new_zeros(len(rows.lengths), len(columns.lengths))
+                return nothing * (rows.vectors.sum() + columns.vectors.sum())
+            texts = (side.vectors.split(side.lengths.tolist()) for side in (rows, columns))
+            return max_similarities(*texts, mean=mean)
+        if travels:
+            return ring_max_sim(rows, columns, counts, problem.rank, group, mean=mean, chunk_mib=problem.chunk_mib)
+        return max_sim(rows, columns, mean=mean, chunk_mib=problem.chunk_mib)
+
+    parts = []
+    for term in softmaxes:
+        rows, similarities = queries.prefix(term.dim), {}
+        for direction in term.directions:
+            if direction == "query_to_passage":
+                similarities[direction] = scores(rows, passages.prefix(term.dim))
+            else:
+                similarities[direction] = scores(everyone.prefix(term.dim), positives.prefix(term.dim)).T
+        direction, similarity_BC = next(iter(similarities.items()))
+        place_B1 = _own(problem, len(queries.lengths), similarity_BC.device)[direction.split("_to_")[1]][:, None]
+        parts.append((similarity_BC.gather(1, place_B1), similarities, term.weight))
+    return _dense(parts, problem)
+
+
+def _gathers(problem: Problem) -> bool:
+    gather = problem.negatives == "gather" or (problem.negatives == "ring" and problem.kernels is None)
+    return gather and len(problem.passage_counts) > 1
+
+
+def _at_hand(problem: Problem, *, query_columns: bool) -> Problem:
+    """Return the problem of one process that holds the columns of all ranks; their keys are gathered here."""
+    before, positives = sum(problem.passage_counts[: problem.rank]), problem.positives
     if isinstance(positives, slice):
         positives = slice(positives.start + before, positives.stop + before, positives.step)
     else:
         positives = positives + before
     packed = problem.passage_keys.packed()
-    found = replace(
-        problem,
-        negatives="local",
-        positives=positives,
-        passage_keys=problem.passage_keys.like(
-            None if packed is None else collectives.gather_rows(packed, problem.passage_counts, group)
-        ),
-    )
-    passages = collectives.all_gather(passages, group, rows=problem.passage_counts)
-    if not any(term.query_columns for term in terms(problem.objective, queries.shape[1])):
-        return found, passages, queries
+    passages = None if packed is None else collectives.gather_rows(packed, problem.passage_counts, problem.group)
+    found = replace(problem, negatives="local", positives=positives, passage_keys=problem.passage_keys.like(passages))
+    if not query_columns:
+        return found
     packed = problem.query_keys.packed()
-    keys = problem.query_keys.like(
-        None if packed is None else collectives.gather_rows(packed, problem.query_counts, group)
+    queries = None if packed is None else collectives.gather_rows(packed, problem.query_counts, problem.group)
+    first = sum(problem.query_counts[: problem.rank])
+    return replace(found, query_keys=problem.query_keys.like(queries), first_query=first)
+
+
+def _own(problem: Problem, num_rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the place of each row's positive among the passages at hand, and of the row among the queries, [B]."""
+    passage = problem.positives
+    if isinstance(passage, slice):
+        passage = torch.arange(passage.start, passage.stop, passage.step, device=device)
+    return {
+        "passage": passage,
+        "query": torch.arange(problem.first_query, problem.first_query + num_rows, device=device),
+    }
+
+
+def _dense(softmaxes: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], problem: Problem) -> Tensor:
+    """Give the specification what it asks for: plain tensors. softmaxes: as the terms of `dense_loss`."""
+    similarity_B1, first, _ = softmaxes[0]
+    temperature = problem.temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(similarity_B1.device, similarity_B1.dtype)
+    loss, counts_B2 = dense_loss(
+        [(positive_B1, others, weight * problem.row_weight) for positive_B1, others, weight in softmaxes],
+        own=_own(problem, len(similarity_B1), similarity_B1.device),
+        row_keys=problem.row_keys,
+        column_keys={"passage": problem.passage_keys, "query": problem.query_keys},
+        temperature=temperature,
+        margin=problem.false_negatives.margin,
+        weights_B=problem.weights,
+        rules_B=problem.rules,
+        hardness=problem.objective.hardness,
     )
-    everyone = collectives.all_gather(queries, group, rows=problem.query_counts)
-    return replace(found, query_keys=keys, first_query=sum(problem.query_counts[:position])), passages, everyone
+    if problem.stats is not None:
+        problem.stats.add(counts_B2, sum(others.shape[1] - 1 for others in first.values()), problem.group)
+    return loss
+
+
+# ---- several vectors a text
+
+
+def _by_rank(texts: Tokens, problem: Problem, *, of_queries: bool = False) -> list[Tensor]:
+    """Return the lengths of the texts of each rank."""
+    counts = problem.query_counts if of_queries else problem.passage_counts
+    return list(collectives.gather_rows(texts.lengths, counts, problem.group).split(counts))
+
+
+def _gathered(texts: Tokens, lengths: list[Tensor], group) -> Tokens:
+    tokens = torch.stack([each.sum() for each in lengths]).tolist()
+    return Tokens(collectives.all_gather(texts.vectors, group, rows=tokens), torch.cat(lengths))
+
+
+def _some(texts: Tokens, rows: slice | Tensor) -> Tokens:
+    """Return some of the texts, in the order of `rows`."""
+    lengths = texts.lengths[rows]
+    first = (texts.lengths.cumsum(0) - texts.lengths)[rows]
+    text_n = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    place_n = torch.arange(len(text_n), device=lengths.device) - (lengths.cumsum(0) - lengths)[text_n]
+    return Tokens(texts.vectors[first[text_n] + place_n], lengths)
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:
@@ -74,33 +176,3 @@ def _prefix(embeddings: Tensor, dim: int) -> Tensor:
     if dim == embeddings.shape[1]:
         return embeddings
     return F.normalize(embeddings[:, :dim], dim=1)
-
-
-def _reference(queries: Tensor, passages: Tensor, everyone: Tensor, problem: Problem) -> Tensor:
-    """Give the specification what it asks for: plain tensors."""
-    temperature, device, count = problem.temperature, queries.device, len(queries)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(device, torch.promote_types(queries.dtype, torch.float32))
-    own_query = torch.arange(problem.first_query, problem.first_query + count, device=device)
-    own_passage = problem.positives
-    if isinstance(own_passage, slice):
-        own_passage = torch.arange(own_passage.start, own_passage.stop, own_passage.step, device=device)
-    softmaxes = terms(problem.objective, queries.shape[1])
-    loss, counts_B2 = reference_loss(
-        queries,
-        passages[problem.positives],
-        columns={"passage": passages, "query": everyone},
-        own={"passage": own_passage, "query": own_query},
-        row_keys=problem.row_keys,
-        column_keys={"passage": problem.passage_keys, "query": problem.query_keys},
-        temperature=temperature,
-        margin=problem.false_negatives.margin,
-        terms=[(term.dim, term.directions, term.weight * problem.row_weight) for term in softmaxes],
-        weights_B=problem.weights,
-        rules_B=problem.rules,
-        hardness=problem.objective.hardness,
-    )
-    if problem.stats is not None:
-        others = sum(len(everyone if each.endswith("query") else passages) - 1 for each in softmaxes[0].directions)
-        problem.stats.add(counts_B2, others, problem.group)
-    return loss

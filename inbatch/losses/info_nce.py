@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses import tiled
-from inbatch.losses.composed import composed
+from inbatch.losses.composed import composed, multi_vector
 from inbatch.losses.gathered import Softmax
 from inbatch.losses.kernels import Kernels
 from inbatch.losses.masking import (
@@ -31,6 +31,7 @@ from inbatch.losses.masking import (
     row_keys,
     sharing,
 )
+from inbatch.losses.max_sim import packed
 from inbatch.losses.objective import Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
@@ -56,6 +57,9 @@ def info_nce(
     chunk_mib: float | None = None,
     stats: LossStats | None = None,
     weights: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    passage_mask: Tensor | None = None,
+    token_reduction: str = "sum",
 ) -> Tensor:
     """Mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i),  s_ij = q_i . p_j / temperature.
 
@@ -72,6 +76,12 @@ def info_nce(
     stats: counts what the softmax saw
     weights [B], not negative: of the rows' losses; the sum of weight times loss is divided by the number of queries
 
+    Late interaction: queries [B, Tq, D], passages [M, Tp, D] (Tq, Tp may differ by rank). q . p is then the sum over
+    the tokens of q (their mean with token_reduction="mean") of the maximum over the tokens of p of their products.
+    query_mask, passage_mask [B, Tq], [M, Tp]: not 0 where a token is real, as attention masks; None: all are. What is
+    masked neither wins nor counts, whatever its sign, and does not travel. Equal maxima: the first token gets the
+    gradient. Directions: query_to_passage and passage_to_query. Not "fused".
+
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process. They are
     made with the loss, so it is differentiable once (twice with impl="reference").
@@ -81,8 +91,15 @@ def info_nce(
         queries, passages, temperature = map(_detached, (queries, passages, temperature))
     if isinstance(temperature, Real):
         temperature = float(temperature)  # NumPy's, too
-    extras = positives, objective, chunk_mib, stats, weights
-    if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(extra is None for extra in extras):
+    extras = positives, objective, chunk_mib, stats, weights, query_mask, passage_mask
+    late = isinstance(queries, Tensor) and queries.ndim == 3
+    if (
+        impl == "auto"
+        and not late
+        and isinstance(queries, Tensor)
+        and queries.is_cuda
+        and all(x is None for x in extras)
+    ):
         from inbatch.losses.triton import small  # here, since it imports triton
 
         alone = negatives in NEGATIVES and collectives.world_size(group) == 1
@@ -99,11 +116,18 @@ def info_nce(
         group=group,
         positives=slice(None) if positives is None else positives,
         weights=weights,
+        token_reduction=token_reduction,
     )
-    kernels, error = None, _find_error(queries, passages, asked)
+    kernels, error = (
+        None,
+        _find_error(queries, passages, asked, {"query_mask": query_mask, "passage_mask": passage_mask}),
+    )
     if error is None:
         kernels, error = _choose(impl, queries)
     problem = _agree(queries, passages, asked, kernels, error)
+    if queries.ndim == 3:
+        with torch.autocast(queries.device.type, enabled=False):
+            return multi_vector(packed(queries, query_mask), packed(passages, passage_mask), problem)
     softmaxes = terms(problem.objective, queries.shape[1])
     if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
         return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
@@ -124,8 +148,10 @@ def _choose(impl: str, queries: Tensor) -> tuple[Kernels | None, str | None]:
         return None, None
     if impl not in IMPLEMENTATIONS:
         return None, f"impl must be {_one_of(IMPLEMENTATIONS)}, got {impl!r}"
-    if impl == "tiled" or (impl == "auto" and not queries.is_cuda):
+    if impl == "tiled" or (impl == "auto" and (queries.ndim == 3 or not queries.is_cuda)):
         return tiled, None
+    if queries.ndim == 3:
+        return None, 'impl="fused" has no kernels for several vectors a text: use impl="auto"'
     from inbatch.losses.triton import host as fused  # here, since it imports triton
 
     reason = fused.why_not(queries)
@@ -143,7 +169,10 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
         sizes["rows sharing a positive"] = shared
         sizes["known positives"] = 0 if ids.positive_ids is None else ids.positive_ids.shape[1]
         same = _same(asked, kernels)
-    counts = collectives.agree("info_nce", fields, group=asked.group, sizes=sizes, same=same, error=error)
+    ragged = ("queries", "passages") if error is None and queries.ndim == 3 else ()
+    counts = collectives.agree(
+        "info_nce", fields, group=asked.group, sizes=sizes, same=same, ragged=ragged, error=error
+    )
     if sum(counts["queries"]) == 0:
         raise ValueError("info_nce has no queries on any rank: the mean over none is undefined; skip this batch")
 
@@ -227,6 +256,7 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
         "candidates": "by row" if isinstance(candidates, Tensor) else candidates,
         "mask_own_negatives": "by row" if isinstance(masked, Tensor) else masked,
         "negatives": asked.negatives,
+        "token_reduction": asked.token_reduction,
         "impl": "reference" if kernels is None else "tiled" if kernels is tiled else "fused",
         "objective": repr(asked.objective),
     }
@@ -235,29 +265,61 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
 # ---- checks
 
 
-def _find_error(queries: Tensor, passages: Tensor, asked: Problem) -> str | None:
+def _find_error(queries: Tensor, passages: Tensor, asked: Problem, masks: dict[str, Any]) -> str | None:
     """Return the first mistake in this rank's arguments, in words; None if there is none."""
     return (
         _wrong_embeddings(queries, passages)
+        or _wrong_tokens(queries, passages, asked, masks)
         or _wrong_positives(asked.positives, queries.shape[0], passages.shape[0], asked.group)
         or _wrong_temperature(asked.temperature)
         or _wrong_ids(asked.false_negatives, queries.shape[0], passages.shape[0])
-        or _wrong_options(asked, queries.shape[1], queries.shape[0])
+        or _wrong_options(asked, queries.shape[-1], queries.shape[0])
     )
 
 
 def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
     for name, tensor in (("queries", queries), ("passages", passages)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.dtype not in DTYPES:
+        if not isinstance(tensor, Tensor) or tensor.ndim not in (2, 3) or tensor.dtype not in DTYPES:
             return (
-                f"{name} must be a floating-point tensor [rows, dimension] of float16, bfloat16, float32 or float64, "
-                f"got {_describe(tensor)}"
+                f"{name} must be a floating-point tensor [rows, dimension] of float16, bfloat16, float32 or float64 "
+                f"(late interaction: [rows, tokens, dimension]), got {_describe(tensor)}"
             )
-    if queries.shape[1] != passages.shape[1] or queries.dtype != passages.dtype or queries.device != passages.device:
+    if queries.ndim != passages.ndim:
+        return (
+            "queries and passages must both be one vector a text, or both several, got "
+            f"{_describe(queries)} and {_describe(passages)}"
+        )
+    if queries.shape[-1] != passages.shape[-1] or queries.dtype != passages.dtype or queries.device != passages.device:
         return (
             "queries and passages must have the same dimension, dtype and device, got "
             f"{_describe(queries)} on {queries.device} and {_describe(passages)} on {passages.device}"
         )
+    return None
+
+
+def _wrong_tokens(queries: Tensor, passages: Tensor, asked: Problem, masks: dict[str, Any]) -> str | None:
+    if asked.token_reduction not in ("sum", "mean"):
+        return f'token_reduction must be "sum" or "mean", got {asked.token_reduction!r}'
+    for (name, mask), vectors in zip(masks.items(), (queries, passages), strict=True):
+        if vectors.ndim == 2:
+            if mask is not None:
+                return f"{name} is for late interaction; these embeddings are one vector a text, {_describe(vectors)}"
+            continue
+        expected = list(vectors.shape[:2])
+        if mask is not None and not (isinstance(mask, Tensor) and list(mask.shape) == expected):
+            return f"{name} must be a tensor {expected}, not 0 where a token is real, got {_describe(mask)}"
+        empty = vectors.new_ones(expected[0]) * (expected[1] == 0) if mask is None else (mask == 0).all(1)
+        if empty.any():
+            return (
+                f"{name}: text {int(empty.nonzero()[0])} of {expected[0]} has no real token, so nothing has a maximum"
+            )
+    if queries.ndim == 2:
+        return None
+    directions = asked.objective.directions if isinstance(asked.objective, Objective) else ()
+    if others := sorted(set(directions) - {"query_to_passage", "passage_to_query"}):
+        return f"late interaction compares queries with passages alone, got the directions {', '.join(others)}"
+    if asked.negatives == "ring" and "passage_to_query" in directions:
+        return 'late interaction in the ring has query_to_passage alone: use negatives="gather" for passage_to_query'
     return None
 
 
@@ -400,6 +462,7 @@ class InfoNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         objective: Objective | None = None,
         chunk_mib: float | None = None,
+        token_reduction: str = "sum",
     ):
         super().__init__()
         if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
@@ -408,8 +471,8 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"negatives must be {_one_of(NEGATIVES)}, got {negatives!r}")
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be {_one_of(IMPLEMENTATIONS)}, got {impl!r}")
-        self._fixed_temperature = temperature = float(temperature)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
+        self._fixed_temperature, self.token_reduction = float(temperature), token_reduction
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(float(temperature)))) if learnable else None
         self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (
             negatives,
             impl,
@@ -432,6 +495,8 @@ class InfoNCELoss(nn.Module):
         false_negatives: FalseNegatives | None = None,
         stats: LossStats | None = None,
         weights: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        passage_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
         return info_nce(
@@ -447,6 +512,9 @@ class InfoNCELoss(nn.Module):
             chunk_mib=self.chunk_mib,
             stats=stats,
             weights=weights,
+            query_mask=query_mask,
+            passage_mask=passage_mask,
+            token_reduction=self.token_reduction,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InfoNCELoss:

@@ -2,12 +2,12 @@
 
 Shapes: B queries of this rank (rows), N passages and Q queries of all ranks that are columns, D dimension of a prefix.
 
-    s(a, b) = a . b / temperature
+    s(a, b) = a . b / temperature                        or, for texts of several vectors, max_sim(a, b) / temperature
     l_i     = log( exp s(q_i, d_i) + sum over directions and columns j in C(i) of exp s(row_i, column_j) ) - s(q_i, d_i)
     loss    = sum over terms of weight * sum_i weight_i * l_i
 
 C(i) leaves out the row itself (its positive), its false negatives and what is no candidate of it. With hardness, the
-scores of negatives get strength * q_i . p_j more, as a constant. Autograd does the rest.
+scores of negatives get strength * (the similarity) more, as a constant. Autograd does the rest.
 """
 
 import math
@@ -20,30 +20,24 @@ from torch import Tensor
 from inbatch.losses.masking import Keys, by_group, mask, match
 
 
-def reference_loss(
-    queries_BD: Tensor, positives_BD: Tensor, columns: Mapping[str, Tensor], own: Mapping[str, Tensor],
-    row_keys: Keys, column_keys: Mapping[str, Keys], temperature: Tensor | float, margin: float | None,
-    terms: Sequence[tuple[int, Sequence[str], float]], weights_B: Tensor | None, rules_B: Tensor | None,
-    hardness: tuple[float, float],
+def dense_loss(
+    terms: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], own: Mapping[str, Tensor], row_keys: Keys,
+    column_keys: Mapping[str, Keys], temperature: Tensor | float, margin: float | None, weights_B: Tensor | None,
+    rules_B: Tensor | None, hardness: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the loss, 0-d, and int64 [B, 2]: by row the columns masked and those that beat the positive (first term).
 
-    columns, own, column_keys: by kind of column, "passage" or "query": all of them [C, D], the place of each row's
-    positive (or of the row itself) among them [B], and their keys. terms: (dimensions, directions, weight) of each.
-    weights_B: of the rows. rules_B: what the rows' groups decide (`masking`), if anything does. hardness: strengths for
-    negatives of the row's group and for others, in query_to_passage.
-    Everything is computed in float32 (float64 for float64), and all scores are in memory.
+    terms: of each, the similarities with the positives [B, 1], those with all columns [B, C] by direction, its weight.
+    own, column_keys: by kind of column, "passage" or "query": the place of each row's positive (or of the row itself)
+    among them [B], and their keys. weights_B: of the rows. rules_B: what the rows' groups decide (`masking`), if
+    anything does. hardness: strengths for negatives of the row's group and for others, in query_to_passage.
     """
-    dtype = torch.float64 if queries_BD.dtype == torch.float64 else torch.float32
-    loss, counts = torch.zeros((), dtype=dtype, device=queries_BD.device), None
-    for dim, directions, weight in terms:
-        rows = {"query": _prefix(queries_BD, dim).to(dtype), "passage": _prefix(positives_BD, dim).to(dtype)}
-        similarity_B1 = (rows["query"] * rows["passage"]).sum(1, keepdim=True)
-        candidates, found_B2 = [similarity_B1 / temperature], torch.zeros(len(queries_BD), 2, dtype=torch.int64)
-        found_B2 = found_B2.to(queries_BD.device)
-        for direction in directions:
-            row, column = direction.split("_to_")
-            similarity_BC = rows[row] @ _prefix(columns[column], dim).to(dtype).T
+    loss, counts = torch.zeros((), dtype=terms[0][0].dtype, device=terms[0][0].device), None
+    for similarity_B1, similarities, weight in terms:
+        candidates = [similarity_B1 / temperature]
+        found_B2 = torch.zeros(len(similarity_B1), 2, dtype=torch.int64, device=similarity_B1.device)
+        for direction, similarity_BC in similarities.items():
+            column = direction.split("_to_")[1]
             pairs = match(row_keys, column_keys[column], only_itself=direction == "passage_to_query")
             masked_BC = mask(pairs, *similarity_BC.shape, device=similarity_BC.device)
             if margin is not None:
@@ -65,6 +59,32 @@ def reference_loss(
         counts = found_B2 if counts is None else counts
     assert counts is not None
     return loss, counts
+
+
+def dot_products(
+    queries_BD: Tensor, positives_BD: Tensor, columns: Mapping[str, Tensor], dim: int, directions: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the similarities of a term of `dense_loss`, of one vector a text, in float32 (float64 for float64)."""
+    dtype = torch.float64 if queries_BD.dtype == torch.float64 else torch.float32
+    rows = {"query": _prefix(queries_BD, dim).to(dtype), "passage": _prefix(positives_BD, dim).to(dtype)}
+    similarities = {}
+    for direction in directions:
+        row, column = direction.split("_to_")
+        similarities[direction] = rows[row] @ _prefix(columns[column], dim).to(dtype).T
+    return (rows["query"] * rows["passage"]).sum(1, keepdim=True), similarities
+
+
+def max_similarities(queries: Sequence[Tensor], passages: Sequence[Tensor], *, mean: bool) -> Tensor:
+    """Return max_sim(query, passage) of all pairs [B, C], of several vectors a text, each [its tokens, D].
+
+    The sum (or mean) over the query's tokens of the maximum over the passage's tokens of their products.
+    """
+    dtype = torch.promote_types((*queries, *passages)[0].dtype, torch.float32)
+    rows = []
+    for query_tD in queries:
+        best = [(query_tD.to(dtype) @ passage_TD.to(dtype).T).max(dim=1).values for passage_TD in passages]
+        rows.append(torch.stack([best_t.mean() if mean else best_t.sum() for best_t in best]))
+    return torch.stack(rows)
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:

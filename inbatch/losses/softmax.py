@@ -38,6 +38,7 @@ class Problem:
     positives: slice | Tensor  # each row's positive among the passages at hand: every n-th, or int64 [B]
     kernels: Kernels | None = None  # None: the reference
     dtype: torch.dtype = torch.float32  # of the embeddings given
+    token_reduction: str = "sum"  # of late interaction
     rank: int = 0
     query_counts: list[int] = field(default_factory=list)
     passage_counts: list[int] = field(default_factory=list)

@@ -1,0 +1,241 @@
+"""Late interaction: scores of texts that are several vectors each.
+
+Shapes: B queries, C passages, n query tokens, m passage tokens (packed: real ones alone, text after text), D dimension;
+in a chunk c passages, T tokens of the longest, b queries, t tokens of theirs.
+
+    s_ij = sum over tokens x of query i of  max over tokens y of passage j of  x . y
+
+(Khattab and Zaharia 2020), or the mean over x. The grid of all token pairs is never held: a chunk of it is made, and
+the places of its maxima are kept, 2 bytes for each query token and passage. Equal maxima: the first token counts. The
+gradient goes through the places, chunk by chunk in a fixed order; nothing is added up by atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from inbatch import collectives
+from inbatch.losses.softmax import refuse_second_derivatives
+
+_CHUNK_MIB = {"cpu": 16.0, "cuda": 256.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Texts of several vectors: `vectors` [n, D], text after text, and how many each has: `lengths` int64 [texts]."""
+
+    vectors: Tensor
+    lengths: Tensor
+
+    def prefix(self, dim: int) -> Tokens:
+        """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
+        if dim == self.vectors.shape[1]:
+            return self
+        return Tokens(F.normalize(self.vectors[:, :dim], dim=1), self.lengths)
+
+
+def packed(vectors: Tensor, mask: Tensor | None) -> Tokens:
+    """Return the real tokens of texts [rows, T, D]. mask [rows, T]: not 0 where a token is real; None: all are."""
+    if mask is None:
+        lengths = torch.full((vectors.shape[0],), vectors.shape[1], device=vectors.device)
+        return Tokens(vectors.flatten(0, 1), lengths)
+    mask = mask.to(vectors.device) != 0
+    return Tokens(vectors[mask], mask.sum(1))
+
+
+def max_sim(queries: Tokens, passages: Tokens, *, mean: bool = False, chunk_mib: float | None = None) -> Tensor:
+    """Return the scores [B, C], float32 (float64 for float64), with gradient (once).
+
+    chunk_mib: bound on the part of the grid that is held at once.
+    """
+    return _MaxSim.apply(queries.vectors, passages.vectors, queries.lengths, passages.lengths, mean, chunk_mib)
+
+
+def ring_max_sim(
+    queries: Tokens, passages: Tokens, lengths: list[Tensor], rank: int, group: ProcessGroup | None,
+    *, mean: bool, chunk_mib: float | None,
+) -> Tensor:  # fmt: skip
+    """Return the scores [B, N] against the passages of all ranks, of which only a few ranks' vectors are ever held.
+
+    lengths: of the passages, by rank.
+    """
+    return _RingMaxSim.apply(queries.vectors, passages.vectors, queries.lengths, lengths, rank, group, mean, chunk_mib)
+
+
+class _MaxSim(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries_nD, passages_mD, lengths_B, lengths_C, mean, chunk_mib):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grid = Grid(queries_nD, lengths_B, mean, chunk_mib)
+        scores_BC, places_nC = grid.scores(passages_mD, lengths_C)
+        ctx.save_for_backward(queries_nD, passages_mD, lengths_B, lengths_C, places_nC)
+        ctx.options = mean, chunk_mib
+        return scores_BC
+
+    @staticmethod
+    def backward(ctx, d_scores_BC):  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivatives()
+        queries_nD, passages_mD, lengths_B, lengths_C, places_nC = ctx.saved_tensors
+        grid = Grid(queries_nD, lengths_B, *ctx.options)
+        d_queries_nD = torch.zeros_like(queries_nD, dtype=grid.dtype)
+        d_passages_mD = grid.add_gradients(d_scores_BC, passages_mD, lengths_C, places_nC, d_queries_nD)
+        return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), None, None, None, None
+
+
+class Grid:
+    """The queries' side of the grid of token pairs, and what is computed of it for one set of passages at a time."""
+
+    def __init__(self, queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None):
+        self.dtype = torch.promote_types(queries_nD.dtype, torch.float32)
+        self.queries_nD, self.lengths, device = queries_nD, lengths_B.tolist(), queries_nD.device
+        self.text_n = torch.repeat_interleave(torch.arange(len(lengths_B), device=device), lengths_B)
+        self.factor_B = lengths_B.to(self.dtype).reciprocal() if mean else torch.ones_like(lengths_B, dtype=self.dtype)
+        mib = _CHUNK_MIB.get(device.type, _CHUNK_MIB["cpu"]) if chunk_mib is None else chunk_mib
+        self._elements = int(mib * 2**20 / self.dtype.itemsize)
+
+    def scores(self, passages_mD: Tensor, lengths_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores [B, C], and for each query token and passage the place of the maximum in it, int [n, C]."""
+        num_tokens, num_passages = len(self.queries_nD), len(lengths_C)
+        scores_BC = self.queries_nD.new_zeros(len(self.lengths), num_passages, dtype=self.dtype)
+        longest = int(lengths_C.max()) if num_passages else 0
+        place_dtype = torch.int16 if longest < 2**15 else torch.int32
+        places_nC = torch.empty(num_tokens, num_passages, dtype=place_dtype, device=self.queries_nD.device)
+        for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C):
+            passages_D = passages_mD[tokens_cT.flatten()].to(self.dtype)
+            for rows, tokens in self._query_chunks(tokens_cT.numel()):
+                grid_tcT = (self.queries_nD[tokens].to(self.dtype) @ passages_D.T).view(-1, *tokens_cT.shape)
+                if missing_cT is not None:
+                    grid_tcT.masked_fill_(missing_cT, -torch.inf)
+                best_tc, place_tc = grid_tcT.max(2)
+                places_nC[tokens, columns_c] = place_tc.to(place_dtype)
+                scores_BC[rows, columns_c] = self._summed(best_tc, rows, tokens)
+        return scores_BC.mul_(self.factor_B[:, None]), places_nC
+
+    def add_gradients(
+        self, d_scores_BC: Tensor, passages_mD: Tensor, lengths_C: Tensor, places_nC: Tensor, d_queries_nD: Tensor
+    ) -> Tensor:
+        """Add to the gradient of the query tokens, and return that of the passage tokens [m, D]."""
+        d_passages_mD = torch.zeros_like(passages_mD, dtype=self.dtype)
+        d_scores_BC = d_scores_BC * self.factor_B[:, None]
+        for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C):
+            passages_D = passages_mD[tokens_cT.flatten()].to(self.dtype)
+            d_chunk_D = torch.zeros_like(passages_D)
+            for _, tokens in self._query_chunks(tokens_cT.numel()):
+                # Each pair of a query token and a passage has one place, so that nothing is added up here.
+                d_grid_tcT = self.queries_nD.new_zeros(
+                    len(places_nC[tokens]), *tokens_cT.shape, dtype=self.dtype
+                ).scatter_(
+                    2,
+                    places_nC[tokens][:, columns_c, None].long(),
+                    d_scores_BC[self.text_n[tokens]][:, columns_c, None],
+                )
+                d_grid_tP = d_grid_tcT.flatten(1)
+                d_queries_nD[tokens] += d_grid_tP @ passages_D
+                d_chunk_D += d_grid_tP.T @ self.queries_nD[tokens].to(self.dtype)
+            if missing_cT is None:
+                d_passages_mD[tokens_cT.flatten()] = d_chunk_D
+            else:
+                d_passages_mD[tokens_cT[~missing_cT]] = d_chunk_D.view(*tokens_cT.shape, -1)[~missing_cT]
+        return d_passages_mD
+
+    def _passage_chunks(self, lengths_C: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield passages of like length [c], the places of their tokens [c, T], and which of these are none [c, T]."""
+        device, lengths = lengths_C.device, lengths_C.tolist()
+        first_C = lengths_C.cumsum(0) - lengths_C
+        order = sorted(range(len(lengths)), key=lambda column: (-lengths[column], column))
+        # As wide as the products want, as long as a text of the queries fits.
+        width = max(1, self._elements // max(256, *self.lengths, 1))
+        start = 0
+        while start < len(order):
+            longest = lengths[order[start]]
+            stop = start + max(1, width // longest)
+            columns_c = torch.tensor(order[start:stop], device=device)
+            place_T = torch.arange(longest, device=device)
+            missing_cT = place_T >= lengths_C[columns_c, None]
+            tokens_cT = first_C[columns_c, None] + place_T
+            uneven = lengths[order[min(stop, len(order)) - 1]] < longest
+            yield (
+                columns_c,
+                tokens_cT.masked_fill(missing_cT, 0) if uneven else tokens_cT,
+                missing_cT if uneven else None,
+            )
+            start = stop
+
+    def _query_chunks(self, num_columns: int) -> Iterator[tuple[slice, slice]]:
+        """Yield ranges of whole queries and of their tokens, whose grid with so many passage tokens fits a chunk."""
+        most = max(1, self._elements // num_columns)
+        row = token = 0
+        while row < len(self.lengths):
+            first, first_token = row, token
+            while row < len(self.lengths) and (row == first or token + self.lengths[row] - first_token <= most):
+                token += self.lengths[row]
+                row += 1
+            yield slice(first, row), slice(first_token, token)
+
+    def _summed(self, best_tc: Tensor, rows: slice, tokens: slice) -> Tensor:
+        """Return the sums [b, c] over the tokens of each text, in their order."""
+        lengths = self.lengths[rows]
+        if min(lengths) == max(lengths):
+            return best_tc.view(len(lengths), lengths[0], -1).sum(1)
+        text_t = self.text_n[tokens] - rows.start
+        place_t = torch.cat([torch.arange(length) for length in lengths]).to(best_tc.device)
+        padded_bxc = best_tc.new_zeros(len(lengths), max(lengths), best_tc.shape[1])
+        padded_bxc[text_t, place_t] = best_tc
+        return padded_bxc.sum(1)
+
+
+class _RingMaxSim(torch.autograd.Function):
+    """Scores against passages that travel from rank to rank in both passes and are never gathered."""
+
+    @staticmethod
+    def forward(ctx, queries_nD, passages_mD, lengths_B, lengths_by_rank, rank, group, mean, chunk_mib):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grid, size = Grid(queries_nD, lengths_B, mean, chunk_mib), len(lengths_by_rank)
+        token_counts = torch.stack([lengths.sum() for lengths in lengths_by_rank]).tolist()
+        scores: list[Tensor] = [queries_nD] * size
+        places: list[Tensor] = [queries_nD] * size
+        for owner, vectors_mD in _around(passages_mD, token_counts, rank, group):
+            scores[owner], places[owner] = grid.scores(vectors_mD, lengths_by_rank[owner])
+        ctx.save_for_backward(queries_nD, passages_mD, lengths_B, *lengths_by_rank, *places)
+        ctx.options = token_counts, rank, group, mean, chunk_mib
+        return torch.cat(scores, dim=1)
+
+    @staticmethod
+    def backward(ctx, d_scores_BC):  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivatives()
+        token_counts, rank, group, mean, chunk_mib = ctx.options
+        queries_nD, passages_mD, lengths_B, *others = ctx.saved_tensors
+        size = len(token_counts)
+        lengths_by_rank, places = others[:size], others[size:]
+        grid = Grid(queries_nD, lengths_B, mean, chunk_mib)
+        d_scores = d_scores_BC.split([len(lengths) for lengths in lengths_by_rank], dim=1)
+        d_queries_nD = torch.zeros_like(queries_nD, dtype=grid.dtype)
+        shift = None  # the gradient of the passages travels one hop behind them, and every rank adds its share
+        for hop, (owner, vectors_mD) in enumerate(_around(passages_mD, token_counts, rank, group)):
+            gradient_mD = grid.add_gradients(
+                d_scores[owner], vectors_mD, lengths_by_rank[owner], places[owner], d_queries_nD
+            )
+            if shift is not None:
+                gradient_mD += shift.wait()[0]
+            shift = collectives.ring_shift([gradient_mD], _held(token_counts, hop), group)
+        assert shift is not None
+        (d_passages_mD,) = shift.wait()
+        return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), *[None] * 6
+
+
+def _around(vectors_mD: Tensor, counts: list[int], rank: int, group) -> Iterator[tuple[int, Tensor]]:
+    """Yield (rank of the owner, its vectors), this rank's first, the next ones being on their way meanwhile."""
+    for hop in range(len(counts)):
+        shift = collectives.ring_shift([vectors_mD], _held(counts, hop), group) if hop < len(counts) - 1 else None
+        yield (rank - hop) % len(counts), vectors_mD
+        if shift is not None:
+            (vectors_mD,) = shift.wait()
+
+
+def _held(counts: list[int], hop: int) -> list[int]:
+    """Return how many tokens each rank holds at this hop."""
+    return counts[len(counts) - hop :] + counts[: len(counts) - hop]
