@@ -445,11 +445,25 @@ def _describe(value: Any) -> str:
 # ---- the module
 
 
+class _Averaged(torch.autograd.Function):
+    """The same value; its gradient is averaged over the ranks. Where DDP does that too, it averages equal numbers."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        rows = [1] * collectives.world_size(ctx.group)
+        return collectives.all_gather(gradient[None], ctx.group, rows=rows).mean(0), None
+
+
 class InfoNCELoss(nn.Module):
     """info_nce with its options held; `forward` takes what changes from batch to batch.
 
-    learnable: the temperature is a parameter, kept positive as exp(log_temperature). Its gradient follows the same
-    contract as the embeddings': average it over ranks, as DDP does for a module that holds this one.
+    learnable: the temperature is a parameter, kept positive as exp(log_temperature). Its gradient is averaged over the
+    ranks in the backward, inside DDP or outside of it: every rank runs the backward, or none.
     """
 
     def __init__(
@@ -499,11 +513,14 @@ class InfoNCELoss(nn.Module):
         passage_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor) and collectives.world_size(self.group) > 1:
+            temperature = _Averaged.apply(temperature, self.group)
         return info_nce(
             queries,
             passages,
             positives=positives,
-            temperature=self.temperature,
+            temperature=temperature,  # type: ignore[arg-type]
             false_negatives=false_negatives,
             negatives=self.negatives,
             impl=self.impl,

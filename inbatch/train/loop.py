@@ -26,7 +26,7 @@ from inbatch.retrieval.embed import EmbedOptions, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
-from inbatch.train.optim import average_gradients, clip_gradients, learning_rate, set_learning_rate
+from inbatch.train.optim import clip_gradients, learning_rate, set_learning_rate
 from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_0
 from inbatch.train.report import Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
@@ -136,7 +136,6 @@ class StepFunction:
         for index, part in enumerate(parts):
             sides, last = (part.batch.queries, part.batch.passages), index + 1 == len(parts)
             loss += self._grad_cache(*sides, loss_kwargs={"part": part}, reduce=last)
-        average_gradients(learner.loss)
         norm = clip_gradients(learner.parameters, config.optim.max_grad_norm)
         rate = learning_rate(step, self._total_steps, config.optim)
         set_learning_rate(learner.optimizer, rate)

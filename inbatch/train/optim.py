@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, the learning rate as a function of the step, gradients outside the encoder."""
+"""AdamW's parameter groups, the learning rate as a function of the step, and clipping."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from inbatch import collectives
 from inbatch.train.config import OptimConfig
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Averages the gradients of a small module outside the wrapped encoder, as DDP averages the encoder's."""
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            collectives.all_reduce(parameter.grad).div_(collectives.world_size())
 
 
 def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.optim.AdamW:

@@ -4,6 +4,7 @@
 TRITON_INTERPRET=1 it covers impl="fused" on the CPU.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -604,3 +605,50 @@ def test_learnable_temperature_does_not_depend_on_the_number_of_ranks(pool):
     one, three = pool.run(learnable_body, 1, 1), pool.run(learnable_body, 3, 3)
     assert one[0] != 0
     assert three == pytest.approx(one * 3, rel=1e-6)
+
+
+class Held(torch.nn.Module):
+    """A loss and an encoder in one module, as DDP gets them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.loss = torch.nn.Linear(4, 4, dtype=torch.float64), InfoNCELoss(0.2, learnable=True)
+
+    def forward(self, queries, passages):
+        return self.loss(self.encoder(queries), self.encoder(passages))
+
+
+def temperature_body(rank: int, rows: list[int]) -> None:
+    """The parameter's gradient as it is after backward, nobody else averaging, and under DDP, which averages too."""
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(sum(rows), 4, dtype=torch.float64, generator=generator).to(device()) for _ in range(2)]
+    mine = [column.split(rows)[rank] for column in whole]
+    alone = Held().to(device())
+    scores = alone.encoder(whole[0]) @ alone.encoder(whole[1]).T / alone.loss.temperature
+    torch.nn.functional.cross_entropy(scores, torch.arange(len(scores), device=device())).backward()
+    expected = alone.loss.log_temperature.grad
+    outside, inside = Held().to(device()), Held().to(device())
+    encoder = torch.nn.parallel.DistributedDataParallel(outside.encoder)
+    ddp = torch.nn.parallel.DistributedDataParallel(inside)
+    ways = {
+        "outside": (outside, lambda: outside.loss(encoder(mine[0]), encoder(mine[1])), contextlib.nullcontext),
+        "inside": (inside, lambda: ddp(*mine), ddp.no_sync),
+    }
+    for name, (held, loss, no_sync) in ways.items():
+        loss().backward()
+        torch.testing.assert_close(held.loss.log_temperature.grad, expected, msg=name)
+        held.zero_grad()
+        with no_sync():
+            (loss() / 2).backward()
+        (loss() / 2).backward()
+        torch.testing.assert_close(held.loss.log_temperature.grad, expected, msg=name)
+    twin = copy.deepcopy(outside)
+    twin.zero_grad()
+    twin(*mine).backward()
+    torch.testing.assert_close(twin.loss.log_temperature.grad, expected)
+
+
+@pytest.mark.parametrize("rows", [[4, 4], [3, 5], [5, 1, 2], [4, 0, 3]], ids=str)
+def test_a_learnable_temperature_is_averaged_where_it_is(pool, rows):
+    pool.run(temperature_body, len(rows), rows)
