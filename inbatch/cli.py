@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | evaluate | encode | mine | data | export`.
+"""The command line: `inbatch train | evaluate | encode | mine | data | audit | export`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -214,6 +214,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     mine.set_defaults(function=_mine)
 
+    audit = commands.add_parser(
+        "audit", parents=[_common_options()], help="measure the gradients of the losses installed here",
+        description="Compare the gradient of several processes with that of one, for the losses of this library and "
+        "of those installed beside it, on the CPU; prints a Markdown table.",
+    )  # fmt: skip
+    audit.set_defaults(function=_audit, nproc_per_node=2)
+
     export = commands.add_parser(
         "export", help="make a model of a checkpoint", allow_abbrev=False,
         description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
@@ -420,6 +427,19 @@ def _data(known: argparse.Namespace) -> None:
 
     columns = dict(known.columns) if known.columns else None
     print(describe(known.source, split=known.split, columns=columns, corpus=known.corpus, first=known.first))
+
+
+def _audit(known: argparse.Namespace) -> None:
+    from inbatch import collectives
+    from inbatch.audit import audit, lines, missing
+
+    collectives.start("gloo", timeout_s=600)
+    for line in lines(audit()):
+        if collectives.rank() == 0:
+            print(line, flush=True)
+    if collectives.rank() == 0:
+        print(f"\nnot installed: {', '.join(missing()) or 'none'}")
+    collectives.stop()
 
 
 def _export(known: argparse.Namespace) -> None:

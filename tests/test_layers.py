@@ -12,10 +12,10 @@ from tests.helpers import REPOSITORY
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"launch", "train"},
+    {"audit", "launch", "train"},
     {"retrieval"},
     {"encoder", "data"},
-    {"grad_cache", "losses", "inbatch_neg_utils"},
+    {"grad_cache", "losses", "inbatch_neg_utils", "testing"},
     {"collectives"},
     {"ids"},
 )

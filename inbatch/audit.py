@@ -1,0 +1,261 @@
+"""The gradient of the contrastive losses that are installed here, by measurement: `inbatch audit`.
+
+Every row is one training step of one library on its own loss, under DDP, against the formula written out below, in
+float64. The model has a table of vectors for queries and one for passages, since a shared encoder would hide errors.
+
+Shapes: b rows of a rank, T tokens, D dimension.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inbatch import collectives
+from inbatch.grad_cache import GradCache
+from inbatch.inbatch_neg_utils import dist_gather_tensor, positive_columns
+from inbatch.losses import info_nce
+from inbatch.losses.objective import CLIP, GTE
+from inbatch.testing import GradientParity, Step, gradient_parity
+
+WORDS, DIM, TEMPERATURE = 25, 16, 0.05
+ROWS = 12  # of the global batch
+Batch = tuple[Tensor, Tensor, Tensor]  # token ids [b, T] of queries, positives, negatives
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of one library. kind: of the formula that its loss is in one process. learns: a temperature."""
+
+    library: str
+    setting: str
+    step: Step
+    kind: str = "plain"
+    learns: bool = False
+
+
+class Tables(nn.Module):
+    """To the losses of all libraries an encoder: features -> embeddings of rows and of tokens."""
+
+    skiplist: tuple = ()
+    do_query_expansion = False
+
+    def __init__(self, *, learns: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.passage = nn.Embedding(WORDS, DIM), nn.Embedding(WORDS, DIM)
+        self.log_temperature = nn.Parameter(torch.tensor(TEMPERATURE).log(), requires_grad=learns)
+        self.double()
+
+    def __getitem__(self, _: int) -> nn.Module:
+        return self  # sentence-transformers asks for the first module
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        ids_bT = features["input_ids"]
+        tower, ids_bT = (self.query, ids_bT) if int(ids_bT.max()) < WORDS else (self.passage, ids_bT - WORDS)
+        # DDP awaits every parameter in each backward, of which cached losses have several.
+        nothing = sum(0.0 * parameter.sum() for parameter in self.parameters())
+        tokens_bTD = tower(ids_bT) + nothing
+        return {**features, "token_embeddings": tokens_bTD, "sentence_embedding": tokens_bTD.mean(1)} | {
+            "temperature": self.log_temperature.exp()
+        }
+
+
+def audit() -> Iterator[tuple[Row, GradientParity | str]]:
+    """Yield every row that can be measured here and what came out, in words where the step failed."""
+    size, rank = collectives.world_size(), collectives.rank()
+    if size < 2 or ROWS % size:
+        raise ValueError(f"audit: got {size} processes; expected a divisor of {ROWS} above 1: add --nproc-per-node 2")
+    generator = torch.Generator().manual_seed(1)
+    starts = (0, WORDS, WORDS)
+    whole = [torch.randint(start, start + WORDS, (ROWS, 5), generator=generator) for start in starts]
+    batches = list(zip(*(column.chunk(size) for column in whole), strict=True))
+    for row in _rows():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield (
+                    row,
+                    gradient_parity(
+                        row.step,
+                        Tables(learns=row.learns),
+                        batches,
+                        reference=partial(_formula, row.kind),
+                        towers=("query", "passage"),
+                    ),
+                )
+        except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            yield row, f"failed on rank {rank}: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def lines(rows: Iterator[tuple[Row, GradientParity | str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    processes = collectives.world_size()
+    yield f"| library | loss, {processes} processes | cosine, norm | queries | passages | loss | temperature | it is |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row, found in rows:
+        if isinstance(found, str):
+            yield f"| {row.library} | {row.setting} | | | | | | {found} |"
+            continue
+        towers = " | ".join(f"{cos:.3f}, {norm:.3f}" for cos, norm in found.towers.values())
+        scalars = ", ".join(f"{ratio:.3f}" for ratio in found.scalars.values())
+        yield (
+            f"| {row.library} | {row.setting} | {found.cosine:.3f}, {found.norm_ratio:.3f} | {towers} "
+            f"| {found.loss_ratio:.3f} | {scalars} | {found.looks_like} |"
+        )
+
+
+def missing() -> list[str]:
+    """Return the libraries that would be measured if they were installed."""
+    return [name for name in ("sentence-transformers", "pylate", "open_clip_torch") if installed(name) is None]
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+# ---- the formulas, in one process
+
+
+def _columns(batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    return [{"input_ids": ids_bT, "attention_mask": torch.ones_like(ids_bT)} for ids_bT in batch]
+
+
+def _embedded(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return the unit vectors of the queries, those of the other columns, and the temperature."""
+    found = [model(features) for features in _columns(batch)]
+    queries, *others = (F.normalize(one["sentence_embedding"], dim=1) for one in found)
+    return queries, others, found[0]["temperature"]
+
+
+def _formula(kind: str, model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy over all passages; "clip": both directions, no negatives; "maxsim": token by token."""
+    if kind == "maxsim":
+        tokens = [F.normalize(model(features)["token_embeddings"], dim=-1) for features in _columns(batch)]
+        scores = torch.einsum("bqd,npd->bnqp", tokens[0], torch.cat(tokens[1:])).amax(-1).sum(-1) / TEMPERATURE
+        return _backward(F.cross_entropy(scores, torch.arange(len(scores))))
+    queries, passages, temperature = _embedded(model, batch[:2] if kind == "clip" else batch)
+    scores = queries @ torch.cat(passages).T / temperature
+    labels = torch.arange(len(scores))
+    loss = F.cross_entropy(scores, labels)
+    if kind == "clip":
+        loss = (loss + F.cross_entropy(scores.T, labels)) / 2
+    if kind == "gte":
+        own = torch.eye(len(scores), dtype=torch.bool)
+        to_queries = (queries @ queries.T / temperature).masked_fill(own, -torch.inf)
+        to_passages = (passages[0] @ torch.cat(passages).T / temperature).masked_fill(
+            F.pad(own, (0, len(own))), -torch.inf
+        )
+        everything = torch.cat([scores, to_queries, passages[0] @ queries.T / temperature, to_passages], dim=1)
+        loss = (everything.logsumexp(1) - scores.diagonal()).mean()
+    return _backward(loss)
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
+
+
+# ---- the steps
+
+
+def _ours(options: dict[str, Any], columns: int, model: nn.Module, batch: Batch) -> Tensor:
+    queries, others, temperature = _embedded(model, batch[:columns])
+    return _backward(info_nce(queries, torch.stack(others, 1).flatten(0, 1), temperature=temperature, **options))
+
+
+def _grad_cache(model: nn.Module, batch: Batch) -> Tensor:
+    def encode(features):
+        return F.normalize(model(features)["sentence_embedding"], dim=1)
+
+    def loss(queries, positives, negatives):
+        return info_nce(queries, torch.stack([positives, negatives], 1).flatten(0, 1), temperature=TEMPERATURE)
+
+    return GradCache(encode, loss, modules=[model], micro_batch_tokens=10)(*_columns(batch))
+
+
+def _nemo(preserve_grad: bool, model: nn.Module, batch: Batch) -> Tensor:
+    queries, others, temperature = _embedded(model, batch)
+    passages = dist_gather_tensor(torch.stack(others, 1).flatten(0, 1), preserve_grad=preserve_grad)
+    assert passages is not None
+    return _backward(F.cross_entropy(queries @ passages.T / temperature, positive_columns(len(queries), 2)))
+
+
+def _theirs(module: str, name: str, options: dict[str, Any], model: Any, batch: Batch) -> Tensor:
+    """A loss that takes the model and columns of features, as those of sentence-transformers and PyLate do."""
+    loss = getattr(import_module(module), name)(model.module, **options)
+    loss.model = model  # as their trainer does
+    return _backward(loss(_columns(batch), None))
+
+
+def _clip(options: dict[str, Any], model: nn.Module, batch: Batch) -> Tensor:
+    images, (texts,), temperature = _embedded(model, batch[:2])
+    make = _open_clip_loss().ClipLoss
+    loss = make(rank=collectives.rank(), world_size=collectives.world_size(), **options)
+    return _backward(loss(images, texts, 1 / temperature))
+
+
+def _open_clip_loss() -> Any:
+    """Return the module open_clip.loss, of which the package itself would import torchvision."""
+    package = find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    spec = spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _rows() -> Iterator[Row]:
+    """Yield the rows of this library, and of every other that is installed."""
+    for name, options, columns, kind in (
+        ("gather", {}, 3, "plain"),
+        ("ring", {"negatives": "ring"}, 3, "plain"),
+        ("local", {"negatives": "local"}, 3, "plain"),
+        ("objective GTE", {"objective": GTE}, 3, "gte"),
+        ("objective CLIP", {"objective": CLIP}, 2, "clip"),
+    ):
+        yield Row("inbatch", f"info_nce, {name}", partial(_ours, options, columns), kind, learns=True)
+    yield Row("inbatch", "GradCache + info_nce", _grad_cache)
+    for keeps in (False, True):
+        setting = f"gather, preserve_grad={keeps}" + ("" if keeps else " (default)")
+        yield Row("NeMo AutoModel's formula", setting, partial(_nemo, keeps), learns=True)
+    scale = {"scale": 1 / TEMPERATURE}
+    if (known := installed("sentence-transformers")) is not None:
+        for cached in (False, True):
+            name = "CachedMultipleNegativesRankingLoss" if cached else "MultipleNegativesRankingLoss"
+            for gathers in (False, True):
+                options = {**scale, "gather_across_devices": gathers, **({"mini_batch_size": 3} if cached else {})}
+                step = partial(_theirs, "sentence_transformers.losses", name, options)
+                setting = f"{name}, gather_across_devices={gathers}" + ("" if gathers else " (default)")
+                yield Row(f"sentence-transformers {known}", setting, step)
+    if (known := installed("pylate")) is not None:
+        for name in ("Contrastive", "CachedContrastive"):
+            for gathers in (False, True):
+                options = {"temperature": TEMPERATURE, "gather_across_devices": gathers}
+                options |= {"mini_batch_size": 3} if name.startswith("Cached") else {}
+                step = partial(_theirs, "pylate.losses", name, options)
+                setting = f"{name}, gather_across_devices={gathers}" + ("" if gathers else " (default)")
+                yield Row(f"PyLate {known}", setting, step, "maxsim")
+    if (known := installed("open_clip_torch")) is not None:
+        for local_loss in (False, True):
+            for with_grad in (False, True):
+                options = {"local_loss": local_loss, "gather_with_grad": with_grad}
+                setting = f"ClipLoss, local_loss={local_loss}, gather_with_grad={with_grad}"
+                setting += "" if local_loss or with_grad else " (default)"
+                yield Row(f"open_clip {known}", setting, partial(_clip, options), "clip", learns=True)
