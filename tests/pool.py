@@ -30,6 +30,7 @@ def _serve(connection, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the session, which then ends its workers
     stacks = _stacks(folder, os.getpid()).open("w")
     faulthandler.register(signal.SIGUSR1, stacks)  # tells where a worker hangs
+    faulthandler.enable(stacks)  # and where it is killed by its own memory
     torch.set_num_threads(1)
     while True:
         try:
@@ -137,7 +138,8 @@ class Pool:
         process, _ = self._workers[rank]
         process.join(0.1)
         if not process.is_alive():
-            return f"died with exit code {process.exitcode}"
+            stacks = _stacks(self._folder.name, process.pid)
+            return f"died with exit code {process.exitcode}\n{stacks.read_text() if stacks.exists() else ''}"
         os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         stacks = _stacks(self._folder.name, process.pid)
