@@ -321,14 +321,18 @@ def _train(known: argparse.Namespace) -> None:
 
 
 def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
-    """The model on its device, in float32; its size agreed between the ranks."""
+    """The model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
     import torch
 
     from inbatch import collectives
     from inbatch.encoder.model import BiEncoderModel
+    from inbatch.encoder.packing import wish
 
-    model = collectives.together(lambda: BiEncoderModel.from_pretrained(name, dtype=torch.float32))
+    packed = wish(None, device)
+    model = collectives.together(lambda: BiEncoderModel.from_pretrained(name, dtype=torch.float32, packed=packed))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
+    if packed is None and collectives.rank() == 0:
+        print(f"{name}: {model.way}", file=sys.stderr)
     return model.to(device).eval()
 
 

@@ -1,16 +1,17 @@
 """How fast and how lean is a whole training step? Texts to updated weights, beside sentence-transformers and GradCache.
 
     python -m benchmarks.step --model FOLDER --batch 4096                        the default rows
-    python -m benchmarks.step --model qwen3-0.6b --tokenizer FOLDER --batch 1024 --row "inbatch packed compile"
+    python -m benchmarks.step --model qwen3-0.6b --tokenizer FOLDER --batch 1024 --row "inbatch compile"
     torchrun --nproc-per-node 4 -m benchmarks.step ...                           inbatch rows alone, over all GPUs
 
 A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "gradcache mini=64"
 (`pip install --no-deps GradCache==0.0.1`; Tevatron's trainer calls the same class), "inbatch", and for inbatch any of
-packed, compile, liger, ckpt, weights=bf16 (float32 master weights, by FSDP2), tokens=N, keep=MIB. Every row trains the
-same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast unless weights=bf16.
+packed, padded (neither: as its trainer does), compile, liger, ckpt, weights=bf16 (float32 master weights, by FSDP2),
+tokens=N, keep=MIB. Every row trains the same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast
+unless weights=bf16. The last line compares the best row of inbatch with the best of the others.
 
-The step includes tokenising: ahead in worker processes for inbatch, and for GradCache, which leaves it to its user; in
-line for sentence-transformers, as its trainer does. pairs/s is the slower of steps and workers. "share" is 6 operations
+The step includes tokenising: ahead in worker processes for every row, but in line for one that says `inline`, as the
+trainer of sentence-transformers does by default. pairs/s is the slower of steps and workers. "share" is 6 operations
 a parameter and real token, plus attention's, over a plain product's rate in the same run. "padding" is what is encoded.
 "gradient off by" is |g - g*| / |g*| over the backbone, where g* is a plain float32 step over --check-pairs pairs;
 dropout is off for it.
@@ -35,8 +36,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.step.figures import bf16_peak, count_flops, gradient_error, plain_gradient, profile, sync
 from benchmarks.step.rows import ON_GPU, ROOT, SIZES, Row, build, collectives, model_folder, read_pairs, start_worker
 
-PEER_ROWS = ["st-cached mini=128", "st-cached tokens=32768", "gradcache mini=128"]
-DEFAULT_ROWS = [*PEER_ROWS, "inbatch", "inbatch packed", "inbatch packed compile"]
+SWEEP = [f"st-cached tokens={tokens}" for tokens in (16384, 32768, 65536, 131072, 262144)]
+PEER_ROWS = ["st-cached inline mini=32", *SWEEP, "gradcache mini=128"]
+DEFAULT_ROWS = [*PEER_ROWS, "inbatch", "inbatch padded", "inbatch compile"]
 
 
 # ---- measuring
@@ -136,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--warm-up-pairs", type=int, default=0, help="pairs of a step before; default: the whole batch")
-    parser.add_argument("--workers", type=int, default=8, help="processes that tokenise for inbatch rows")
+    parser.add_argument("--workers", type=int, default=8, help="processes that tokenise for a row")
     parser.add_argument("--check-pairs", type=int, default=0, help="pairs for the gradient's error; 0 leaves it out")
     parser.add_argument("--profile", type=int, default=0, help="print the kernels of a step of so many pairs")
     parser.add_argument("--json", type=Path, help="append each row as a JSON line to this file")
@@ -175,15 +177,29 @@ def main() -> None:
         print(f"{'':52} pairs/s  step ms  tokenising ms  share  peak GiB  padding  gradient off by", flush=True)
     with collectives.group_of_one(collectives.device()):
         expected = plain_gradient(folder, pairs[: args.check_pairs], args) if args.check_pairs else None
+        rates: dict[str, float] = {}
         for text in args.row or DEFAULT_ROWS:
             if not launched or Row.parse(text).library == "inbatch":
-                report(text, folder, pairs, args, expected)
+                rates[text] = report(text, folder, pairs, args, expected)
+        if collectives.rank() == 0:
+            compare(rates)
     if launched:
         collectives.stop()
 
 
-def report(text: str, folder: Path, pairs: list, args: argparse.Namespace, expected: Tensor | None = None) -> None:
-    """Measures a row, prints it and appends it to the JSON file; a row that fails is one line of the table, too."""
+def compare(rates: dict[str, float]) -> None:
+    """Print how many times faster the best row of inbatch is than the best of the others."""
+    best: dict[bool, tuple[float, str]] = {}
+    for text, rate in rates.items():
+        ours = Row.parse(text).library == "inbatch"
+        best[ours] = max(best.get(ours, (0.0, "")), (rate, text))
+    if len(best) == 2 and best[False][0]:
+        times = best[True][0] / best[False][0]
+        print(f"{best[True][1]}: {times:.2f} times the best of the others, {best[False][1]}")
+
+
+def report(text: str, folder: Path, pairs: list, args: argparse.Namespace, expected: Tensor | None = None) -> float:
+    """Measure a row, print it, append it to the JSON file; return its pairs a second, 0 for a row that failed."""
     row = Row.parse(text)
     try:
         figures = measure(row, folder, pairs, args)
@@ -202,6 +218,7 @@ def report(text: str, folder: Path, pairs: list, args: argparse.Namespace, expec
             with args.json.open("a") as file:
                 about = {"model": args.model, "batch": args.batch, "world_size": collectives.world_size()}
                 file.write(json.dumps({"row": text, **about, **asdict(row), **figures, **environment()}) + "\n")
+    return figures.get("pairs_per_s", 0.0)
 
 
 def format_row(text: str, figures: dict) -> str:

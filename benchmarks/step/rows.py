@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
 from inbatch.data.batches import start_worker as start_worker  # noqa: E402
+from inbatch.data.files import replacing  # noqa: E402
+from inbatch.encoder.packing import wish  # noqa: E402
 from inbatch.grad_cache.micro_batches import cut  # noqa: E402
 from inbatch.train.parallel import compile_layers, max_over_ranks, replicate, shard  # noqa: E402
 
@@ -35,7 +38,9 @@ class Row:
     mini: int | None = None
     tokens: int | None = None
     keep: int | None = None
+    inline: bool = False
     packed: bool = False
+    padded: bool = False
     compile: bool = False
     liger: bool = False
     ckpt: bool = False
@@ -83,27 +88,35 @@ def read_pairs(folder: Path) -> list[tuple[str, str]]:
 
 
 def model_folder(args) -> Path:
-    """The folder given, or a new one with a bidirectional model of random weights and the tokenizer given."""
+    """The folder given, or a new one with a bidirectional model of random weights and the tokenizer given.
+
+    Rank 0 makes it, and no rank opens it before it is whole.
+    """
     if args.model not in SIZES:
         return Path(args.model)
     import transformers
 
-    folder = Path(tempfile.gettempdir()) / f"inbatch-{args.model}-{collectives.rank()}"
-    if not (folder / "config.json").exists():
+    folder = Path(tempfile.gettempdir()) / f"inbatch-{args.model}-{os.getuid()}"
+
+    def make() -> None:
         kind, sizes = SIZES[args.model]
         config = getattr(transformers, kind)(**sizes, **HEADS[args.model], is_causal=False, tie_word_embeddings=True)
         torch.manual_seed(0)
         with torch.device(collectives.device()):
             model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(folder)
+        with replacing(folder) as filled:
+            model.save_pretrained(filled)
+            transformers.AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(filled)
+
+    collectives.together(lambda: make() if collectives.rank() == 0 and not folder.exists() else None)
     return folder
 
 
 def build_inbatch(row: Row, folder: Path, args) -> Trial:
     device = collectives.device()
     bf16 = row.weights == "bf16"
-    model = BiEncoderModel.from_pretrained(folder, packed=row.packed, dtype="float32", bidirectional=True).train()
+    packed = wish(True if row.packed else False if row.padded else None, device)
+    model = BiEncoderModel.from_pretrained(folder, packed=packed, dtype="float32", bidirectional=True).train()
     if row.ckpt:
         model.gradient_checkpointing_enable()
     if row.liger:
@@ -130,7 +143,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
     )
 
     def encoded_tokens(batch: list) -> int:
-        if row.packed:
+        if model.packed:
             return sum(int(part["attention_mask"].sum()) for part in batch)
         return sum(part.tokens for part in cut(batch, budget=step.micro_batch_tokens, multiple=8))
 
@@ -139,7 +152,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         forward_backward=lambda batch: step(*batch),
         module=network,
         backbone=model.backbone,
-        ahead=True,
+        ahead=not row.inline,
         encoded_tokens=encoded_tokens,
         grad_cache=step,
     )
@@ -176,7 +189,7 @@ def build_sentence_transformers(row: Row, folder: Path, args) -> Trial:
         forward_backward=forward_backward,
         module=model,
         backbone=backbone,
-        ahead=False,
+        ahead=not row.inline,
         encoded_tokens=padded_tokens,
     )
 
@@ -216,7 +229,7 @@ def build_gradcache(row: Row, folder: Path, args) -> Trial:
         forward_backward=lambda batch: step(*({k: v.to(device) for k, v in part.items()} for part in batch)),
         module=model,
         backbone=model.backbone,
-        ahead=True,
+        ahead=not row.inline,
         encoded_tokens=padded_tokens,
     )
 

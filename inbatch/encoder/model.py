@@ -43,7 +43,8 @@ class BiEncoderModel(nn.Module):
         truncate_dim: components that an embedding keeps, after the normalisation; None is all. embedding_dim: D.
         max_seq_length: tokens a text is cut to by default, None is no limit; query_length and document_length
             take its place for texts with the prompts "query" and "document".
-        packed: whether `encode` skips padding; may be switched off and on for a model opened with packed=True.
+        packed: True where `encode` skips padding; may be switched off and on for a model that was opened so.
+        padded_because: why the model was not opened so; None where it was.
     """
 
     pooling: str
@@ -58,7 +59,12 @@ class BiEncoderModel(nn.Module):
     do_lower_case: bool
 
     def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout, *, packed: bool = False
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: Layout,
+        *,
+        packed: bool | None = False,
     ):
         super().__init__()
         self.backbone: PreTrainedModel = backbone
@@ -74,11 +80,12 @@ class BiEncoderModel(nn.Module):
         accepted = inspect.signature(backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
-        self.packed = packed
-        if packed:
-            if not self._takes_positions:
-                raise ValueError(f"packed=True: {backbone.config.model_type} takes no position_ids; use packed=False")
-            enable_packing(backbone)
+        self.padded_because: str | None = "packed=False was given"
+        if packed is not False:
+            self.padded_because = enable_packing(backbone)
+            if packed and self.padded_because is not None:
+                raise ValueError(f"packed=True: {self.padded_because}; use packed=False")
+        self.packed = self.padded_because is None
         # The pooled output is never used: a trainable pooler would leave DDP waiting for its gradient.
         if isinstance(pooler := getattr(backbone, "pooler", None), nn.Module):
             pooler.requires_grad_(False)
@@ -96,7 +103,7 @@ class BiEncoderModel(nn.Module):
         max_seq_length: int | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
-        packed: bool = False,
+        packed: bool | None = False,
         trust_remote_code: bool = False,
     ) -> "BiEncoderModel":
         """Open a transformers or sentence-transformers model, from a folder or by its name on the hub.
@@ -111,7 +118,8 @@ class BiEncoderModel(nn.Module):
             prompts: replaces the saved prompts of the same names.
             dtype: "float32", torch.bfloat16, ...; None is the dtype of the weights on disk.
             attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets transformers choose.
-            packed: encode without padding (`inbatch.packing`): the same embeddings, to rounding.
+            packed: encode without padding (`inbatch.encoder.packing`): the same embeddings, to rounding. True refuses
+                a backbone that does not allow it; None opens it padded, and `padded_because` says why.
             trust_remote_code: run the code that a folder brings for its backbone or tokenizer.
 
         Raises:
@@ -148,10 +156,19 @@ class BiEncoderModel(nn.Module):
             prompts={**layout.prompts, **(prompts or {})},
             max_seq_length=max_seq_length,
         )
-        model = cls(backbone, tokenizer, layout, packed=packed)
+        model = cls(backbone, tokenizer, layout, packed=packed if attn_implementation is None else False)
+        if packed is None and attn_implementation is not None:
+            model.padded_because = f"attn_implementation={attn_implementation!r} was given"
         model._cut = cut
         model._require_finite(home)
         return model
+
+    @property
+    def way(self) -> str:
+        """A line that says whether padding is encoded, and why."""
+        if self.padded_because is None:
+            return "texts are encoded packed, without padding"
+        return f"texts are encoded with padding: {self.padded_because}"
 
     @property
     def embedding_dim(self) -> int:

@@ -1,16 +1,18 @@
 """What a micro-batch's graph weighs, how many graphs fit, and the state that a pass starts from."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 MIB = 1 << 20
-# Enough to fill any accelerator; beyond it larger micro-batches gain nothing and leave fewer graphs to keep.
+# The sizes between which micro-batches are tried on CUDA.
+FIRST_TOKENS = 8192
 MOST_TOKENS = 65536
-FIRST_TOKENS = 16384
 LEAST_TOKENS = 512
 CPU_TOKENS = 4096  # a CPU gains nothing from more: caches, not launches, bound it
 
@@ -104,10 +106,47 @@ def free_bytes(modules: Sequence[nn.Module]) -> int:
     return int(free * 0.9) - 3 * sum(p.numel() * p.element_size() for p in parameters)
 
 
-def tokens_that_fit(forward_and_backward: Callable[[], None], tokens: int, free: int) -> int:
-    """Return the tokens of a micro-batch whose peak takes an eighth of `free` bytes, by a trial with `tokens`."""
+class Trial(NamedTuple):
+    """Tokens that went forward and backward, the time that this took, and the memory at its peak."""
+
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+def timed_trial(forward_and_backward: Callable[[], None], tokens: int) -> Trial:
+    """Return what a micro-batch of `tokens` takes on CUDA."""
+    forward_and_backward()  # compiles, tunes, and lets the allocator ask the device for memory
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     forward_and_backward()
-    peak = max(1, torch.cuda.max_memory_allocated() - before)
-    return min(MOST_TOKENS, max(LEAST_TOKENS, int(free / 8 / peak * tokens) // 1024 * 1024))
+    torch.cuda.synchronize()
+    return Trial(tokens, time.perf_counter() - start, max(1, torch.cuda.max_memory_allocated() - before))
+
+
+def fewest_tokens_that_fill(
+    attempt: Callable[[int], Trial], *, first: int, most: int, free: int, max_over_ranks: Callable[[int], int]
+) -> int:
+    """Return the smallest size of a micro-batch, in tokens, that is within 3 % of the fastest; equal on all ranks.
+
+    Tried are `first`, its double and so on up to `most`, as long as each is 3 % faster than the one before and takes
+    half of the `free` bytes at most: the rest keeps graphs. A `first` that takes more is made smaller in proportion.
+    """
+    seconds_a_token: dict[int, float] = {}
+    tokens, last = first, float("inf")
+    while True:
+        trial = attempt(tokens)
+        # The slowest rank's time, for all wait for it; the largest share, for a rank may have hardly any rows.
+        peak, nanoseconds, used = map(max_over_ranks, (trial.peak_bytes, int(trial.seconds * 1e9), trial.tokens))
+        if peak > free // 2:
+            if not seconds_a_token:
+                return max(LEAST_TOKENS, tokens * free // (2 * peak) // LEAST_TOKENS * LEAST_TOKENS)
+            break
+        seconds_a_token[tokens] = nanoseconds / used
+        if last <= 1.03 * seconds_a_token[tokens] or 2 * tokens > most or 2 * peak > free // 2:
+            break
+        tokens, last = 2 * tokens, seconds_a_token[tokens]
+    fastest = min(seconds_a_token.values())
+    return next(tokens for tokens, seconds in seconds_a_token.items() if seconds <= 1.03 * fastest)

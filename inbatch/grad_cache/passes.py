@@ -15,11 +15,13 @@ from inbatch.grad_cache.memory import (
     MIB,
     MOST_TOKENS,
     PassState,
+    Trial,
+    fewest_tokens_that_fill,
     free_bytes,
     graph_bytes,
     on_cuda,
     restored_random_state,
-    tokens_that_fit,
+    timed_trial,
 )
 from inbatch.grad_cache.micro_batches import MicroBatch, cut, placeholder
 
@@ -108,33 +110,46 @@ class Passes:
         return fits, int(taken[fits - 1]) if fits else 0
 
     def _find_budget(self, groups: Sequence[Group], modules: Sequence[nn.Module]) -> int:
-        """Return the token budget by what the longest rows take forward and backward; fewer until they fit."""
+        """Return the token budget by what the longest rows take forward and backward."""
         if not on_cuda():
             return CPU_TOKENS
-        tokens, most = FIRST_TOKENS, MOST_TOKENS
+        tried, most = FIRST_TOKENS, MOST_TOKENS
+
+        def attempt(tokens: int) -> Trial:
+            nonlocal tried
+            tried = tokens
+            return self._attempt(groups, tokens)
+
         while True:
             try:
-                fits = min(self._probe(group, tokens, free_bytes(modules)) for group in groups)
-                return -self._max(-min(fits, most))
+                return fewest_tokens_that_fill(
+                    attempt,
+                    first=min(FIRST_TOKENS, most),
+                    most=most,
+                    free=-self._max(-free_bytes(modules)),
+                    max_over_ranks=self._max,
+                )
             except torch.OutOfMemoryError as error:
-                if tokens <= LEAST_TOKENS or self._sharded:
+                if tried <= LEAST_TOKENS or self._sharded:
                     raise torch.OutOfMemoryError(
-                        f"GradCache: {tokens} tokens forward and backward do not fit; set micro_batch_tokens lower, or "
+                        f"GradCache: {tried} tokens forward and backward do not fit; set micro_batch_tokens lower, or "
                         "use gradient checkpointing, shorter texts or sharded parameters"
                     ) from error
-            tokens = most = tokens // 2
+            most = tried // 2
             torch.cuda.empty_cache()
 
-    def _probe(self, group: Group, tokens: int, free: int) -> int:
-        micro_batch = self._cut(group, tokens)[0]
+    def _attempt(self, groups: Sequence[Group], tokens: int) -> Trial:
+        """Return what the first micro-batch of every group takes together."""
+        micro_batches = [self._cut(group, tokens)[0] for group in groups]
 
         def forward_and_backward() -> None:
-            output = group.encoded(micro_batch)
-            if output.requires_grad:
-                output.backward(torch.zeros_like(output))
+            for group, micro_batch in zip(groups, micro_batches, strict=True):
+                output = group.encoded(micro_batch)
+                if output.requires_grad:
+                    output.backward(torch.zeros_like(output))
 
         with restored_random_state():
-            return tokens_that_fit(forward_and_backward, micro_batch.tokens, free)
+            return timed_trial(forward_and_backward, sum(micro_batch.tokens for micro_batch in micro_batches))
 
 
 def second_pass(

@@ -41,8 +41,8 @@ class GradCache:
         the widest micro-batch's, filled up with vectors of zeros. Its own parameters get their gradient there, once.
     modules: DDP or FSDP2 (`fully_shard`) roots that hold what encode trains; their gradients are reduced once a step.
         Found without it: an encode that is such a module or its method, and a DDP module whose forward calls the step.
-    micro_batch_tokens: most tokens, padding included, of one micro-batch. "auto" finds a size that fits, in the first
-        step, from the longest rows; None keeps each batch whole, the plain step.
+    micro_batch_tokens: most tokens, padding included, of one micro-batch. "auto" is the smallest that fills the
+        GPU, found in the first step by timing the longest rows; None keeps each batch whole, the plain step.
     keep_graph_mib: memory for graphs that need no second encoding; "auto" is what is free, 0 keeps none.
     width_multiple: widths are rounded up to it, as far as the batch has columns: fewer shapes to compile or tune for.
     max_over_ranks: int -> the largest over all ranks. Needed under FSDP2, where every rank must encode equally often.

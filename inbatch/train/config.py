@@ -44,8 +44,8 @@ class ModelConfig:
     """let every token see every other one; null means true for decoder backbones"""
     attn_implementation: str | None = None
     """attention kernel, as transformers names it (sdpa, eager, flash_attention_2)"""
-    packed: bool = False
-    """encode without padding, where the backbone allows it: the same embeddings"""
+    packed: bool | None = None
+    """encode without padding: the same embeddings, faster on GPUs; null does it on GPUs where the backbone allows it"""
     trust_remote_code: bool = False
     """run the code that the model's folder brings; read it first"""
     gradient_checkpointing: bool = False

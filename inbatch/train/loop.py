@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from inbatch import collectives
 from inbatch.data import TrainBatch
 from inbatch.data.batches import Part
+from inbatch.encoder.packing import wish
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
 from inbatch.retrieval.embed import EmbedOptions, unwrap
@@ -212,13 +213,15 @@ def announce(run: Run, parts: list[Part]) -> None:
     """Say what each query is scored against, and what looks wrong, before the first step."""
     first = look_at(parts[0])
     gpus = torch.cuda.device_count() if run.learner.device.type == "cuda" else 0
-    l2_normalize = next(iter(run.learner.towers.values())).l2_normalize
+    model = next(iter(run.learner.towers.values()))
+    if wish(run.config.model.packed, run.learner.device) is None:
+        run.report.note(model.way)
     for line in mixture(run.config, run.plan):
         run.report.note(line)
     short = run.plan.num_examples if run.plan.mixed or len(run.plan.sizes) == 1 else 0
     for line in candidates(run.config, first, examples=short):
         run.report.note(line)
-    for line in warnings(run.config, first, l2_normalize=l2_normalize, gpus=gpus):
+    for line in warnings(run.config, first, l2_normalize=model.l2_normalize, gpus=gpus):
         run.report.note(f"warning: {line}")
 
 

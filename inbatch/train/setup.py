@@ -12,6 +12,7 @@ from inbatch.data.batches import Batches
 from inbatch.data.readers import SETTINGS, Examples
 from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
+from inbatch.encoder.packing import wish
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.retrieval.metrics import check_evaluation
 from inbatch.train import checkpoint
@@ -157,7 +158,7 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
 
 def open_learner(config: Config, device: torch.device) -> Learner:
     """Open the towers, spread them over the ranks, and build loss and optimizer."""
-    towers = collectives.together(lambda: open_towers(config))
+    towers = collectives.together(lambda: open_towers(config, wish(config.model.packed, device)))
     model = next(iter(towers.values()))
     parameters = sum(p.numel() for p in model.parameters())
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim, "parameters": parameters})

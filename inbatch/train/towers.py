@@ -19,13 +19,16 @@ from inbatch.train.config_file import load
 from inbatch.train.parallel import compile_layers, replicate, shard, whole_state
 
 
-def open_towers(config: Config) -> dict[str, BiEncoderModel]:
-    """The towers by name, as training starts: float32 parameters on the CPU, LoRA added, a frozen tower frozen."""
+def open_towers(config: Config, packed: bool | None = False) -> dict[str, BiEncoderModel]:
+    """Return the towers by name, as training starts: on the CPU, float32, LoRA added, a frozen tower frozen.
+
+    packed: as `BiEncoderModel.from_pretrained` takes it.
+    """
     names = ("query", "passage") if config.model.separate_towers else ("model",)
-    return {name: _open(config, frozen=name == config.model.freeze) for name in names}
+    return {name: _open(config, packed, frozen=name == config.model.freeze) for name in names}
 
 
-def _open(config: Config, *, frozen: bool) -> BiEncoderModel:
+def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) -> BiEncoderModel:
     prompts = {"query": config.data.query_prefix, "document": config.data.passage_prefix}
     tower = BiEncoderModel.from_pretrained(
         config.model.name_or_path,
@@ -37,7 +40,7 @@ def _open(config: Config, *, frozen: bool) -> BiEncoderModel:
         max_seq_length=max(config.data.query_max_len, config.data.passage_max_len),
         dtype=torch.float32,
         attn_implementation=config.model.attn_implementation,
-        packed=config.model.packed,
+        packed=packed,
         trust_remote_code=config.model.trust_remote_code,
     ).train()
     # Lengths by task are kept as what they were trained at, too; and the comparison as the one that was measured.
@@ -87,7 +90,7 @@ def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Pa
                 state = states[name]
                 if has_lora(tower):
                     # Merged in a copy of its own, for the towers in training may be sharded.
-                    tower = _open(config, frozen=False)
+                    tower = _open(config)
                     tower.load_state_dict(state)
                     merge_lora(tower)
                     state = None

@@ -1,5 +1,6 @@
 """Packed encoding gives what padded encoding gives: embeddings and gradients, every backbone and pooling."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from inbatch import BiEncoderModel
 from inbatch.encoder import packing
-from inbatch.encoder.packing import IMPLEMENTATION, PACKABLE
+from inbatch.encoder.packing import IMPLEMENTATION, PACKABLE, wish
 from inbatch.encoder.pooling import POOLINGS
 from tests.helpers import device
 from tests.tiny_models import CONFIGS, TEXTS, gradients, save_all, save_tiny, tiny_tokenizer
@@ -228,3 +229,21 @@ def test_what_cannot_be_packed(folders, tmp_path):
         else:
             with pytest.raises(ValueError, match=message):
                 BiEncoderModel.from_pretrained(tmp_path / kind, packed=True, bidirectional=bidirectional)
+            model, plain = (
+                BiEncoderModel.from_pretrained(tmp_path / kind, packed=packed, bidirectional=bidirectional)
+                for packed in (None, False)
+            )
+            assert not model.packed
+            assert re.search(message, model.way)
+            batch = tokens(plain, MORE_TEXTS)
+            torch.testing.assert_close(model(batch), plain(batch), rtol=0, atol=0)
+
+
+def test_packed_where_it_can_be(folders):
+    assert [wish(None, torch.device(kind)) for kind in ("cpu", "cuda")] == [False, None]
+    assert [wish(packed, torch.device("cuda")) for packed in (True, False)] == [True, False]
+    assert wish(True, torch.device("cpu")) is True
+    model = BiEncoderModel.from_pretrained(folders["minilm"], packed=None)
+    assert (model.packed, model.way) == (True, "texts are encoded packed, without padding")
+    model = BiEncoderModel.from_pretrained(folders["minilm"], packed=None, attn_implementation="sdpa")
+    assert (model.packed, model.padded_because) == (False, "attn_implementation='sdpa' was given")

@@ -3,6 +3,7 @@ and arguments that it could not use.
 """
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.grad_cache import GradCache
+from inbatch.grad_cache.memory import Trial
 from inbatch.grad_cache.passes import Passes
 from tests.grad_cache.test_step import (
     BUDGET,
@@ -75,9 +77,14 @@ def check_probe(rank: int, kind: str):
     _, local = global_batches(rank, [2, 2])
     wrapped, _, _ = build(kind, "shared")
     figures = {"on_cuda": lambda: True, "free_bytes": lambda modules: 1 << 30}
+
+    def trial(run: Callable[[], None], tokens: int) -> Trial:
+        run()
+        return Trial(tokens, 1.0, 1)
+
     step = GradCache(hidden(wrapped[0])[0], distributed_loss)
     with (
-        mock.patch.multiple("inbatch.grad_cache.passes", tokens_that_fit=lambda run, *_: run() or 512, **figures),
+        mock.patch.multiple("inbatch.grad_cache.passes", timed_trial=trial, **figures),
         mock.patch.object(Passes, "_encode_all", side_effect=AssertionError("the probe let it through")),
         refusal(match=NAMES[kind]),
     ):
