@@ -295,16 +295,20 @@ def line_bounds(content: Content) -> Arrays:
     """Return `starts` and `stops` of every line that is not blank, int64."""
     count = -(-len(content) // _BLOCK_BYTES)
 
-    def breaks(blocks: range) -> np.ndarray:
-        found = [np.empty(0, np.int64)]
-        for number in blocks:
-            block = content[number * _BLOCK_BYTES : (number + 1) * _BLOCK_BYTES]
-            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + number * _BLOCK_BYTES)
-        return np.concatenate(found)
+    def breaks(numbers: range) -> list[np.ndarray]:
+        """Return where the breaks lie within each block, in half the memory of places in the file."""
+        blocks = (content[number * _BLOCK_BYTES : (number + 1) * _BLOCK_BYTES] for number in numbers)
+        return [np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")).astype(np.uint32) for block in blocks]
 
-    stops = np.concatenate(spread(breaks, count, len(content)))
-    if len(content) and (not len(stops) or stops[-1] != len(content) - 1):
-        stops = np.append(stops, len(content))
+    parts = [found for some in spread(breaks, count, len(content)) for found in some]
+    ends = int(len(content) > 0 and content[len(content) - 1 : len(content)] != b"\n")
+    stops = np.full(sum(map(len, parts)) + ends, len(content), np.int64)
+    filled = 0
+    for number, found in enumerate(parts):
+        stops[filled : filled + len(found)] = found
+        stops[filled : filled + len(found)] += number * _BLOCK_BYTES
+        filled += len(found)
+    del parts
     starts = np.empty_like(stops)
     starts[:1], starts[1:] = 0, stops[:-1] + 1
     # Short lines are the only ones that can be blank, so only they are looked at one by one.
