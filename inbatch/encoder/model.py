@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inbatch.encoder.loading import (
@@ -255,13 +256,17 @@ class BiEncoderModel(nn.Module):
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
         tokens = self.tokenizer(
             [prefix + text for text in texts],
-            padding=True,
             truncation=max_length is not None,
             max_length=max_length,
-            return_tensors="pt",
+            return_attention_mask=False,
             return_token_type_ids=False,
         )
-        return {key: tokens[key].long() for key in ("input_ids", "attention_mask")}
+        # Padded here: transformers takes as long for padding, masks and their tensors as for the tokens.
+        rows = [torch.tensor(row, dtype=torch.int64) for row in tokens["input_ids"]]
+        side, pad_id = self.tokenizer.padding_side, self.tokenizer.pad_token_id
+        ids_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
     @torch.no_grad()
     def _require_finite(self, home: Path) -> None:

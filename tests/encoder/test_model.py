@@ -233,6 +233,21 @@ def test_dtype_is_passed_on(folders):
 # ---- tokenizer
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [None, 4])
+def test_tokens_are_padded_as_transformers_pads_them(folders, side, max_length):
+    model = BiEncoderModel.from_pretrained(folders["bert"])
+    model.tokenizer.padding_side, model.max_seq_length = side, None
+    texts = ["", *TEXTS, "cat"]
+    expected = model.tokenizer(
+        texts, padding=True, truncation=max_length is not None, max_length=max_length, return_tensors="pt"
+    )
+    actual = model.tokenize(texts, max_length=max_length)
+    assert {tensor.dtype for tensor in actual.values()} == {torch.int64}
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(actual[name], expected[name])
+
+
 def test_tokenize(folders):
     model = BiEncoderModel.from_pretrained(folders["bert"], prompts={"query": "query "})
     batch = model.tokenize(["cat", "the cat sat"], prompt="query")
