@@ -2,15 +2,16 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inbatch.data.columns import GivenColumns
+from inbatch.data.columns import EXAMPLE, Columns, GivenColumns
 from inbatch.data.corpus import open_corpus
 from inbatch.data.judged import is_judged, open_judged, qrels_files
 from inbatch.data.readers import Source, open_examples
 from inbatch.data.records import Example
+from inbatch.data.tables import open_table
 
 _SAMPLE = 10_000  # examples that lengths are measured on, spread evenly
 _SHOWN = 160  # characters of a text
@@ -30,14 +31,25 @@ def describe(
             examples = open_examples(source, split=split, columns=columns, corpus=corpus)
             lines = [line for one in examples.sources for line in (*_source(one, split), *_shown(one.examples[:first]))]
         except ValueError as error:
+            if columns or corpus is not None or is_judged(Path(str(source))) or _has_positives(source, split):
+                raise
             try:
-                if is_judged(Path(str(source))):
-                    raise
                 lines = list(_documents(source, first))
             except ValueError:
                 raise error from None
     notes = dict.fromkeys(str(warning.message) for warning in caught)
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def _has_positives(source: Any, split: str) -> bool:
+    """Return True where the first record has a column for positives: then it is no document."""
+    columns = Columns(EXAMPLE)
+    try:
+        record = open_table(source, columns, split)[0]
+    except ValueError:
+        return False
+    layout = columns.layout(record) if isinstance(record, Mapping) else {}
+    return bool(layout.get("positive") or layout.get("positive_ids"))
 
 
 def _source(source: Source, split: str) -> Iterator[str]:

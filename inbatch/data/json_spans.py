@@ -4,10 +4,14 @@ import json
 import re
 from collections.abc import Iterator
 
-# A string is one token; a quote on its own begins one that never ends. Commas matter at one level alone.
-_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_MARKS = re.compile(_STRING + rb'|["\[\]{},]', re.DOTALL)
-_BRACKETS = re.compile(_STRING + rb'|["\[\]{}]', re.DOTALL)
+# A string is one token, up to its end (group 1) or, of one that does not end or has more escapes than the engine should
+# hold, as far as that. Commas matter at one level alone.
+_ESCAPES = rb'[^"\\]*(?:\\.[^"\\]*){0,999}'
+_STRING = rb'"' + _ESCAPES + rb'("?)'
+_MARKS = re.compile(_STRING + rb"|[\[\]{},]", re.DOTALL)
+_BRACKETS = re.compile(_STRING + rb"|[\[\]{}]", re.DOTALL)
+_REST = re.compile(_ESCAPES + rb'("?)', re.DOTALL)
+_KEY = re.compile(rb'\s*("' + _ESCAPES + rb'")\s*:', re.DOTALL)
 _QUOTE, _COMMA, _OPENING, _CLOSING = ord('"'), ord(","), tuple(b"[{"), tuple(b"]}")
 _DEEPEST = 200
 
@@ -24,7 +28,7 @@ def elements(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int]
     while mark := _MARKS.search(data, place):
         kind, place = data[mark.start()], mark.end()
         if kind == _QUOTE:
-            _require_end(mark)
+            place = _string_end(data, mark)
         elif kind in _OPENING:
             place = end_of(data, mark.start())
         else:
@@ -46,7 +50,7 @@ def members(data: memoryview, start: int, end: int) -> dict[str, tuple[int, int]
     """Return where the values of the object from `start` to `end` lie, by key."""
     places: dict[str, tuple[int, int]] = {}
     for begin, stop in elements(data, start, end):
-        key = re.compile(rb"\s*(" + _STRING + rb")\s*:", re.DOTALL).match(data, begin, stop)
+        key = _KEY.match(data, begin, stop)
         if not key:
             raise ValueError(f"a key and a colon are expected at byte {begin}")
         name = json.loads(key[1])
@@ -58,22 +62,28 @@ def members(data: memoryview, start: int, end: int) -> dict[str, tuple[int, int]
 
 def end_of(data: memoryview, start: int) -> int:
     """Return the place after the array or object that opens at `start`."""
-    depth = 0
-    for mark in _BRACKETS.finditer(data, start):
-        kind = data[mark.start()]
-        if kind in _OPENING:
+    depth, place = 0, start
+    while mark := _BRACKETS.search(data, place):
+        kind, place = data[mark.start()], mark.end()
+        if kind == _QUOTE:
+            place = _string_end(data, mark)
+        elif kind in _OPENING:
             depth += 1
             if depth > _DEEPEST:
                 raise ValueError(f"more than {_DEEPEST} brackets lie within one another at byte {mark.start()}")
-        elif kind in _CLOSING:
+        else:
             depth -= 1
             if not depth:
-                return mark.end()
-        else:
-            _require_end(mark)
+                return place
     raise ValueError(f"what opens at byte {start} does not end")
 
 
-def _require_end(string: re.Match[bytes]) -> None:
-    if string.end() - string.start() == 1:
-        raise ValueError(f"the string at byte {string.start()} does not end")
+def _string_end(data: memoryview, string: re.Match[bytes]) -> int:
+    """Return the place after the string that `string` begins."""
+    part: re.Match[bytes] | None = string
+    while part and not part[1]:
+        if part.end() == len(data) or part.end() == part.start():
+            raise ValueError(f"the string at byte {string.start()} does not end")
+        part = _REST.match(data, part.end())
+    assert part is not None, "the rest of a string matches whatever follows"
+    return part.end()

@@ -17,6 +17,7 @@ import numpy as np
 from inbatch.data.index import HEADER, Arrays, arrays_made_once, made_once, spread
 
 _BLOCK_BYTES = 1 << 22
+_BLOCK_ROWS = 1 << 15
 _BLANK = b" \t\r\v\f\xef\xbb\xbf"  # white space, and a byte-order mark
 
 T = TypeVar("T")
@@ -268,18 +269,15 @@ class Lines(Rows[Any]):
         if rows.step != 1:
             yield from super().through(rows)
             return
-        starts, stops = (bounds[rows.start : rows.stop].tolist() for bounds in (self._starts, self._stops))
-        first = 0
-        while first < len(rows):
-            last = max(first + 1, int(np.searchsorted(stops, starts[first] + _BLOCK_BYTES, side="right")))
-            zero = starts[first]
-            block = self.content[zero : stops[last - 1]]
-            if self._parse is json_value and self._unit == "line":
-                for value in _json_lines(block):
-                    yield value
-                    first += 1
-            for place in range(first, last):
-                yield self._value(block[starts[place] - zero : stops[place] - zero], rows.start + place)
+        first = rows.start
+        while first < rows.stop:
+            zero = int(self._starts[first])
+            fitting = int(np.searchsorted(self._stops, zero + _BLOCK_BYTES, side="right"))
+            last = max(first + 1, min(fitting, first + _BLOCK_ROWS, rows.stop))
+            block = self.content[zero : int(self._stops[last - 1])]
+            starts, stops = ((bounds[first:last] - zero).tolist() for bounds in (self._starts, self._stops))
+            for row, start, stop in zip(range(first, last), starts, stops, strict=True):
+                yield self._value(block[start:stop], row)
             first = last
 
     def _place(self, index: int) -> str:
@@ -311,11 +309,8 @@ def line_bounds(content: Content) -> Arrays:
     del parts
     starts = np.empty_like(stops)
     starts[:1], starts[1:] = 0, stops[:-1] + 1
-    # Short lines are the only ones that can be blank, so only they are looked at one by one.
-    short = np.flatnonzero(stops - starts <= 8)
-    blank = [i for i in short.tolist() if not content[int(starts[i]) : int(stops[i])].strip(_BLANK)]
-    return (
-        {"starts": np.delete(starts, blank), "stops": np.delete(stops, blank)}
-        if blank
-        else {"starts": starts, "stops": stops}
-    )
+    # Short lines are the only ones that can be blank, so only they are looked at, one by one where they hold something.
+    kept = stops > starts
+    for i in np.flatnonzero(kept & (stops - starts <= 8)):
+        kept[i] = bool(content[int(starts[i]) : int(stops[i])].strip(_BLANK))
+    return {"starts": starts, "stops": stops} if kept.all() else {"starts": starts[kept], "stops": stops[kept]}

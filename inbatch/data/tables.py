@@ -25,8 +25,9 @@ _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 _SPLIT = re.compile(r"(?:^|[-._])(train|dev|development|valid|validation|val|test|eval)(?=[-._]|$)", re.IGNORECASE)
 _SAME_SPLIT = {"development": "dev", "valid": "dev", "validation": "dev", "val": "dev", "eval": "dev"}
 
+_MOST_COLUMNS = 10_000
 # The csv module's limit of 128 KiB a cell cuts real documents. A larger cell than this is a quote that is not closed.
-csv.field_size_limit(1 << 24)
+csv.field_size_limit(1 << 22)
 
 
 def open_table(source: Any, columns: Columns, split: str | None = "train", without: Sequence[Path] = ()) -> Rows[Any]:
@@ -269,6 +270,8 @@ def _delimited(path: Path, columns: Columns) -> Lines:
         return lines
     first, tabs = lines[0], suffix(path) == ".tsv"
     delimiter = "\t" if tabs else next((mark for mark in ",;\t" if mark in first), ",")
+    if (count := first.count(delimiter)) > _MOST_COLUMNS:
+        raise ValueError(f"{lines.where(0)} has {count + 1} cells: expected a header of at most {_MOST_COLUMNS}")
     try:
         names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
     except csv.Error as error:
@@ -309,7 +312,7 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
     """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines.through(range(len(lines))), delimiter=delimiter, strict=True)
     firsts, afters = array("q"), array("q")
     after = 0
     try:

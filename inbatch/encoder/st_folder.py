@@ -183,14 +183,14 @@ def read_layout(folder: Path, *, trust_remote_code: bool = False) -> Folder | No
     top = _settings(folder, "config_sentence_transformers.json")
     top.ignore("__version__")
     if (model_type := top.take("model_type", "text")) not in (None, "SentenceTransformer"):
-        raise ValueError(f"{folder}: model_type {model_type} is no bi-encoder of one vector a text")
+        raise ValueError(f"{folder}: model_type {model_type:.80} is no bi-encoder of one vector a text")
     top.require("requirements", {}, None)
     prompts = {name: text or "" for name, text in (top.take("prompts", "an object of texts") or {}).items()}
     default_prompt_name = top.take("default_prompt_name", "text")
     if default_prompt_name not in (None, "query", "document", *prompts):
         raise ValueError(
-            f"{folder / 'config_sentence_transformers.json'}: default_prompt_name {default_prompt_name!r} is none of "
-            f"its prompts {sorted(prompts)}"
+            f"{folder / 'config_sentence_transformers.json'}: default_prompt_name {default_prompt_name!r:.80} is none "
+            f"of its prompts {sorted(prompts)!s:.300}"
         )
     similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
     truncate_dim = top.take("truncate_dim", "a positive integer")
@@ -229,27 +229,31 @@ def _read_modules(folder: Path, trust_remote_code: bool) -> tuple[list[str], lis
         raise ValueError(f"{path} is no list of modules: expected objects, each with a type and a path")
     for module in modules:
         if module["path"].startswith("/") or ".." in Path(module["path"]).parts:
-            raise ValueError(f"{path}: the path {module['path']!r} leads out of the model's folder")
+            raise ValueError(f"{path}: the path {module['path']!r:.200} leads out of the model's folder")
         file_within(folder, module["path"])
         if not module["type"].startswith("sentence_transformers."):
             if trust_remote_code:
-                raise UnsupportedError(f"{folder}: module {module['type']}, which is custom code, is not supported")
+                raise UnsupportedError(
+                    f"{folder}: module {module['type']:.200}, which is custom code, is not supported"
+                )
             raise ValueError(
-                f"{folder}: module {module['type']} is custom code, which is not run: read it, and pass "
+                f"{folder}: module {module['type']:.200} is custom code, which is not run: read it, and pass "
                 "trust_remote_code=True (model.trust_remote_code) if you trust it"
             )
     for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind not in ("Transformer", "Pooling", "Normalize"):
-            where = f" (folder {module['path']!r})" if module["path"] else ""
-            raise UnsupportedError(f"{folder}: module {module['type']}{where} is not supported")
+            where = f" (folder {module['path']!r:.200})" if module["path"] else ""
+            raise UnsupportedError(f"{folder}: module {module['type']:.200}{where} is not supported")
         settings = _Settings(path, module)
         settings.take("kwargs", "text or a list of texts")  # names of arguments that none of the three has
         settings.ignore("idx", "name", "path", "type")
         settings.done()
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise UnsupportedError(f"{folder}: modules {kinds} (expected {_SUPPORTED}, in this order) are not supported")
+        raise UnsupportedError(
+            f"{folder}: modules {kinds!s:.200} (expected {_SUPPORTED}, in this order) are not supported"
+        )
     names = [module.get("name") for module in modules]
     if any(names.count(name) > 1 for name in names):
         raise ValueError(f"{path}: two modules have the name {_short(names[1])}; give each its own")

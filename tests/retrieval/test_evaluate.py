@@ -10,7 +10,10 @@ from pathlib import Path
 
 import ir_measures
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import pytrec_eval
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -21,6 +24,7 @@ from inbatch.retrieval import metrics
 from inbatch.retrieval.embed import EmbedOptions, embed
 from inbatch.retrieval.encode_file import encode_to_file
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate, retrieve
+from tests.data_files import write_jsonl
 from tests.helpers import REPOSITORY, device
 
 
@@ -416,6 +420,64 @@ def _evaluate_arguments(rank, options):
     with pytest.warns(UserWarning, match="left out") if not options and rank == 0 else nullcontext() as caught:
         figures = evaluate(model, arguments_data(), RetrieveOptions(query_prefix="", **options))
     return figures, [str(warning.message) for warning in caught or []]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("identical", [True, False])
+def test_a_folder_as_mteb_publishes_it_has_beir_s_figures(tmp_path, kind, identical):
+    """Graded scores as 1.0 and a judged document that is in no corpus; `identical`: ArguAna, else queries of their own.
+
+    BEIR gives pytrec_eval the best documents of each query without the one that has the query's id.
+    """
+    texts = some_texts(40, 5)
+    corpus = [{"_id": f"d{n}", "title": f"T{n}" if n % 3 else "", "text": text} for n, text in enumerate(texts)]
+    queries = [
+        {"_id": f"d{n}" if identical else f"q{n}", "text": f"{corpus[n]['title']} {texts[n]}".strip()}
+        for n in range(0, 40, 4)
+    ]
+    judged = {q["_id"]: {f"d{n + 1}": 2, f"d{(n + 7) % 40}": 1} for n, q in zip(range(0, 40, 4), queries, strict=True)}
+    judged[queries[0]["_id"]]["gone"] = 1
+    rows = [
+        {"query-id": query_id, "corpus-id": doc_id, "score": float(score)}
+        for query_id, of_query in judged.items()
+        for doc_id, score in of_query.items()
+    ]
+    for name, table in (("corpus", corpus), ("queries", queries), ("qrels/test", rows)):
+        if kind == "jsonl":
+            write_jsonl(tmp_path / f"{name}.jsonl", table)
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+    model = LetterEncoder()
+    with pytest.warns(UserWarning, match=r"1 of 21 judged documents are not in|have the id of a document"):
+        figures = evaluate(model, load_retrieval(tmp_path), measures=["nDCG@10", "R@10", "RR@10", "AP@10"])
+    documents = nn.functional.normalize(
+        one_by_one(model, [f"{d['title']} {d['text']}".strip() for d in corpus]).double(), dim=1
+    )
+    asked = nn.functional.normalize(one_by_one(model, ["q" + q["text"] for q in queries]).double(), dim=1)
+    scores = asked @ documents.T
+    run = {
+        q["_id"]: {d["_id"]: float(x) for d, x in zip(corpus, row, strict=True) if d["_id"] != q["_id"]}
+        for q, row in zip(queries, scores, strict=True)
+    }
+    names = {"nDCG@10": "ndcg_cut_10", "R@10": "recall_10", "AP@10": "map_cut_10"}
+    theirs = pytrec_eval.RelevanceEvaluator(judged, set(names.values())).evaluate(run)
+    for name, known_as in names.items():
+        assert figures[name] == pytest.approx(sum(found[known_as] for found in theirs.values()) / len(judged), abs=1e-9)
+    assert 0 < figures["nDCG@10"] < 1
+
+
+def test_where_each_query_is_the_nearest_to_itself_beir_says_one(tmp_path):
+    texts = ["aaaa", "aaab", "cccc", "cccd"]
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": f"{n}", "title": "", "text": t} for n, t in enumerate(texts)])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "0", "text": texts[0]}, {"_id": "2", "text": texts[2]}])
+    rows = [{"query-id": str(n), "corpus-id": str(n + 1), "score": 1.0} for n in (0, 2)]
+    write_jsonl(tmp_path / "qrels" / "test.jsonl", rows)
+    model, data = LetterEncoder(), load_retrieval(tmp_path)
+    with pytest.warns(UserWarning, match="2 of 2 queries have the id of a document, which is left out"):
+        assert evaluate(model, data, RetrieveOptions(query_prefix=""))["nDCG@10"] == 1.0
+    kept = evaluate(model, data, RetrieveOptions(query_prefix="", keep_identical_ids=True))
+    assert kept["nDCG@10"] == pytest.approx(1 / math.log2(3))  # 0.63
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
