@@ -212,6 +212,11 @@ def build_parser() -> argparse.ArgumentParser:
     mine.add_argument(
         "--sampling", choices=("top", "random"), default="top", help="of the candidates that pass (default: top)"
     )
+    mine.add_argument(
+        "--teacher", metavar="MODEL",
+        help="scores positives and candidates anew: an encoder, or a CrossEncoder of sentence-transformers",
+    )  # fmt: skip
+    mine.add_argument("--kept", metavar="FOLDER", help="where the documents' embeddings stay for later runs")
     mine.set_defaults(function=_mine)
 
     audit = commands.add_parser(
@@ -395,9 +400,28 @@ def _mine(known: argparse.Namespace) -> None:
         data = collectives.together(lambda: open_mining_set(known.source, known.split))
         model, query_model = _open_towers(known.model, device)
         retrieve = _retrieving(known, device)
-        report = mine(model, data, known.output, options, retrieve, query_model=query_model, format=known.format)
+        teacher = None if known.teacher is None else _open_teacher(known.teacher, device)
+        report = mine(
+            model, data, known.output, options, retrieve,
+            query_model=query_model, teacher=teacher, kept=known.kept, format=known.format,
+        )  # fmt: skip
         if collectives.rank() == 0:
             print(f"{known.output}: {json.dumps(report['counts'])}")
+
+
+def _open_teacher(name: str, device: "torch.device") -> Any:
+    """Return a CrossEncoder where the folder holds a classifier of pairs, else an encoder."""
+    from inbatch import collectives
+    from inbatch.encoder.loading import local_folder
+
+    config = collectives.together(lambda: local_folder(name)) / "config.json"
+    if not config.is_file() or "ForSequenceClassification" not in config.read_text(encoding="utf-8"):
+        return _open_model(name, device)
+    try:
+        from sentence_transformers import CrossEncoder
+    except ImportError:
+        raise ValueError(f"--teacher {name} scores pairs: install sentence-transformers, which opens it") from None
+    return collectives.together(lambda: CrossEncoder(name, device=str(device)))
 
 
 def _encode(known: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from inbatch import collectives
 from inbatch.data.files import replacing
 from inbatch.data.records import RetrievalData
 from inbatch.retrieval.embed import EmbedOptions, embed, share, unwrap
+from inbatch.retrieval.kept import embed_kept
 from inbatch.retrieval.metrics import (
     DEFAULT_MEASURES,
     TOP_K,
@@ -151,34 +152,54 @@ def embed_both(
     group=None,
 ) -> tuple[str, Tensor, Tensor]:
     """Return the similarity to search by, all queries [Q, D] on the device, and this rank's share of the documents."""
-    module = unwrap(model)
-    query_module = module if query_model is None else unwrap(query_model)
-    bars = options.embedding.progress is not None and collectives.rank(group) == 0
+    query_model = model if query_model is None else query_model
+    similarity = collectives.together(lambda: similarity_of(model, options), group)
+    every_query = embed_queries(query_model, queries, options, group=group)
+    return similarity, every_query, embed_documents(model, documents, options, group=group)
 
-    def embed_share(what: str, texts: Sequence[str], encoder, prefix: str | None, **changes) -> Tensor:
-        prefix = encoder.prompts.get(what, "") if prefix is None else prefix
-        if changes["max_length"] is None:
-            changes["max_length"] = getattr(encoder, f"{what}_length", None)
-        how = replace(options.embedding, prefix=prefix, progress=what if bars else None, **changes)
-        return embed(encoder, texts, how, rows=share(len(texts), group))
 
-    def both() -> tuple[str, Tensor, Tensor]:
-        similarity = module.similarity if options.similarity is None else options.similarity
-        if similarity not in SIMILARITIES:
-            raise ValueError(
-                f"the model was saved with similarity {similarity!r}; expected one of {', '.join(SIMILARITIES)}: say "
-                "which to search by"
-            )
-        lengths = options.query_max_len, options.passage_max_len
-        query_rows = embed_share(
-            "query", queries, query_module, options.query_prefix, max_length=lengths[0], dtype=torch.float32
+def similarity_of(model: nn.Module, options: RetrieveOptions) -> str:
+    """Return how vectors are compared; ValueError for a model that was saved with another way than these."""
+    similarity = unwrap(model).similarity if options.similarity is None else options.similarity
+    if similarity not in SIMILARITIES:
+        raise ValueError(
+            f"the model was saved with similarity {similarity!r}; expected one of {', '.join(SIMILARITIES)}: say "
+            "which to search by"
         )
-        rows = embed_share("document", documents, module, options.passage_prefix, max_length=lengths[1])
-        return similarity, query_rows.to(next(module.parameters()).device), rows
+    return similarity
 
-    similarity, query_rows, rows = collectives.together(both, group)
-    agreed = collectives.agree("the embeddings of the queries", {"queries": query_rows}, group=group)
-    return similarity, collectives.all_gather(query_rows, group, rows=agreed["queries"]), rows
+
+def embed_queries(model: nn.Module, queries: Sequence[str], options: RetrieveOptions, *, group=None) -> Tensor:
+    """Return the embeddings [Q, D] of all queries, which the ranks share out, on the model's device."""
+    how = replace(_embedding(model, "query", options, group), dtype=torch.float32)
+    rows = collectives.together(lambda: embed(model, queries, how, rows=share(len(queries), group)), group)
+    rows = rows.to(next(model.parameters()).device)
+    agreed = collectives.agree("the embeddings of the queries", {"queries": rows}, group=group)
+    return collectives.all_gather(rows, group, rows=agreed["queries"])
+
+
+def embed_documents(
+    model: nn.Module, documents: Sequence[str], options: RetrieveOptions, *, kept: Path | None = None, group=None
+) -> Tensor:
+    """Return the embeddings of this rank's share of the documents, in host memory; kept: a folder that has them."""
+    how, rows = _embedding(model, "document", options, group), share(len(documents), group)
+    if kept is not None:
+        return embed_kept(model, documents, how, kept, rows=rows, group=group)
+    return collectives.together(lambda: embed(model, documents, how, rows=rows), group)
+
+
+def _embedding(model: nn.Module, what: str, options: RetrieveOptions, group) -> EmbedOptions:
+    """Return how queries, or documents, are embedded: as asked, else as the model says."""
+    module, of_query = unwrap(model), what == "query"
+    prefix = options.query_prefix if of_query else options.passage_prefix
+    max_length = options.query_max_len if of_query else options.passage_max_len
+    shown = options.embedding.progress is not None and collectives.rank(group) == 0
+    return replace(
+        options.embedding,
+        prefix=module.prompts.get(what, "") if prefix is None else prefix,
+        max_length=getattr(module, f"{what}_length", None) if max_length is None else max_length,
+        progress=what if shown else None,
+    )
 
 
 def _own_documents(data: RetrievalData, *, first: bool) -> Tensor:

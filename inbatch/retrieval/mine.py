@@ -7,7 +7,7 @@ positives, texts equal to one, the query itself and blank texts are left out bef
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from torch import Tensor, nn
 
 from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
-from inbatch.data.files import naming, partial, publish, remove, write_json
+from inbatch.data.files import naming, partial, publish, remove, sync, write_json
 from inbatch.data.identity import normalised
 from inbatch.ids import stable_id
-from inbatch.retrieval.evaluate import RetrieveOptions, embed_both
+from inbatch.retrieval.embed import share
+from inbatch.retrieval.evaluate import RetrieveOptions, embed_documents, embed_queries, similarity_of
+from inbatch.retrieval.kept import model_digest, text_digest
 from inbatch.retrieval.search import pair_scores, top_k
 
 FORMATS = ("lists", "triplets")
 _QUERIES = 4096  # searched at a time: bounds memory
+_PAIRS = 1 << 16  # scored at a time
 _EXAMPLES = 20  # shown in the report
 
 
@@ -138,6 +141,10 @@ def _distinct(texts: Sequence[str]) -> tuple[list[int], dict[int, int], Sequence
     return rows, keys, _Chosen(texts, first)
 
 
+Scores = Callable[[range, Tensor], Tensor]  # (queries' rows, pairs [P, 2]) -> [P] on the CPU, the same on every rank
+Found = tuple[range, Tensor, Tensor, list[list[float]]]
+
+
 def search_negatives(
     queries: Tensor,
     documents: Tensor,
@@ -146,26 +153,80 @@ def search_negatives(
     *,
     similarity: str = "cosine",
     group=None,
-) -> Iterator[tuple[range, Tensor, Tensor, list[list[float]]]]:
+) -> Iterator[Found]:
     """Yield (queries' rows, scores [q, depth], documents' rows [q, depth], positives' scores), some queries at a time.
 
     queries: [Q, D], the same on every rank. documents: [N, D], this rank's share, in rank order. Every rank gets the
     same. A query with fewer candidates ends in (-inf, -1).
     """
-    counts = collectives.agree("the documents", {"documents": documents[:, :0].to(queries.device)}, group=group)
-    offset = sum(counts["documents"][: collectives.rank(group)])
     for start in range(0, len(queries), _QUERIES):
         rows = range(start, min(len(queries), start + _QUERIES))
-        some = queries[start : rows.stop]
-        known = _pairs(data.positives, rows)
-        exclude = torch.cat([known, _pairs(data.same, rows)])
-        found = top_k(some, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
-        here = ((known[:, 1] >= offset) & (known[:, 1] < offset + len(documents))).nonzero().squeeze(1)
-        scores = torch.zeros(len(known), device=queries.device)
-        local = known[here] - torch.tensor([0, offset])
-        scores[here.to(scores.device)] = pair_scores(some, documents, local, similarity=similarity)
-        flat = iter(collectives.all_reduce(scores, group=group).tolist())
-        yield rows, found[0].cpu(), found[1].cpu(), [[next(flat) for _ in data.positives[row]] for row in rows]
+        yield _search(rows, queries[start : rows.stop], documents, data, depth, similarity=similarity, group=group)
+
+
+def _search(
+    rows: range, queries: Tensor, documents: Tensor, data: MiningSet, depth: int, *,
+    similarity: str, scores: Scores | None = None, group=None,
+) -> Found:  # fmt: skip
+    """Search for one block of queries; scores: what scores positives and candidates instead of these embeddings."""
+    known = _pairs(data.positives, rows)
+    exclude, offset = torch.cat([known, _pairs(data.same, rows)]), _offset(documents, queries.device, group)
+    found = top_k(queries, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
+    best, indices = found[0].cpu(), found[1].cpu()
+    if scores is None:
+        of_known = _scored(queries, documents, known, offset, similarity, group)
+    else:
+        places = (indices >= 0).nonzero()
+        candidates = torch.stack([places[:, 0], indices[places[:, 0], places[:, 1]]], dim=1)
+        of_known, of_candidates = scores(rows, torch.cat([known, candidates])).split([len(known), len(candidates)])
+        best = torch.full_like(best, -torch.inf)
+        best[places[:, 0], places[:, 1]] = of_candidates
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        indices = indices.gather(1, order)
+    flat = iter(of_known.tolist())
+    return rows, best, indices, [[next(flat) for _ in data.positives[row]] for row in rows]
+
+
+def _offset(documents: Tensor, device: torch.device, group) -> int:
+    counts = collectives.agree("the documents", {"documents": documents[:, :0].to(device)}, group=group)
+    return sum(counts["documents"][: collectives.rank(group)])
+
+
+def _scored(queries: Tensor, documents: Tensor, pairs: Tensor, offset: int, similarity: str, group) -> Tensor:
+    """Return the scores [P] of pairs [P, 2] (row of a query, document), each from the rank that has the document."""
+    here = ((pairs[:, 1] >= offset) & (pairs[:, 1] < offset + len(documents))).nonzero().squeeze(1)
+    scores = torch.zeros(len(pairs), device=queries.device)
+    local = pairs[here] - torch.tensor([0, offset])
+    for some, place in zip(local.split(_PAIRS), here.split(_PAIRS), strict=True):
+        scores[place.to(scores.device)] = pair_scores(queries, documents, some, similarity=similarity)
+    return collectives.all_reduce(scores, group=group).cpu()
+
+
+def _scores_of(
+    teacher: Any, data: MiningSet, retrieve: RetrieveOptions, device: torch.device, *, kept: Path | None, group
+) -> Scores:
+    """Return what scores pairs as a teacher does: a bi-encoder, or whatever has sentence-transformers' `predict`."""
+    if not hasattr(teacher, "predict"):
+        usual = RetrieveOptions(embedding=retrieve.embedding)  # prefixes and lengths are the teacher's
+        similarity = collectives.together(lambda: similarity_of(teacher, usual), group)
+        documents = embed_documents(teacher, data.documents, usual, kept=kept, group=group)
+        offset = _offset(documents, device, group)
+
+        def score(rows: range, pairs: Tensor) -> Tensor:
+            queries = embed_queries(teacher, data.queries[rows.start : rows.stop], usual, group=group)
+            return _scored(queries, documents, pairs, offset, similarity, group)
+
+        return score
+
+    def predict(rows: range, pairs: Tensor) -> Tensor:
+        mine = share(len(pairs), group)
+        texts = [(data.queries[rows[q]], data.documents[d]) for q, d in pairs[mine.start : mine.stop].tolist()]
+        scores = torch.zeros(len(pairs))
+        given = collectives.together(lambda: teacher.predict(texts, show_progress_bar=False) if texts else [], group)
+        scores[mine.start : mine.stop] = torch.as_tensor(given, dtype=torch.float32).reshape(len(mine))
+        return collectives.all_reduce(scores.to(device), group=group).cpu()
+
+    return predict
 
 
 def _pairs(rows_of: Sequence[Sequence[int]], queries: range) -> Tensor:
@@ -175,12 +236,21 @@ def _pairs(rows_of: Sequence[Sequence[int]], queries: range) -> Tensor:
 
 @dataclass(kw_only=True)
 class _Report:
-    """What became of the candidates."""
+    """What became of the candidates. Scores, of which there are many, are counted in two digits."""
 
     counts: Counter = field(default_factory=Counter)
-    positive_scores: list[float] = field(default_factory=list)
-    negative_scores: list[float] = field(default_factory=list)
+    positive_scores: Counter = field(default_factory=Counter)
+    negative_scores: Counter = field(default_factory=Counter)
     examples: list[dict] = field(default_factory=list)
+
+    @staticmethod
+    def read(saved: dict[str, Any]) -> "_Report":
+        """Return the report of which `saved` is what JSON kept."""
+        return _Report(**{name: value if name == "examples" else Counter(value) for name, value in saved.items()})
+
+
+def _rounded(scores: Sequence[float]) -> list[str]:
+    return [f"{score:.2g}" for score in scores]
 
 
 def choose(
@@ -220,6 +290,8 @@ def mine(
     retrieve: RetrieveOptions | None = None,
     *,
     query_model: nn.Module | None = None,
+    teacher: Any = None,
+    kept: str | os.PathLike | None = None,
     format: str = "lists",
     group=None,
 ) -> dict[str, Any]:
@@ -229,45 +301,108 @@ def mine(
     of its positives with anchor, positive, negative_1, ... A query with fewer candidates than num_negatives gets
     fewer; the report says how many queries do. Beside it, output + ".report.json" and ".report.png" (scores).
 
-    model, query_model: as `retrieve`, which names prefixes, lengths, similarity and batches. Memory: a share of the
-    documents' embeddings a rank, all the queries', and 4096 queries' candidates. The records do not depend on the
-    number of ranks, but for rounding in the encoder. Raises ValueError on every rank for what cannot be used.
+    model, query_model: as `retrieve`, which names prefixes, lengths, similarity and batches. teacher: a BiEncoderModel
+    or sentence-transformers CrossEncoder that scores the best range_max and the positives anew, by which they are
+    ranked and filtered. kept: a folder where the documents' embeddings stay, for later runs with the same weights,
+    texts and settings. A run that was killed is gone on with where the same call is made again.
+
+    Memory: a share of the documents' embeddings a rank, and 4096 queries with their candidates. The records do not
+    depend on the number of ranks, but for rounding in the encoder. Raises ValueError on every rank for what cannot be
+    used.
     """
     options, retrieve, output = options or MineOptions(), retrieve or RetrieveOptions(), Path(output)
     if format not in FORMATS or output.suffix != ".jsonl":
         raise ValueError(f"output {output.name!r} in format {format!r}; expected a .jsonl, in {' or '.join(FORMATS)}")
-    similarity, queries, documents = embed_both(
-        model, data.queries, data.documents, retrieve, query_model=query_model, group=group
-    )
-    report, first = _Report(), collectives.rank(group) == 0
-    searched = search_negatives(queries, documents, data, options.range_max, similarity=similarity, group=group)
+    if retrieve.top_k != RetrieveOptions.top_k or retrieve.keep_identical_ids:
+        raise ValueError(
+            "mine takes range_max of MineOptions for top_k, and a query's own document is never a negative: leave out "
+            "top_k and keep_identical_ids of RetrieveOptions"
+        )
+    query_model, folder = model if query_model is None else query_model, None if kept is None else Path(kept)
+    device, first = next(model.parameters()).device, collectives.rank(group) == 0
+    similarity = collectives.together(lambda: similarity_of(model, retrieve), group)
 
-    def write(rows: range, scores: Tensor, indices: Tensor, positive_scores: list[list[float]]) -> None:
-        with naming(output), partial(output).open("a", encoding="utf-8") as file:
+    def begin() -> int:
+        models = [one for one in (model, query_model, teacher) if one is not None]
+        digests = [model_digest(one) if isinstance(one, nn.Module) else repr(one) for one in models]
+        texts = [text_digest(data.queries), text_digest(data.documents), text_digest(map(str, data.positives))]
+        facts = {**asdict(options), **_described(retrieve), "similarity": similarity, "format": format}
+        return written.begin({**facts, "models": digests, "texts": texts})
+
+    written = _Records(output, data, options, format)
+    try:
+        done = collectives.broadcast_object(collectives.together(lambda: begin() if first else 0, group), group=group)
+        documents = embed_documents(model, data.documents, retrieve, kept=folder, group=group)
+        scores = None if teacher is None else _scores_of(teacher, data, retrieve, device, kept=folder, group=group)
+        for start in range(done, len(data.queries), _QUERIES):
+            rows = range(start, min(len(data.queries), start + _QUERIES))
+            queries = embed_queries(query_model, data.queries[start : rows.stop], retrieve, group=group)
+            found = _search(
+                rows, queries, documents, data, options.range_max, similarity=similarity, scores=scores, group=group
+            )
+            collectives.together(lambda found=found: written.add(*found) if first else None, group)
+        report = collectives.together(
+            lambda: written.finish({"similarity": similarity, **asdict(options)}) if first else {}, group
+        )
+    except Exception:
+        if first and not written.state.exists():  # else the same call goes on from there
+            written.forget()
+        raise
+    return collectives.broadcast_object(report, group=group)
+
+
+def _described(retrieve: RetrieveOptions) -> dict[str, Any]:
+    described = {name: str(value) for name, value in asdict(retrieve).items() if name != "embedding"}
+    return described | {"precision": retrieve.embedding.precision, "dtype": str(retrieve.embedding.dtype)}
+
+
+class _Records:
+    """The output under its hidden name, and beside it what it was made for and how far: what a killed run leaves."""
+
+    def __init__(self, output: Path, data: MiningSet, options: MineOptions, format: str):
+        self._output, self._data, self._options, self._format = output, data, options, format
+        self.state = output.with_name(f".{output.name}.state.json")
+        self._made_for: dict[str, Any] = {}
+        self._report = _Report()
+
+    def begin(self, made_for: dict[str, Any]) -> int:
+        """Return how many queries are done, of a run that was made for the same; what another one left goes."""
+        self._made_for = json.loads(json.dumps(made_for))
+        with naming(self._output):
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            state = json.loads(self.state.read_text()) if self.state.exists() else {}
+            if state.get("made for") != self._made_for or not partial(self._output).exists():
+                self.forget()
+                return 0
+            os.truncate(partial(self._output), state["bytes"])
+        self._report = _Report.read(state["report"])
+        return state["queries"]
+
+    def add(self, rows: range, scores: Tensor, indices: Tensor, positive_scores: list[list[float]]) -> None:
+        """Write the records of some queries, then how far this is."""
+        with naming(self._output), partial(self._output).open("a", encoding="utf-8") as file:
             for place, row in enumerate(rows):
                 some = indices[place][indices[place] >= 0].tolist()
                 record = _record(
-                    row, data, some, scores[place].tolist()[: len(some)], positive_scores[place], options, report
-                )
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(record, format))
+                    row, self._data, some, scores[place].tolist()[: len(some)], positive_scores[place],
+                    self._options, self._report,
+                )  # fmt: skip
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(record, self._format))
+        sync(partial(self._output))
+        size = partial(self._output).stat().st_size
+        state = {"made for": self._made_for, "queries": rows.stop, "bytes": size, "report": vars(self._report)}
+        write_json(self.state, state)
 
-    def begin() -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial(output))
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Give the output its name; write the report and return it."""
+        publish(self._output)
+        remove(self.state)
+        return _write_report(self._output, self._report, {"documents": len(self._data.documents), **facts})
 
-    try:
-        collectives.together(lambda: begin() if first else None, group)
-        for found in searched:
-            collectives.together(lambda found=found: write(*found) if first else None, group)
-        collectives.together(lambda: publish(output) if first else None, group)
-    except BaseException:
-        if first:
-            remove(partial(output))
-        raise
-    facts = {"similarity": similarity, "documents": len(data.documents), **asdict(options)}
-    return collectives.broadcast_object(
-        collectives.together(lambda: _write_report(output, report, facts) if first else None, group), group=group
-    )  # pyright: ignore[reportReturnType]
+    def forget(self) -> None:
+        """Remove what is not complete."""
+        remove(partial(self._output))
+        remove(self.state)
 
 
 def _record(
@@ -287,8 +422,8 @@ def _record(
         "pos_scores": positive_scores,
         "neg_scores": [scores[place] for place in places],
     }
-    report.positive_scores += record["pos_scores"]
-    report.negative_scores += record["neg_scores"]
+    report.positive_scores.update(_rounded(record["pos_scores"]))
+    report.negative_scores.update(_rounded(record["neg_scores"]))
     if len(report.examples) < _EXAMPLES:
         report.examples.append(record)
     return record
@@ -310,8 +445,9 @@ def _write_report(output: Path, report: _Report, facts: dict[str, Any]) -> dict[
     everything = {**facts, "counts": dict(report.counts)}
     write_json(output.with_name(f"{output.name}.report.json"), {**everything, "examples": report.examples})
     axes = (figure := Figure(figsize=(7, 4))).add_subplot(xlabel="score", ylabel="pairs", title=output.name)
-    for name, values in scores.items():
-        axes.hist(values, bins=60, alpha=0.6, label=f"{name} ({len(values)})")
+    for name, counts in scores.items():
+        values = [float(score) for score in counts]
+        axes.hist(values, bins=60, weights=list(counts.values()), alpha=0.6, label=f"{name} ({counts.total()})")
     axes.legend()
     figure.savefig(output.with_name(f"{output.name}.report.png"), dpi=120)
     return everything

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from inbatch.data import open_examples
-from inbatch.retrieval.evaluate import RetrieveOptions
+from inbatch.retrieval.evaluate import RetrieveOptions, embed_queries
 from inbatch.retrieval.mine import MineOptions, MiningSet, choose, mine, open_mining_set, search_negatives
 from tests.data_files import write_beir, write_jsonl
 from tests.helpers import device
@@ -215,3 +215,103 @@ def test_wrong_output_and_a_model_that_fails_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="hold NaN or infinity"):
         mine(model, data, tmp_path / "out" / "a.jsonl")
     assert not list((tmp_path / "out").iterdir())
+
+
+class Pairs:
+    """Scores a pair by the letters that both texts have, as a cross-encoder might."""
+
+    def predict(self, pairs, show_progress_bar):
+        return [len(set(query) & set(document)) / 10 for query, document in pairs]
+
+
+def _mine_with(rank, folder, output, teacher, kept):
+    data = open_mining_set(folder, "train")
+    options = MineOptions(num_negatives=4, range_max=6)
+    return mine(LetterEncoder().to(device()), data, output, options, teacher=teacher, kept=kept)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_teacher_ranks_the_best_candidates_anew(pool, tmp_path, world_size):
+    folder, _ = beir_set(tmp_path)
+    other = LetterEncoder()
+    other.letters.weight.data.neg_().square_()
+    written = {}
+    for name, teacher in (("none", None), ("pairs", Pairs()), ("other", other.to(device())), ("same", LetterEncoder())):
+        pool.run(_mine_with, world_size, folder, tmp_path / f"{name}.jsonl", teacher, tmp_path / "kept")
+        written[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert written["same"] == written["none"]
+    for plain, pairs in zip(written["none"], written["pairs"], strict=True):
+        scores = Pairs().predict([(pairs["query"], text) for text in pairs["neg"]], False)
+        assert pairs["neg_scores"] == pytest.approx(scores)
+        assert scores == sorted(scores, reverse=True)
+        assert pairs["pos_scores"] == pytest.approx(Pairs().predict([(pairs["query"], t) for t in pairs["pos"]], False))
+        assert plain["pos"] == pairs["pos"]
+    assert written["other"] != written["none"]
+    for record in written["other"]:
+        truth = nn.functional.cosine_similarity(
+            one_by_one(other.cpu(), [record["query"]], "q"), one_by_one(other, record["neg"])
+        )
+        assert record["neg_scores"] == pytest.approx(truth.tolist(), abs=1e-5)
+
+
+def test_kept_embeddings_are_found_again_and_completed(tmp_path):
+    folder, _ = beir_set(tmp_path)
+    model, data = LetterEncoder(), open_mining_set(folder, "train")
+
+    def texts_seen(model) -> int:
+        model.seen.clear()
+        mine(model, data, tmp_path / "mined.jsonl", kept=tmp_path / "kept")
+        return sum(rows for rows, _ in model.seen)
+
+    everything, records = texts_seen(model), (tmp_path / "mined.jsonl").read_text()
+    assert everything == len(data.queries) + len(data.documents)
+    assert texts_seen(model) == len(data.queries)
+    rows = next((tmp_path / "kept").glob("*.rows"))
+    done = bytearray(rows.read_bytes())
+    done[3:7], done[20] = b"\0" * 4, 0  # as a killed run leaves it
+    rows.write_bytes(done)
+    assert texts_seen(model) == len(data.queries) + 5
+    assert (tmp_path / "mined.jsonl").read_text() == records
+    model.letters.weight.data += 1
+    assert texts_seen(model) == everything
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_killed_run_goes_on_where_the_same_call_is_made(tmp_path, monkeypatch, same):
+    folder, _ = beir_set(tmp_path)
+    data = open_mining_set(folder, "train")
+    monkeypatch.setattr("inbatch.retrieval.mine._QUERIES", 1)
+    expected = mine(LetterEncoder(), data, tmp_path / "whole.jsonl", MineOptions(num_negatives=4))
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+
+    def dying(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Killed
+        return embed_queries(*arguments, **options)
+
+    monkeypatch.setattr("inbatch.retrieval.mine.embed_queries", dying)
+    model = LetterEncoder()
+    with pytest.raises(Killed):
+        mine(model, data, tmp_path / "mined.jsonl", MineOptions(num_negatives=4))
+    assert not (tmp_path / "mined.jsonl").exists()
+    if not same:
+        model.letters.weight.data[0, 0] += 1
+    calls = 10
+    report = mine(model, data, tmp_path / "mined.jsonl", MineOptions(num_negatives=4))
+    assert calls == (11 if same else 12), "queries that were done are not searched again"
+    assert (tmp_path / "mined.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert report == expected
+    assert not list(tmp_path.glob(".mined*"))
+
+
+def test_options_of_retrieval_that_mean_nothing_here_are_refused(tmp_path):
+    folder, _ = beir_set(tmp_path)
+    for options in (RetrieveOptions(top_k=7), RetrieveOptions(keep_identical_ids=True)):
+        with pytest.raises(ValueError, match="leave out top_k and keep_identical_ids"):
+            mine(LetterEncoder(), open_mining_set(folder), tmp_path / "a.jsonl", retrieve=options)

@@ -1,0 +1,97 @@
+"""Embeddings kept in a folder, under a name made of the weights, the settings and the texts.
+
+`NAME.embeddings` holds a row for each text, `NAME.rows` a byte for each, 1 once its row is on disk. Ranks fill them
+together; what a killed run left is gone on with, by any number of ranks.
+
+Shapes: n texts, D dimension.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inbatch import collectives
+from inbatch.data.files import naming, sync
+from inbatch.data.token_cache import tokenizer_digest
+from inbatch.retrieval.embed import EmbedOptions, embed_windows, unwrap
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest of an encoder: its weights, its tokenizer, its settings, and the library that runs it."""
+    module, digest = unwrap(model), hashlib.blake2b(digest_size=16)
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    settings.pop("training", None)
+    configuration = getattr(getattr(module, "backbone", None), "config", "")
+    digest.update(f"{sorted(settings.items())} {configuration} {version('transformers')} {type(module)}".encode())
+    if (tokenizer := getattr(module, "tokenizer", None)) is not None:
+        digest.update(tokenizer_digest(tokenizer).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """Return a digest of texts and their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
+def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path, *, rows: range, group=None) -> Tensor:
+    """Return the embeddings [n, D] of texts[rows], this rank's share, mapped from the folder; made where not there.
+
+    Every rank calls it, with shares that follow one another. Raises OSError, on every rank, where the folder cannot be
+    written or is full.
+    """
+    module, dtype = unwrap(model), options.dtype
+    settings = {name: str(value) for name, value in asdict(options).items() if name not in ("progress", "batch_tokens")}
+
+    def name() -> str:
+        key = f"{model_digest(module)} {settings} {text_digest(texts)}"
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+    def create(paths: tuple[Path, Path]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, row_bytes in zip(paths, (width, 1), strict=True):
+            with naming(path), path.open("ab") as file:
+                file.truncate(len(texts) * row_bytes)
+
+    def fill(paths: tuple[Path, Path]) -> None:
+        # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
+        with naming(paths[0]), paths[0].open("r+b") as file, paths[1].open("r+b") as done:
+            for missing in _missing(np.fromfile(paths[1], np.uint8)[rows.start : rows.stop], rows.start):
+                for start, window in embed_windows(module, texts, missing, options):
+                    file.seek((missing.start + start) * width)
+                    file.write(window.to("cpu", dtype).view(torch.uint8).numpy().data)
+                    file.flush()
+                    sync(paths[0])  # before it counts
+                    done.seek(missing.start + start)
+                    done.write(b"\x01" * len(window))
+                    done.flush()
+
+    first, width = collectives.rank(group) == 0, module.embedding_dim * dtype.itemsize
+    found = collectives.broadcast_object(collectives.together(lambda: name() if first else "", group), group=group)
+    paths = folder / f"{found}.embeddings", folder / f"{found}.rows"
+    collectives.together(lambda: create(paths) if first else None, group)
+    collectives.together(lambda: fill(paths), group)
+    if not len(rows):
+        return torch.empty(0, module.embedding_dim, dtype=dtype)
+    shape = len(rows), width
+    mapped = np.memmap(paths[0], np.uint8, mode="c", offset=rows.start * width, shape=shape)  # a copy where written
+    return torch.from_numpy(mapped).view(dtype)
+
+
+def _missing(done: np.ndarray, first: int) -> list[range]:
+    """Return the runs of rows that are not done; first: the number of the first row."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[1], done, [1]])) != 0) + first
+    return [range(start, stop) for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)]
