@@ -159,7 +159,8 @@ def _formula(kind: str, model: nn.Module, batch: Batch) -> Tensor:
         to_passages = (passages[0] @ torch.cat(passages).T / temperature).masked_fill(
             F.pad(own, (0, len(own))), -torch.inf
         )
-        everything = torch.cat([scores, to_queries, passages[0] @ queries.T / temperature, to_passages], dim=1)
+        back = (passages[0] @ queries.T / temperature).masked_fill(own, -torch.inf)  # the positive counts once
+        everything = torch.cat([scores, to_queries, back, to_passages], dim=1)
         loss = (everything.logsumexp(1) - scores.diagonal()).mean()
     return _backward(loss)
 

@@ -12,12 +12,12 @@ from tests.helpers import REPOSITORY
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"audit", "launch", "train"},
+    {"audit", "launch", "train", "integrations"},
     {"retrieval"},
     {"encoder", "data"},
     {"grad_cache", "losses", "inbatch_neg_utils", "testing"},
     {"collectives"},
-    {"ids"},
+    {"ids", "other_names"},
 )
 COLLECTIVES = {f"collectives.{name}" for name in ("agreement", "gather", "process_group", "ring")}
 # What is no collective operation: types, sharding, and whether there are other processes.

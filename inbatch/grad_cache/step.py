@@ -23,6 +23,7 @@ from inbatch.grad_cache.wrappers import (
     unreduced,
     wrapped_modules,
 )
+from inbatch.other_names import explains_other_names
 
 
 class GradCache:
@@ -50,6 +51,7 @@ class GradCache:
     Source: Gao et al. 2021 (arXiv:2101.06983); here with length-sorted micro-batches, kept graphs, one reduction.
     """
 
+    @explains_other_names
     def __init__(
         self,
         encode: Encode | Sequence[Encode],

@@ -35,6 +35,7 @@ from inbatch.losses.max_sim import packed
 from inbatch.losses.objective import Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
+from inbatch.other_names import explains_other_names
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "fused")
 NEGATIVES = ("gather", "ring", "local")
@@ -43,6 +44,7 @@ PLAIN = Objective()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@explains_other_names
 def info_nce(
     queries: Tensor,
     passages: Tensor,
@@ -466,6 +468,7 @@ class InfoNCELoss(nn.Module):
     ranks in the backward, inside DDP or outside of it: every rank runs the backward, or none.
     """
 
+    @explains_other_names
     def __init__(
         self,
         temperature: float = 0.02,

@@ -1,0 +1,1 @@
+"""This library inside other libraries' trainers; each module imports the library that it is for."""

@@ -1,0 +1,205 @@
+"""The ranking losses of sentence-transformers, by the names and arguments that they have there: change the import.
+
+    from inbatch.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss, Collator
+
+Shapes: B rows, N passages of a row (positive first), D dimension.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.util import cos_sim, dot_score
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from inbatch import collectives
+from inbatch.grad_cache import GradCache
+from inbatch.ids import stable_id
+from inbatch.losses import FalseNegatives, InfoNCELoss, Objective
+
+
+class MultipleNegativesRankingLoss(nn.Module):
+    """InfoNCE over the passages of all devices; arguments up to hardness_strength are those of sentence-transformers.
+
+    Different there: gather_across_devices is False by default, nothing is masked, and with "doc_to_query" in a joint
+    softmax the positive pair is counted twice, here once.
+
+    temperature: 1 / scale; give one of them. learnable: train it; its gradient is averaged over the ranks.
+    negatives, impl, group: as in `info_nce`; negatives "ring" never gathers.
+    labels [B, N] or [B, 1 + N] int64, as `Collator` makes them: ids of the passages, or of query and passages. What has
+    the id of the row's positive, or answers the same query, is no negative. Labels of another kind are ids of nothing.
+
+    Ranks may hold different numbers of rows. Raises ValueError for another similarity than cosine and dot, and for
+    "doc_to_doc" with hard negatives, of which sentence-transformers leaves out a row's own.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | None = None,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | str = cos_sim,
+        gather_across_devices: bool = True,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        temperature: float | None = None,
+        learnable: bool = False,
+        negatives: str | None = None,
+        impl: str = "auto",
+        group: ProcessGroup | None = None,
+    ):
+        super().__init__()
+        if scale is not None and temperature is not None:
+            raise ValueError(
+                f"scale is 1 / temperature: give one of them, got scale={scale}, temperature={temperature}"
+            )
+        if similarity_fct not in (cos_sim, dot_score, "cosine", "dot"):
+            raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct!r}")
+        self.model = model
+        self.cosine = similarity_fct in (cos_sim, "cosine")
+        self.objective = Objective(
+            directions=tuple(direction.replace("doc", "passage") for direction in directions),
+            partition=partition_mode,
+            hardness_mode=hardness_mode if hardness_strength else None,
+            hardness_strength=hardness_strength if hardness_mode else 0.0,
+        )
+        self.loss = InfoNCELoss(
+            1 / (20.0 if scale is None else scale) if temperature is None else temperature,
+            learnable=learnable,
+            negatives=negatives or ("gather" if gather_across_devices else "local"),
+            impl=impl,
+            group=group,
+            objective=self.objective,
+        )
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss of the columns (query, positive, negatives...), 0-d."""
+        return self._of_columns(*(self.model(one)["sentence_embedding"] for one in sentence_features), labels=labels)
+
+    def _of_columns(self, queries_BD: Tensor, *passages: Tensor, labels: Tensor | None = None) -> Tensor:
+        if not passages:
+            raise ValueError("the loss needs two columns or more, (query, positive, negatives...), got one")
+        if len(passages) > 1 and "passage_to_passage" in self.objective.directions:
+            raise ValueError(
+                'directions with "doc_to_doc" take (query, positive) pairs only: drop it, or the negatives'
+            )
+        if self.cosine:
+            queries_BD, *passages = (F.normalize(one, dim=1) for one in (queries_BD, *passages))  # type: ignore[assignment]
+        together = torch.stack(list(passages), dim=1).flatten(0, 1)
+        return self.loss(queries_BD, together, false_negatives=_ids(labels, len(queries_BD), len(passages)))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return what the model card says of the loss."""
+        return {"temperature": float(self.loss.temperature), "negatives": self.loss.negatives, "masks": "by ids"}
+
+
+def _ids(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
+    fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2 and len(labels) == rows
+    if not fits or labels.shape[1] not in (passages, passages + 1):
+        return None
+    queries = labels[:, 0].contiguous() if labels.shape[1] > passages else None
+    return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)
+
+
+class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
+    """The same loss and gradient in the memory of a micro-batch, by `GradCache`.
+
+    mini_batch_size: memory of so many rows of the model's max_seq_length. mini_batch_num_tokens: of so many tokens, in
+    its place. Without either GradCache finds a size that fits. show_progress_bar is not used.
+    sentence-transformers' MatryoshkaLoss around it is right, with all dimensions in each step.
+    """
+
+    uses_gradient_cache = True  # to MatryoshkaLoss, which then replaces calculate_loss
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | None = None,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | str = cos_sim,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = True,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        show_progress_bar: bool = False,
+        **options: Any,
+    ):
+        super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode, **options)
+        self.micro_batch_tokens: int | str = mini_batch_num_tokens or "auto"
+        if mini_batch_size is not None and mini_batch_num_tokens is None and model.max_seq_length:
+            self.micro_batch_tokens = mini_batch_size * model.max_seq_length
+        self._step: tuple[nn.Module, GradCache] | None = None
+
+    def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss of the columns' embeddings, each in parts."""
+        return self._of_columns(*(torch.cat(list(parts)) for parts in reps), labels=labels)
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss, whose backward encodes a second time."""
+        matryoshka = vars(self).get("calculate_loss")
+        if matryoshka is not None:
+            if 0 < matryoshka.n_dims_per_step < len(matryoshka.matryoshka_dims):
+                raise ValueError(
+                    "MatryoshkaLoss(n_dims_per_step=...) draws other dimensions on each rank: leave it out"
+                )
+            self.cosine = True  # as MatryoshkaLoss cuts embeddings
+            self.loss.objective = Objective(
+                **{
+                    **vars(self.objective),
+                    "matryoshka_dims": matryoshka.matryoshka_dims,
+                    "matryoshka_weights": matryoshka.matryoshka_weights,
+                }
+            )
+        if self._step is None or self._step[0] is not self.model:  # a trainer puts its wrapper in place of the model
+            self._step = self.model, self._made(self.model)
+        columns = [
+            {name: value for name, value in features.items() if isinstance(value, (Tensor, int, float, str))}
+            for features in sentence_features
+        ]
+        return self._step[1].loss(*columns, loss_kwargs={"labels": labels})
+
+    def _made(self, model: nn.Module) -> GradCache:
+        sharded = hasattr(model, "set_requires_gradient_sync")
+        return GradCache(
+            lambda features: model(features)["sentence_embedding"],
+            self._of_columns,
+            modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
+            micro_batch_tokens=self.micro_batch_tokens,
+            max_over_ranks=(lambda n: int(collectives.all_reduce(torch.tensor(n), "max"))) if sharded else None,
+        )
+
+
+@dataclass
+class Collator(SentenceTransformerDataCollator):
+    """Batches for the losses above, with an id for each text as labels [B, columns] int64; equal texts are one.
+
+        SentenceTransformerTrainer(..., data_collator=Collator(model.preprocess, ids={"positive": "doc_id"}))
+
+    ids: text column -> the column with its ids, of any type; that is then no text. Texts without ids are hashed.
+    """
+
+    ids: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        apart = {*self.ids.values(), *self.valid_label_columns, "dataset_name"}
+        missing = [name for name in (*self.ids, *self.ids.values()) if features and name not in features[0]]
+        if missing:
+            raise ValueError(f"Collator: no column {', '.join(missing)} in the data set, which has {list(features[0])}")
+        texts = [name for name in features[0] if name not in apart] if features else []
+        rows = [
+            [
+                stable_id("id", str(row[self.ids[name]])) if name in self.ids else stable_id("text", str(row[name]))
+                for name in texts
+            ]
+            for row in features
+        ]
+        kept = [{name: value for name, value in row.items() if name not in self.ids.values()} for row in features]
+        return {**super().__call__(kept), "label": torch.tensor(rows, dtype=torch.int64)}

@@ -1,0 +1,156 @@
+"""The losses of sentence-transformers by ours: one import changed, equal losses and gradients; exact over processes."""
+
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import dot_score
+
+from inbatch.integrations import sentence_transformers as ours
+from inbatch.testing import _in_processes
+from tests.tiny_models import WORDS, save_tiny
+
+MINI = {"mini_batch_num_tokens": 24}
+GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_tiny("bert", path / "backbone")
+    SentenceTransformer(str(path / "backbone")).save(str(path / "st"))
+    return str(path / "st")
+
+
+def records(rows: int) -> dict[str, list[str]]:
+    def text(number):
+        return " ".join(WORDS[(number * k + k) % len(WORDS)] for k in range(1, 3 + number % 5))
+
+    columns = {
+        name: [text(n + 7 * c) for n in range(rows)] for c, name in enumerate(("anchor", "positive", "negative"))
+    }
+    columns["positive"][1] = columns["positive"][0]  # a copy: no negative
+    return columns
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_equal(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys() != set()
+    scale = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (found[name] - grad).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        (3, {}),
+        (3, {"scale": 5.0, "similarity_fct": dot_score}),
+        (2, {"directions": ("query_to_doc", "query_to_query", "doc_to_doc")}),
+        (3, {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}),
+        (3, {"hardness_mode": "all_negatives", "hardness_strength": 5.0}),
+    ],
+    ids=str,
+)
+def test_values_and_gradients_are_theirs(folder, columns, options):
+    model = SentenceTransformer(folder, device="cpu")
+    features = [model.preprocess(texts) for texts in list(records(6).values())[:columns]]
+    for matryoshka in (False, True):
+        pairs = [
+            (
+                losses.MultipleNegativesRankingLoss(model, **options),
+                ours.MultipleNegativesRankingLoss(model, **options),
+            ),
+            (
+                losses.MultipleNegativesRankingLoss(model, **options),
+                ours.CachedMultipleNegativesRankingLoss(model, **options, **MINI),
+            ),
+        ]
+        if matryoshka:
+            pairs = [tuple(losses.MatryoshkaLoss(model, one, [32, 8], [1, 0.5]) for one in pair) for pair in pairs]
+        for theirs, mine in pairs:
+            expected, value = theirs([dict(f) for f in features], None), mine([dict(f) for f in features], None)
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+            assert_equal(gradients(model, value), gradients(model, expected))
+
+
+def trained(folder, output, size):
+    """By case, in one process of `size`."""
+    return {
+        (name, accumulation): first_gradient(folder, output, name, options, accumulation, size)
+        for name, options in (("MultipleNegativesRankingLoss", {}), ("CachedMultipleNegativesRankingLoss", MINI))
+        for accumulation in (1, 2)
+    }
+
+
+def first_gradient(folder, output, name, options, accumulation, size, rows=8):
+    """The gradient at the first optimizer step of SentenceTransformerTrainer."""
+    model, seen = SentenceTransformer(folder, device="cpu"), []
+
+    class Trainer(SentenceTransformerTrainer):
+        def _clip_grad_norm(self, model):
+            seen.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+            return super()._clip_grad_norm(model)
+
+    per_step = rows // accumulation // size
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=output,
+        max_steps=1,
+        per_device_train_batch_size=per_step,
+        gradient_accumulation_steps=accumulation,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        ddp_backend="gloo" if size > 1 else None,
+        seed=1,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        max_grad_norm=1e9,
+    )
+    data = Dataset.from_dict({**records(rows), "doc": [0, 0, *range(1, rows - 1)]})
+    collator = ours.Collator(model.preprocess, ids={"positive": "doc"})
+    loss = getattr(ours, name)(model, **options)
+    Trainer(model=model, args=arguments, train_dataset=data, loss=loss, data_collator=collator).train()
+    return seen[0]
+
+
+def test_their_trainer_on_two_processes_has_the_gradient_of_one(folder, tmp_path):
+    call = partial(trained, folder, str(tmp_path))
+    [alone] = _in_processes([partial(call, 1)], group=False)
+    assert len(alone) == 4
+    for found in _in_processes([partial(call, 2)] * 2, group=True):
+        for case, expected in alone.items():
+            assert_equal(found[case], expected)
+
+
+def test_ids_leave_out_copies_and_mistakes_are_named(folder):
+    model = SentenceTransformer(folder, device="cpu")
+    columns = records(4)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    batch = ours.Collator(model.preprocess)(rows)
+    assert batch["label"].shape == (4, 3)
+    assert batch["label"][0, 1] == batch["label"][1, 1]
+    features = [model.preprocess(texts) for texts in columns.values()]
+    loss = ours.MultipleNegativesRankingLoss(model)
+    assert loss([dict(f) for f in features], batch["label"]) < loss([dict(f) for f in features], None)
+    with pytest.raises(ValueError, match="no column doc in the data set"):
+        ours.Collator(model.preprocess, ids={"positive": "doc"})(rows)
+    with pytest.raises(ValueError, match="similarity_fct must be cos_sim or dot_score"):
+        ours.MultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
+    with pytest.raises(ValueError, match="give one of them"):
+        ours.MultipleNegativesRankingLoss(model, scale=20, temperature=0.05)
+    with pytest.raises(ValueError, match="doc_to_doc"):
+        ours.MultipleNegativesRankingLoss(model, directions=GTE)([dict(f) for f in features], None)
