@@ -245,7 +245,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile for each transformer layer; takes minutes at the start"""
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
-    """padded tokens encoded at a time; null encodes the batch whole; the same gradient, but other dropout masks"""
+    """padded tokens encoded at a time: the same gradient, other dropout masks; auto times on a GPU how few fill it
+    (give a number for the same masks in every run), null encodes the batch whole"""
     keep_graph_mib: int | Literal["auto"] = "auto"
     """memory for activations kept between the two passes, so that less is encoded twice"""
     log_every: int = Field(default=10, ge=1)
