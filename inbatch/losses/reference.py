@@ -47,7 +47,7 @@ def dense_loss(
                 group_BC, left_out_BC, kept_BC = by_group(row_keys.groups, column_keys[column].groups, rules_B)
                 masked_BC = (masked_BC & ~kept_BC) | left_out_BC
                 if direction == "query_to_passage":
-                    hardness_BC = torch.where(group_BC, *hardness) * similarity_BC.detach()
+                    hardness_BC = torch.where(group_BC, *(strength * similarity_BC.detach() for strength in hardness))
             own_BC = own[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
             masked_BC &= ~own_BC
             # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.

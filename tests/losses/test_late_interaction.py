@@ -263,3 +263,20 @@ def test_misuse(options, message):
     given = {"queries": torch.ones(2, 3, 4), "passages": torch.ones(2, 2, 4), **options}
     with pytest.raises(ValueError, match=message):
         info_nce(given.pop("queries"), given.pop("passages"), **given)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("mode", ["hard_negatives", "in_batch_negatives", "all_negatives"])
+def test_hardness_adds_a_share_of_the_late_interaction(impl, mode):
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(4, 3, DIM, dtype=torch.float64, generator=generator)
+    passages = torch.randn(12, 5, DIM, dtype=torch.float64, generator=generator)
+    similarity = torch.einsum("bxd,cyd->bcxy", queries, passages).amax(3).sum(2)
+    same = torch.arange(12) // 3 == torch.arange(4)[:, None]
+    positive = torch.arange(12) == 3 * torch.arange(4)[:, None]
+    weighted = {"hard_negatives": same, "in_batch_negatives": ~same, "all_negatives": same | ~same}[mode] & ~positive
+    scores = similarity / 0.5 + 0.3 * similarity * weighted
+    expected = (torch.logsumexp(scores, 1) - scores[positive]).mean()
+    objective = Objective(hardness_mode=mode, hardness_strength=0.3)
+    loss = info_nce(queries, passages, temperature=0.5, impl=impl, objective=objective)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
