@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from inbatch import __version__
-from inbatch.launch import INTERRUPTED, REPORT_FD, launch, no_fault_of_this_process, report, show_warning
+from inbatch.launch import (
+    INTERRUPTED,
+    REPORT_FD,
+    launch,
+    no_fault_of_this_process,
+    report,
+    report_last,
+    show_warning,
+)
 from inbatch.train.stopping import Stopped, stop_on_signals
 
 if TYPE_CHECKING:
@@ -26,10 +34,6 @@ if TYPE_CHECKING:
     from inbatch.retrieval.embed import EmbedOptions
     from inbatch.retrieval.evaluate import RetrieveOptions
     from inbatch.train.config import Config
-
-# A rank that dies ends the others at once, its connections being closed. The limit finds ranks that hang, and must not
-# find those that wait while another embeds the longer texts of a corpus or writes a large model.
-PATIENCE_S = 12 * 3600
 
 TRAIN_HELP = """\
 Train the encoder that the YAML file CONFIG describes. Every key can be set as an option, over the file:
@@ -253,6 +257,10 @@ def _encoding_options() -> argparse.ArgumentParser:
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on GPUs, fp32 on CPU"
     )
     options.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="padded tokens per batch")
+    options.add_argument(
+        "--timeout-minutes", type=float, default=10, metavar="M",
+        help="end all processes when none gets further, or one is silent, for this long (default: %(default)s)",
+    )  # fmt: skip
     options.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
     return options
 
@@ -282,7 +290,7 @@ def _positive(text: str) -> int:
 
 
 @contextmanager
-def _processes(device: str) -> Generator["torch.device"]:
+def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") -> Generator["torch.device"]:
     """The process group of torchrun's environment, if any, and this process's device; ended only after success."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -292,7 +300,8 @@ def _processes(device: str) -> Generator["torch.device"]:
     transformers_logging.disable_progress_bar()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no GPU: set it to auto or cpu")
-    yield collectives.start("gloo" if device == "cpu" else None, timeout_s=PATIENCE_S)
+    backend = "gloo" if device == "cpu" else None
+    yield collectives.start(backend, timeout_s=60 * minutes, say=report_last, setting=setting)
     collectives.stop()
 
 
@@ -313,7 +322,7 @@ def _print_config(known: argparse.Namespace) -> None:
 
 def _train(known: argparse.Namespace) -> None:
     config = _load_config(known)
-    with _processes(config.train.device) as device:
+    with _processes(config.train.device, config.train.timeout_minutes, "train.timeout_minutes") as device:
         import torch
 
         from inbatch.train.loop import train
@@ -367,7 +376,7 @@ def _retrieving(known: argparse.Namespace, device: "torch.device", **options: An
 
 
 def _evaluate(known: argparse.Namespace) -> None:
-    with _processes(known.device) as device:
+    with _processes(known.device, known.timeout_minutes) as device:
         from inbatch import collectives
         from inbatch.data import load_retrieval
         from inbatch.retrieval.evaluate import evaluate
@@ -390,7 +399,7 @@ def _evaluate(known: argparse.Namespace) -> None:
 
 
 def _mine(known: argparse.Namespace) -> None:
-    with _processes(known.device) as device:
+    with _processes(known.device, known.timeout_minutes) as device:
         from dataclasses import fields
 
         from inbatch import collectives
@@ -425,7 +434,7 @@ def _open_teacher(name: str, device: "torch.device") -> Any:
 
 
 def _encode(known: argparse.Namespace) -> None:
-    with _processes(known.device) as device:
+    with _processes(known.device, known.timeout_minutes) as device:
         import torch
 
         from inbatch import collectives
@@ -471,7 +480,7 @@ def _audit(known: argparse.Namespace) -> None:
 
 
 def _export(known: argparse.Namespace) -> None:
-    with _processes("cpu"):
+    with _processes("cpu", minutes=10):
         from inbatch.train.towers import export
 
         path = export(known.source, known.output)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -16,6 +17,7 @@ REPORT_FD = "INBATCH_REPORT_FD"
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_S = 5  # for the others to say what they know, once a rank has failed
 _PR_SET_PDEATHSIG = 1
+_last_word = threading.Event()
 
 
 def launch(arguments: list[str], processes: int) -> int:
@@ -140,6 +142,8 @@ def report(message: str, *, cause: bool = True) -> None:
     The launcher says it where there is one; torchrun repeats it in its last report. cause: False where another rank is
     to blame, which may say more.
     """
+    if _last_word.is_set():
+        return
     message = " ".join(message.split())
     if os.environ.get("INBATCH_TRACEBACK"):
         traceback.print_exc()
@@ -158,6 +162,12 @@ def report(message: str, *, cause: bool = True) -> None:
             first = False
     if first:
         print(f"inbatch: error: {message}", file=sys.stderr)
+
+
+def report_last(message: str) -> None:
+    """Report, and nothing after it: what the main thread meets from here on is a consequence."""
+    report(message)
+    _last_word.set()
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:

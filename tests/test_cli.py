@@ -169,7 +169,7 @@ def test_train_evaluate_encode(home, capsys):
 @pytest.mark.parametrize(("device", "threads"), [("cuda", 1), ("cpu", 2)])
 def test_beside_a_gpu_torch_computes_in_one_thread(home, monkeypatch, device, threads):
     seen = []
-    monkeypatch.setattr("inbatch.cli._processes", lambda name: nullcontext(torch.device(device)))
+    monkeypatch.setattr("inbatch.cli._processes", lambda *settings: nullcontext(torch.device(device)))
     monkeypatch.setattr("inbatch.train.loop.train", lambda config, device: seen.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -19,7 +19,7 @@ LAYERS = (
     {"collectives"},
     {"ids", "other_names"},
 )
-COLLECTIVES = {f"collectives.{name}" for name in ("agreement", "gather", "process_group", "ring")}
+COLLECTIVES = {f"collectives.{name}" for name in ("agreement", "gather", "process_group", "ring", "watch")}
 # What is no collective operation: types, sharding, and whether there are other processes.
 ALLOWED_DISTRIBUTED = {"ProcessGroup", "checkpoint", "device_mesh", "fsdp", "tensor"}
 ALLOWED_DISTRIBUTED |= {"get_world_size", "is_initialized"}

@@ -5,7 +5,15 @@ The only package that names torch.distributed's operations.
 position within its group. `rows` are the row counts (sizes of dim 0) by rank, as `agree` returns them.
 """
 
-from inbatch.collectives.agreement import OtherRankError, agree, barrier, broadcast_object, gather_objects, together
+from inbatch.collectives.agreement import (
+    OtherRankError,
+    agree,
+    agreeing_on,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    together,
+)
 from inbatch.collectives.gather import all_gather, all_reduce, gather_rows, reduce_scatter_rows
 from inbatch.collectives.process_group import (
     ProcessGroup,
@@ -19,18 +27,21 @@ from inbatch.collectives.process_group import (
     world_size,
 )
 from inbatch.collectives.ring import RingShift, ring_shift
+from inbatch.collectives.watch import doing, tick
 
 __all__ = [
     "OtherRankError",
     "ProcessGroup",
     "RingShift",
     "agree",
+    "agreeing_on",
     "all_gather",
     "all_reduce",
     "barrier",
     "broadcast_object",
     "device",
     "device_types",
+    "doing",
     "gather_objects",
     "gather_rows",
     "global_rank",
@@ -40,6 +51,7 @@ __all__ = [
     "ring_shift",
     "start",
     "stop",
+    "tick",
     "together",
     "world_size",
 ]

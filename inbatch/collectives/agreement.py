@@ -4,7 +4,8 @@
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from inbatch.collectives.process_group import ProcessGroup, device_types, global
 T = TypeVar("T")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 _PACKET_SIZES = 16
+_circumstances: dict[str, Any] = {}
 
 # torch 2.13 renamed the tensor collectives and warns on the old names.
 gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -65,7 +67,7 @@ def agree(
             )
     described = {name: _describe(t, 2 if name in ragged else 1) for name, t in fields.items()}
     assert not described.keys() & (same or {}).keys(), "a field and a value of the same name hide each other"
-    described |= {name: repr(value) for name, value in (same or {}).items()}
+    described |= {name: repr(value) for name, value in {**_circumstances, **(same or {})}.items()}
     # The packet has one length whatever a rank is doing, so that ranks in different calls disagree instead of hanging.
     digest = hashlib.blake2b(repr((what, described)).encode(), digest_size=8).digest()
     packet = [int(error is not None), int.from_bytes(digest, "little", signed=True), *sizes.values()]
@@ -80,6 +82,18 @@ def agree(
         dist.all_gather_object(reports, (what, described, error), group=group)
         raise ValueError(_disagreement(reports))
     return {name: [packet[2 + i] for packet in packets] for i, name in enumerate(sizes)}
+
+
+@contextmanager
+def agreeing_on(**values: int | bool) -> Iterator[None]:
+    """Inside, every agreement is about these values too: a rank that skipped a step is noticed at no cost."""
+    global _circumstances
+    before = _circumstances
+    _circumstances = {**before, **values}
+    try:
+        yield
+    finally:
+        _circumstances = before
 
 
 def _describe(tensor: Tensor | None, free_dims: int) -> str:

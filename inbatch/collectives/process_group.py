@@ -1,7 +1,7 @@
 """The process group itself: who is in it, and how it starts and stops. Re-exported by `inbatch.collectives`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from inbatch.collectives.watch import Watch
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 else:  # torch can be built without torch.distributed; one process needs none of it
     ProcessGroup = getattr(dist, "ProcessGroup", object)
 
+_PATIENCE_S = 12 * 3600  # of collectives, where ranks are watched: one may embed or write for hours
 _bound_device: torch.device | None = None
+_watch: Watch | None = None
 
 
 def world_size(group: ProcessGroup | None = None) -> int:
@@ -42,15 +46,23 @@ def device_types(group: ProcessGroup | None = None) -> list[str]:
     return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
-def start(backend: str | None = None, timeout_s: float = 300) -> torch.device:
+def start(
+    backend: str | None = None,
+    timeout_s: float = 300,
+    *,
+    say: Callable[[str], object] | None = None,
+    setting: str = "timeout_s",
+) -> torch.device:
     """Initialises the default process group from torchrun's environment and returns this process's device.
 
     Without that environment (RANK is not set) nothing is initialised: one process. A process group that is already
     there is kept. backend None: where there are GPUs, NCCL between them (and gloo for CPU tensors); else gloo.
-    "gloo": everything on the CPU. timeout_s bounds every collective.
+    "gloo": everything on the CPU. timeout_s bounds every collective; with `say` it bounds how long no rank may get
+    further, or one be silent, whatever collectives wait: then every rank calls say(message) and ends,
+    see `inbatch.collectives.watch`. setting: what the message calls timeout_s.
     Raises ValueError if the environment is incomplete or contradicts itself, or there are fewer GPUs than processes.
     """
-    global _bound_device
+    global _bound_device, _watch
     use_cuda = backend != "gloo" and torch.cuda.is_available()
     distributed = _torchrun_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if distributed else 0
@@ -63,9 +75,15 @@ def start(backend: str | None = None, timeout_s: float = 300) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(_bound_device)
     if distributed and not dist.is_initialized():
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        if say is not None and size > 1:
+            _watch = Watch(rank, size, timeout_s=timeout_s, setting=setting, say=say)
         dist.init_process_group(
             backend or ("cpu:gloo,cuda:nccl" if use_cuda else "gloo"),
-            timeout=timedelta(seconds=timeout_s),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s if say is None else _PATIENCE_S),
             device_id=_bound_device if use_cuda else None,
         )
     return _bound_device
@@ -103,6 +121,9 @@ def _torchrun_environment() -> bool:
 
 def stop() -> None:
     """Destroys the default process group, if there is one."""
+    global _watch
+    if _watch is not None:
+        _watch = _watch.close()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

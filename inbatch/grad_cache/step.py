@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inbatch.collectives import agreeing_on
 from inbatch.grad_cache.graph import Sums, accumulate, deferred
 from inbatch.grad_cache.group import Encode, Group, check_callables, group_batches, in_order
 from inbatch.grad_cache.memory import restored_random_state, shared_casts
@@ -84,6 +85,7 @@ class GradCache:
         )
         self._checked = False
         self._unreduced: str | None = None
+        self._unfinished = 0  # steps, whose error somebody caught
 
     @property
     def micro_batch_tokens(self) -> int | str | None:
@@ -111,7 +113,7 @@ class GradCache:
         for group in groups:
             for number in group.numbers:
                 embeddings[number].requires_grad_(group.trains)
-        loss = self._loss_of(embeddings, loss_kwargs)
+        loss = self._loss_of(embeddings, loss_kwargs, reduce)
         if not loss.requires_grad:
             raise ValueError("GradCache: nothing to train: no encoder's output and no input of the loss requires grad")
         loss.backward()
@@ -135,7 +137,7 @@ class GradCache:
         embeddings = in_order(groups)
         trained = [number for group in groups if group.trains for number in group.numbers]
         if not trained:
-            return self._loss_of(embeddings, loss_kwargs)
+            return self._loss_of(embeddings, loss_kwargs, reduce)
         ddps = [module for module in modules if is_ddp(module)]
         awaiting = [module for module in ddps if reduce and module.require_backward_grad_sync]
         parameters = [torch.zeros((), requires_grad=True)]
@@ -158,7 +160,7 @@ class GradCache:
         functions = deferred([embeddings[number] for number in trained], parameters, backward)
         for number, embedding in zip(trained, functions, strict=True):
             embeddings[number] = embedding
-        return self._loss_of(embeddings, loss_kwargs)
+        return self._loss_of(embeddings, loss_kwargs, reduce)
 
     def _reducing_modules(self) -> list[nn.Module]:
         running = [module for module in running_ddp() if module not in self._modules]
@@ -175,6 +177,7 @@ class GradCache:
     def _first_pass(
         self, batches: Sequence[Batch], modules: Sequence[nn.Module], reduce: bool, *, look: bool = False
     ) -> list[Group]:
+        self._unfinished += 1
         check_batches(batches)
         if reduce and self._unreduced and torch.is_grad_enabled():
             raise ValueError(self._unreduced)
@@ -192,8 +195,12 @@ class GradCache:
             self._checked = True
         return groups
 
-    def _loss_of(self, embeddings: Sequence[Tensor], loss_kwargs: Mapping[str, Any] | None) -> Tensor:
-        loss = self._loss(*embeddings, **(loss_kwargs or {}))
+    def _loss_of(self, embeddings: Sequence[Tensor], loss_kwargs: Mapping[str, Any] | None, reduce: bool) -> Tensor:
+        # Ranks that differ in these would wait for one another in the reduction, or train on different steps.
+        same = {"GradCache's reduce": reduce, "GradCache's failed steps": self._unfinished - 1}
+        with agreeing_on(**same):
+            loss = self._loss(*embeddings, **(loss_kwargs or {}))
+        self._unfinished -= 1
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"GradCache: loss must return a 0-d tensor, got {got}")

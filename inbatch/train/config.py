@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "train.reshard",
     "train.log_every",
     "train.progress",
+    "train.timeout_minutes",
     "eval",
     "checkpoint",
 }
@@ -253,6 +254,8 @@ class TrainConfig:
     """steps between two lines of metrics.jsonl"""
     progress: bool = True
     """show a progress bar"""
+    timeout_minutes: Number = Field(default=10, gt=0)
+    """end all processes when none gets further, or one is silent, for this long"""
 
     def __post_init__(self):
         rest = self.global_batch_size % self.accumulation_steps

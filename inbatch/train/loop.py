@@ -83,7 +83,11 @@ def loop(run: Run, clock: Stopwatch) -> None:
             if step == run.first_step:
                 announce(run, parts)
                 evaluate_if_due(run, clock, step)
-            figures = step_function(step, parts)
+            # A GPU's rank that waits for another may keep the processor busy; the first step compiles there.
+            steps_only = run.learner.device.type == "cuda" and step > run.first_step
+            collectives.doing(f"training, step {step + 1}", steps_only=steps_only)
+            with collectives.agreeing_on(step=step):
+                figures = step_function(step, parts)
             clock.count(pairs=len(run.plan.batch(step)))
             run.report.advance()
             done = step + 1
@@ -95,7 +99,8 @@ def loop(run: Run, clock: Stopwatch) -> None:
                     about["source"] = int(run.plan.rows(step).sources[0])
                 run.report.step(done, {**about, **figures()}, {**clock.read(), **speed})
             # A rank may be signalled alone, and all must stop after the same step.
-            stop = max_over_ranks(signal_so_far()) if not last else 0
+            signals = collectives.agree("the end of a step", same={"step": step}, sizes={"signal": signal_so_far()})
+            stop = max(signals["signal"]) if not last else 0
             # Before the evaluation, so that one that fails or is killed costs no training.
             if stop or (config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps))):
                 with clock.during("saving"):
@@ -146,6 +151,7 @@ class StepFunction:
 
     def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
+        collectives.tick()
         tokens = unwrap(network).to_device(tokens)
         device, autocast = self._learner.device.type, self._learner.autocast
         with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():

@@ -124,6 +124,7 @@ class Stopwatch:
         """From here on time counts as `activity`."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+        collectives.doing(activity)
         now = time.perf_counter()
         self.seconds[self._activity] += now - self._since
         self._activity, self._since = activity, now

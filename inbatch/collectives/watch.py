@@ -1,0 +1,191 @@
+"""Watch the ranks of a job: one that hangs or vanishes is named, and every rank ends, within a time-out.
+
+Each rank sends rank 0 a beat through the store that the ranks met at: how far it is, what it does, and where. Rank 0
+judges; its verdict, beside its beat, is what the others read. So long work is no hang while it uses the processor or
+the disk, and what hangs is named whatever the others wait in. Collectives themselves need no tight limit.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+PACKAGE = str(Path(__file__).parents[1])
+_COLLECTIVES = str(Path(__file__).parent)
+_IDLE_SHARE = 0.02  # of a processor: what threads that only wait use less of
+_IDLE_BYTES = 4 << 20
+
+
+class _Activity:
+    """What the main thread says of itself; plain assignments, for it says so in every step."""
+
+    name, steps_only, ticks = "starting", False, 0
+
+
+def doing(activity: str, *, steps_only: bool = False) -> None:
+    """Say what this rank does from here on; it counts as progress. steps_only: nothing but `tick` does afterwards.
+
+    Otherwise use of the processor and the disk counts too, as while data are opened: it takes as long as it takes. A
+    GPU's rank that waits may keep the processor busy.
+    """
+    _Activity.name, _Activity.steps_only = activity, steps_only
+    tick()
+
+
+def tick() -> None:
+    """Count as progress."""
+    _Activity.ticks += 1
+
+
+class Watch:
+    """The threads that watch; `close` ends them. After `timeout_s` without progress of any rank, or without a word of
+    one, every rank that still can calls say(message) and ends with status 1.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, timeout_s: float, setting: str, say: Callable[[str], object]):
+        self._rank, self._others = rank, [r for r in range(world_size) if r != rank]
+        self._timeout_s, self._say = timeout_s, say
+        self._limit = f"{timeout_s / 60:g} minutes ({setting})"
+        self._interval_s = min(5.0, timeout_s / 10)
+        self._main = threading.main_thread().ident
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._verdict: str | None = None
+        self._closed = threading.Event()
+        for run in (self._exchange, self._judge):
+            threading.Thread(target=run, daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    # ---- the beats
+
+    def _exchange(self) -> None:
+        """Send and fetch, again and again; where a link is cut this blocks or fails, and nothing new is heard."""
+        progress, sources = 0, self._others if self._rank == 0 else [0]
+        store, used = None, _used()
+        for number in itertools.count():
+            if self._closed.wait(self._interval_s if number else 0):
+                return
+            if _progressed(used, now := _used(), self._timeout_s):
+                progress, used = progress + 1, now
+            self._beats[self._rank] = {
+                "number": number,
+                "progress": progress,
+                "activity": _Activity.name,
+                "host": socket.gethostname(),
+                **_place(sys._current_frames().get(self._main or 0)),
+            }
+            if self._rank == 0:
+                self._beats[0]["verdict"] = self._verdict
+            with contextlib.suppress(RuntimeError):  # the store's server ended, or cannot be reached
+                store = store or self._connect()
+                store.set(str(self._rank), json.dumps(self._beats[self._rank]))
+                for rank in sources:
+                    if store.check([str(rank)]):
+                        self._beats[rank] = json.loads(store.get(str(rank)))
+
+    def _connect(self) -> Any:
+        """Return a connection of this thread's: on the main thread's a long wait would keep everybody waiting."""
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=self._timeout_s))
+        return dist.PrefixStore(f"inbatch/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    # ---- the verdict
+
+    def _judge(self) -> None:
+        before = time.monotonic()
+        silent_s = dict.fromkeys(self._others if self._rank == 0 else [0], 0.0)
+        idle_s, heard, progress = 0.0, dict.fromkeys(silent_s, -1), None
+        while not self._closed.wait(self._interval_s / 2):
+            now = time.monotonic()
+            passed_s, before = min(now - before, self._interval_s), now  # a machine may stand still, and nobody hangs
+            if verdict := self._beats.get(0, {}).get("verdict"):
+                self._finish(verdict)
+                return
+            beats = dict(self._beats)
+            for rank in silent_s:
+                number = beats.get(rank, {}).get("number", -1)
+                silent_s[rank] = 0.0 if number != heard[rank] else silent_s[rank] + passed_s
+                heard[rank] = number
+            so_far = {rank: beat["progress"] for rank, beat in beats.items()}
+            idle_s = 0.0 if so_far != progress else idle_s + passed_s
+            progress = so_far
+            silent = [rank for rank, seconds in silent_s.items() if seconds > self._timeout_s]
+            if silent:
+                self._verdict = "; ".join(self._of_silence(rank, beats) for rank in silent)
+            elif self._rank == 0 and idle_s > self._timeout_s:
+                self._verdict = self._of_hanging(beats)
+            if self._verdict and self._rank:
+                self._finish(self._verdict)
+                return
+
+    def _finish(self, verdict: str) -> None:
+        self._say(verdict)
+        if self._rank == 0:
+            time.sleep(2 * self._interval_s)  # for the others to read it: the store may end with this process
+        sys.stderr.flush()
+        os._exit(1)
+
+    def _of_silence(self, rank: int, beats: dict[int, dict[str, Any]]) -> str:
+        if rank not in beats:
+            return f"rank {rank} has not been heard of since the start, {self._limit} ago: did it start?"
+        return (
+            f"rank {rank} on {beats[rank]['host']} has not been heard of for {self._limit}; its last word: "
+            f"{_described(beats[rank])}. It was stopped, or its host or the network to it is gone"
+        )
+
+    def _of_hanging(self, beats: dict[int, dict[str, Any]]) -> str:
+        guilty = {rank: beat for rank, beat in beats.items() if not beat["waits"]} or beats
+        said = "; ".join(f"rank {rank} on {beat['host']}: {_described(beat)}" for rank, beat in sorted(guilty.items()))
+        others = "; the other ranks wait" if len(guilty) < len(beats) else ""
+        return f"no rank got further for {self._limit}. {said}{others}"
+
+
+def _described(beat: dict[str, Any]) -> str:
+    return f"{beat['activity']}{beat['at']}"
+
+
+def _place(frame: Any) -> dict[str, Any]:
+    """Return where a thread is, and whether it waits for other ranks: whether it is in a collective of ours."""
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return {"at": "", "waits": False}
+    code = frame.f_code
+    file = os.path.relpath(code.co_filename, os.path.dirname(PACKAGE))
+    waits = code.co_filename.startswith(_COLLECTIVES)
+    return {"at": f", in {file}, line {frame.f_lineno} ({code.co_name})", "waits": waits}
+
+
+def _used() -> tuple[float, int, int]:
+    """Return the processor's seconds and the bytes of files of this process and its children, and its ticks."""
+    seconds, moved = 0.0, 0
+    tasks = [*Path("/proc/self/task").iterdir()]
+    pids = ["self"]
+    for task in tasks:
+        with contextlib.suppress(OSError):
+            pids += (task / "children").read_text().split()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+            lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+            moved += sum(int(line.split()[1]) for line in lines[:2])
+    return seconds, moved, _Activity.ticks
+
+
+def _progressed(before: tuple[float, int, int], now: tuple[float, int, int], timeout_s: float) -> bool:
+    if now[2] != before[2]:
+        return True
+    busy = abs(now[0] - before[0]) > _IDLE_SHARE * timeout_s or abs(now[1] - before[1]) > _IDLE_BYTES
+    return busy and not _Activity.steps_only
