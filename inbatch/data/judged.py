@@ -89,7 +89,7 @@ def judged_examples(folder: Path, judged: Judged, split: str) -> Rows[Example]:
             corpus=str(folder),
         )
 
-    files = [*queries.files, *corpus.files]
+    files = [*queries.files, *corpus.files, *qrels_files(folder)[split]]
     return Rows(len(row_of_query), read, lambda index: queries.where(int(row_of_query[index])), files=files)
 
 

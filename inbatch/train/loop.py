@@ -31,6 +31,7 @@ from inbatch.train.optim import clip_gradients, learning_rate, set_learning_rate
 from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_0
 from inbatch.train.report import Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
+from inbatch.train.same import check_shared
 from inbatch.train.setup import Learner, Run, set_up
 from inbatch.train.stopping import Stopped, held_back
 from inbatch.train.towers import save_towers
@@ -55,6 +56,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
     with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
         collectives.agree("train", {}, same=flatten(config))
         with folder.locked():
+            check_shared(folder.path)
             folder.check_config(config)
             clock = Stopwatch()
             run = set_up(config, device, folder)

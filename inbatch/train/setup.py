@@ -20,6 +20,7 @@ from inbatch.train.config import Config, EvalConfig, LossConfig
 from inbatch.train.optim import build_optimizer
 from inbatch.train.report import NoReport, Report
 from inbatch.train.run_folder import RunFolder
+from inbatch.train.same import check_data, check_towers
 from inbatch.train.towers import open_towers, spread
 
 OBJECTIVES = {"info_nce": Objective(), "clip": CLIP, "gte": GTE, "qwen3_embedding": QWEN3_EMBEDDING}
@@ -81,6 +82,7 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     if newest is not None:
         folder.check_data(len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
+    check_data(examples, evaluation)
     learner = open_learner(config, device)
     first_step = 0
     if newest is not None:
@@ -160,8 +162,7 @@ def open_learner(config: Config, device: torch.device) -> Learner:
     """Open the towers, spread them over the ranks, and build loss and optimizer."""
     towers = collectives.together(lambda: open_towers(config, wish(config.model.packed, device)))
     model = next(iter(towers.values()))
-    parameters = sum(p.numel() for p in model.parameters())
-    collectives.agree("the model", {}, same={"embedding size": model.embedding_dim, "parameters": parameters})
+    check_towers(towers)
     precision = config.train.precision
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     networks = spread(towers, config, device, bf16=bf16)

@@ -1,0 +1,124 @@
+"""Before the first step ranks agree that they read the same: files under one name may differ between hosts."""
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from inbatch import collectives
+from inbatch.data.index import HEADER, made_once
+from inbatch.data.lines import Rows
+from inbatch.data.readers import Examples
+from inbatch.data.records import RetrievalData
+from inbatch.data.token_cache import tokenizer_digest
+from inbatch.encoder.model import BiEncoderModel
+from inbatch.train.parallel import on_rank_0
+
+_SAMPLES = 1000
+_NFS_S = 5  # for which a host may go by what it knew of a folder
+
+
+def check_data(examples: Examples, evaluation: RetrievalData | None) -> None:
+    """Raise ValueError, on every rank, unless all read the same examples and evaluation data, in the same order.
+
+    Every byte of every file counts; a host reads large files once for that and keeps the digest. Of the examples
+    themselves 1000 count, for documents in files of their own.
+    """
+    if collectives.world_size() == 1:
+        return
+
+    def digests() -> dict[str, str]:
+        same = {"data.train": f"{len(examples)} examples {_of_rows(examples, examples.files)}"}
+        if evaluation is not None:
+            ids = evaluation.query_ids, evaluation.queries, evaluation.doc_ids, evaluation.qrels
+            documents = _of_rows(evaluation.documents, getattr(evaluation.documents, "files", ()))
+            same["eval.data"] = f"{len(evaluation.documents)} documents {_hexadecimal([repr(ids), documents])}"
+        return same
+
+    collectives.agree("files read on each host", same=collectives.together(digests))
+
+
+def check_towers(towers: Mapping[str, BiEncoderModel]) -> None:
+    """Raise ValueError, on every rank, for weights that are not finite, and unless all opened the same models."""
+
+    def digests() -> dict[str, str]:
+        for name, tower in towers.items():
+            for key, value in tower.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(f"the starting weights of {name} hold NaN or infinity, in {key}: they are damaged")
+        if collectives.world_size() == 1:
+            return {}
+        return {
+            f"{name}'s {what}": digest
+            for name, tower in towers.items()
+            for what, digest in (
+                ("settings", repr((tower.prompts, tower.pooling, tower.embedding_dim, tower.l2_normalize))),
+                ("tokenizer", tokenizer_digest(tower.tokenizer)),
+                ("weights", _of_tensors(tower.state_dict())),
+            )
+        }
+
+    collectives.agree("model read on each host", same=collectives.together(digests))
+
+
+def check_shared(folder: Path) -> None:
+    """Raise ValueError, on every rank, unless all see what rank 0 writes to the folder."""
+    if collectives.world_size() == 1:
+        return
+    probe = on_rank_0(lambda: folder / f".probe-{secrets.token_hex(8)}")
+    on_rank_0(probe.touch)
+    deadline = time.monotonic() + _NFS_S
+    while not (seen := os.path.exists(probe)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everyone = collectives.gather_objects(seen)
+    on_rank_0(probe.unlink)
+    if not all(everyone):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(everyone) if not sees)
+        raise ValueError(
+            f"rank {blind} does not see what rank 0 writes to train.output_dir {folder}: choose a folder on a file "
+            "system that all hosts share, for every rank writes a part of each checkpoint"
+        )
+
+
+def _of_rows(rows: Sequence[object], files: Sequence[Path]) -> str:
+    """Return a digest of the files' content and of some rows: all, or evenly spaced ones."""
+    step = max(1, len(rows) // _SAMPLES)
+    some = rows.through(range(0, len(rows), step)) if isinstance(rows, Rows) else rows[::step]
+    return _hexadecimal([_of_files(list(files)), *(repr(row) for row in some)])
+
+
+def _of_files(files: Sequence[Path]) -> str:
+    def make(kept: IO[bytes]) -> None:
+        digest = hashlib.blake2b(digest_size=16)
+        for path in files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            digest.update(path.stat().st_size.to_bytes(8, "little"))
+        kept.write(digest.digest())
+
+    if not files:
+        return ""
+    with made_once(files, "content", None, make) as kept:
+        kept.seek(HEADER)
+        return kept.read().hex()
+
+
+def _of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for name, value in tensors.items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hexadecimal(texts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
