@@ -99,7 +99,11 @@ def save(
         partial(path).mkdir(parents=True)
 
     on_rank_0(begin)
-    digest = collectives.together(lambda: _write(partial(path) / file, mine))
+    try:
+        digest = collectives.together(lambda: _write(partial(path) / file, mine))
+    except Exception:  # such as a full disk, which it would keep full
+        remove(partial(path))
+        raise
     parts = {
         name: (local.shape, file, local.start, len(local.tensor) if local.shape else 1) for name, local in mine.items()
     }

@@ -34,7 +34,10 @@ class Report:
         self._metrics, self._speed = (
             (folder.path / name).open("a", encoding="utf-8", buffering=1) for name in ("metrics.jsonl", "speed.jsonl")
         )
-        self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        with naming(folder.path / "tensorboard"):
+            self._board = SummaryWriter(
+                str(folder.path / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            )
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if progress else True)
         self._best: dict[str, float] = {}
         self._evaluated: set[int] = set()
@@ -76,14 +79,16 @@ class Report:
 
     def close(self) -> None:
         """Close the files and the progress bar."""
-        for part in (self._bar, self._board, self._metrics, self._speed):
-            part.close()
+        with naming(self._board.log_dir):
+            for part in (self._bar, self._board, self._metrics, self._speed):
+                part.close()
 
     def _write(self, file: IO[str], step: int, figures: Mapping[str, float], group: str) -> None:
         with naming(file.name):
             file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+        with naming(self._board.log_dir):
+            for name, value in figures.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
 
     def _remember(self, line: Mapping[str, float]) -> None:
         name = next((key for key in line if key.startswith("eval_")), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from inbatch.cli import run
 from inbatch.train import checkpoint
 from inbatch.train.config import dump
 from inbatch.train.run_folder import read_metrics
@@ -109,6 +110,66 @@ def test_a_rank_that_vanishes_is_named(start):
     status, errors = running.end()
     assert status == 128 + signal.SIGKILL
     assert errors == ["inbatch: error: rank 1 was ended by SIGKILL (memory may have run out)"]
+
+
+def test_a_rank_that_is_stopped_is_named_in_time(start):
+    running = start(2, train={"timeout_minutes": 0.1})
+    running.wait_for(2)
+    os.kill(running.ranks()[1], signal.SIGSTOP)
+    since = time.monotonic()
+    status, errors = running.end()
+    assert (status, len(errors)) == (1, 1), errors
+    assert time.monotonic() - since < 6 + 30
+    assert "has not been heard of for 0.1 minutes (train.timeout_minutes); its last word: training, step" in errors[0]
+    assert "rank 1 on" in errors[0]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
+    """More kills: `python -m tests.train.kills 200`."""
+    command = [sys.executable, "-m", "tests.train.kills", "4"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "runs, each with the bytes of the undisturbed one" in done.stdout
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 1 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("what", ["checkpoints", "model", "export", "metrics"])
+def test_a_full_disk_is_one_line_with_a_path(folder, full_disk, tmp_path, capsys, what):  # noqa: F811
+    """The old model stays."""
+    output = tmp_path / "run" if what == "export" else full_disk / "run"
+    config = make_config(folder, output, checkpoint={"every_steps": 2 if what in ("checkpoints", "export") else None})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    if what == "export":
+        assert run(["train", str(tmp_path / "config.yaml")]) == 0
+    room = {"checkpoints": 60, "model": 60, "export": 20, "metrics": 0}[what]
+    if what == "metrics":
+        (full_disk / "run").mkdir()
+    with (full_disk / "filler").open("wb") as file:
+        file.write(b"x" * ((1024 - room) * 1024 - 8192 * (what == "metrics")))
+    capsys.readouterr()
+    command = (
+        ["export", str(output), str(full_disk / "model")]
+        if what == "export"
+        else ["train", str(tmp_path / "config.yaml")]
+    )
+    assert run(command) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "inbatch: error" in line]
+    assert "No space left on device" in line
+    assert str(full_disk) in line
+    assert not list(full_disk.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("delay_s", [0.3, 3])

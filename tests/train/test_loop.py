@@ -47,8 +47,11 @@ QUERIES = 26
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("training"))
+
+
+def write_folder(root: Path) -> Path:
     """Tiny backbones, with and without dropout; records with ragged negatives and duplicates; a BEIR folder."""
-    root = tmp_path_factory.mktemp("training")
     save_tiny("bert", root / "model")
     save_tiny("bert", root / "dropout", hidden_dropout_prob=0.1)
     chance = random.Random(0)

@@ -1,0 +1,70 @@
+"""Kill runs at random moments until they are done, and compare them with one that nobody disturbed.
+
+`python -m tests.train.kills 200` kills that many times. Runs are forks of one process that has everything imported.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from inbatch.train.config import Config
+from inbatch.train.loop import train
+from tests.train.test_loop import make_config, write_folder
+
+STEPS = 30
+
+
+def _train(config: Config) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    train(config)
+
+
+def run(config: Config, kill_after_s: float | None) -> int | None:
+    """Train in a fork, kill it after so many seconds, and return its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(config,))
+    process.start()
+    process.join(kill_after_s)
+    if process.is_alive():
+        os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return process.exitcode
+
+
+def result(config: Config) -> dict[str, bytes]:
+    """What must be equal: the figures, the model and the checkpoints."""
+    root = Path(config.train.output_dir)
+    files = [root / "metrics.jsonl", *(root / "model").rglob("*"), *(root / "checkpoints").rglob("*")]
+    return {str(file.relative_to(root)): file.read_bytes() for file in files if file.is_file()}
+
+
+def kill(root: Path, kills: int, seed: int = 0) -> int:
+    """Kill `kills` times, spread over as many runs as that takes, and return how many runs ended with equal bytes."""
+    chance = random.Random(seed)
+    folder = write_folder(root)
+    settings = {"train": {"max_steps": STEPS}, "checkpoint": {"every_steps": 3}, "eval": {"data": str(folder / "beir")}}
+    undisturbed = make_config(folder, root / "undisturbed", **settings)
+    since = time.monotonic()
+    assert run(undisturbed, None) == 0
+    duration_s, expected, runs = time.monotonic() - since, result(undisturbed), 0
+    assert f"model{os.sep}model.safetensors" in expected
+    while kills > 0:
+        runs += 1
+        config = make_config(folder, root / f"run-{runs}", **settings)
+        while (code := run(config, chance.uniform(0, duration_s) if kills > 0 else None)) == -signal.SIGKILL:
+            kills -= 1
+        assert code == 0, f"run {runs} ended with {code}"
+        found = result(config)
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        assert not [name for name in found if found[name] != expected[name]], f"run {runs} differs"
+        print(f"run {runs}: equal; {kills} kills are left", flush=True)
+    return runs
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        print(kill(Path(place), int(sys.argv[1])), "runs, each with the bytes of the undisturbed one")
