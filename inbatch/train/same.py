@@ -46,7 +46,7 @@ def check_data(examples: Examples, evaluation: RetrievalData | None) -> None:
 def check_towers(towers: Mapping[str, BiEncoderModel]) -> None:
     """Raise ValueError, on every rank, for weights that are not finite, and unless all opened the same models."""
 
-    def digests() -> dict[str, str]:
+    def digests() -> dict[str, int | str]:
         for name, tower in towers.items():
             for key, value in tower.state_dict().items():
                 if not value.isfinite().all():
@@ -57,13 +57,14 @@ def check_towers(towers: Mapping[str, BiEncoderModel]) -> None:
             f"{name}'s {what}": digest
             for name, tower in towers.items()
             for what, digest in (
-                ("settings", repr((tower.prompts, tower.pooling, tower.embedding_dim, tower.l2_normalize))),
+                ("embedding size", tower.embedding_dim),
+                ("settings", repr((tower.prompts, tower.pooling, tower.l2_normalize))),
                 ("tokenizer", tokenizer_digest(tower.tokenizer)),
                 ("weights", _of_tensors(tower.state_dict())),
             )
         }
 
-    collectives.agree("model read on each host", same=collectives.together(digests))
+    collectives.agree("the model", same=collectives.together(digests))
 
 
 def check_shared(folder: Path) -> None:

@@ -39,7 +39,7 @@ def _weights(host: Path) -> str:
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 1e-6
     save_file(weights, file, {"format": "pt"})
-    return r"model read on each host: [^;]*model's weights: rank 0 has '\w+', rank 1 has"
+    return r"the model: [^;]*model's weights: rank 0 has '\w+', rank 1 has"
 
 
 def _tokenizer(host: Path) -> str:
@@ -49,7 +49,7 @@ def _tokenizer(host: Path) -> str:
     vocabulary = values["model"]["vocab"]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     file.write_text(json.dumps(values))
-    return r"model read on each host: [^;]*model's tokenizer: rank 0 has '\w+', rank 1 has"
+    return r"the model: [^;]*model's tokenizer: rank 0 has '\w+', rank 1 has"
 
 
 def _nothing(host: Path) -> str:
