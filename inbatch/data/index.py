@@ -202,7 +202,13 @@ def _name(files: Sequence[Path], home: Path, kind: str, settings: object) -> str
 
 
 def writable(folder: Path) -> bool:
-    """Return True if files can be made in a folder, which is made where it does not exist."""
+    """Return True if files can be made in a folder, which is made where it does not exist.
+
+    Not in one whose mode bits let nobody write, which is meant to stay as it was, although root could.
+    """
+    present = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not present.stat().st_mode & 0o222:
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -132,7 +132,7 @@ class BiEncoderModel(nn.Module):
                 f"packed=True brings its own attention: leave out attn_implementation={attn_implementation!r}"
             )
         folder = local_folder(str(name_or_path))
-        saved = read_layout(folder, trust_remote_code=trust_remote_code)
+        saved = read_layout(folder)
         from_sentence_transformers = saved is not None
         saved = saved or Folder(layout=Layout(pooling="mean", l2_normalize=True), bidirectional=True)
         layout = replace(saved.layout, pooling=check_pooling(pooling or saved.layout.pooling))

@@ -171,15 +171,15 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def read_layout(folder: Path, *, trust_remote_code: bool = False) -> Folder | None:
+def read_layout(folder: Path) -> Folder | None:
     """Return what `folder` says, or None where it has no modules.json.
 
-    Raises UnsupportedError for what only sentence-transformers can do, ValueError for custom code that is not trusted,
+    Raises UnsupportedError for what only sentence-transformers can do, such as modules of custom code, ValueError for
     unknown keys and values of a wrong type.
     """
     if not file_within(folder, "modules.json").is_file():
         return None
-    kinds, paths = _read_modules(folder, trust_remote_code)
+    kinds, paths = _read_modules(folder)
     top = _settings(folder, "config_sentence_transformers.json")
     top.ignore("__version__")
     if (model_type := top.take("model_type", "text")) not in (None, "SentenceTransformer"):
@@ -218,7 +218,7 @@ def _settings(folder: Path, name: str) -> _Settings:
     return _Settings(folder / name, read_object(folder, name) or {})
 
 
-def _read_modules(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[str]]:
+def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
     """Return the kinds and folders of the modules, which must be those that we have, in their order."""
     path = folder / "modules.json"
     modules = _read(path)
@@ -232,13 +232,9 @@ def _read_modules(folder: Path, trust_remote_code: bool) -> tuple[list[str], lis
             raise ValueError(f"{path}: the path {module['path']!r:.200} leads out of the model's folder")
         file_within(folder, module["path"])
         if not module["type"].startswith("sentence_transformers."):
-            if trust_remote_code:
-                raise UnsupportedError(
-                    f"{folder}: module {module['type']:.200}, which is custom code, is not supported"
-                )
-            raise ValueError(
-                f"{folder}: module {module['type']:.200} is custom code, which is not run: read it, and pass "
-                "trust_remote_code=True (model.trust_remote_code) if you trust it"
+            raise UnsupportedError(
+                f"{folder}: module {module['type']:.200} is custom code, which is not run, whatever trust_remote_code "
+                f"says: expected {_SUPPORTED}, of sentence-transformers"
             )
     for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]

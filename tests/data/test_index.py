@@ -321,3 +321,18 @@ def test_joined_rows_read_through_all_parts(tmp_path):
     assert list(rows.through(range(2, 6))) == expected[2:6]
     assert rows.where(4) == f"{tmp_path / '5.jsonl'}, line 1"
     assert rows.files == [part.path for part in parts]
+
+
+def test_a_folder_that_nobody_may_write_to_stays_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv("INBATCH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("inbatch.data.index._SMALL", 0)
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data" / "a.jsonl", [{"query": "q", "pos": "p"}])
+    (tmp_path / "data").chmod(0o555)
+    try:
+        assert len(open_examples(path)) == 1
+        assert [file.name for file in (tmp_path / "data").iterdir()] == ["a.jsonl"]  # as root, too
+        assert any((tmp_path / "cache" / "inbatch").iterdir())
+    finally:
+        (tmp_path / "data").chmod(0o755)

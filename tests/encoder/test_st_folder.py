@@ -207,6 +207,35 @@ def test_custom_code_is_not_run_and_nobody_is_asked(folders, tmp_path, monkeypat
         BiEncoderModel.from_pretrained(tmp_path / "modules")
 
 
+CUSTOM = """
+from transformers import BertConfig, BertModel
+
+class MyConfig(BertConfig):
+    model_type = "mine"
+
+class MyModel(BertModel):
+    config_class = MyConfig
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.last_hidden_state = output.last_hidden_state.flip(-1)
+        return output
+"""
+
+
+def test_custom_code_is_run_where_it_is_trusted(folders, tmp_path):
+    plain = ours(BiEncoderModel.from_pretrained(folders["bert"]))
+    folder = shutil.copytree(folders["bert"], tmp_path / "mine")
+    (folder / "modeling_mine.py").write_text(CUSTOM)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mine"}
+    config["auto_map"] = {"AutoConfig": "modeling_mine.MyConfig", "AutoModel": "modeling_mine.MyModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    trusted = BiEncoderModel.from_pretrained(folder, trust_remote_code=True)
+    torch.testing.assert_close(ours(trusted), plain.flip(-1))
+    with pytest.raises(ValueError, match=r"modeling_mine\.py|custom code .*not run"):
+        BiEncoderModel.from_pretrained(folder)
+
+
 def test_a_whole_state_can_be_saved_in_place_of_the_parameters(folders, tmp_path):
     model = BiEncoderModel.from_pretrained(folders["llama"])
     state = {key: value * 0.5 for key, value in model.state_dict().items()}
