@@ -353,6 +353,9 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
     return None
 
 
+_LEAST_TEMPERATURE = 1e-30  # whose inverse is a float32
+
+
 def _wrong_temperature(temperature: Any) -> str | None:
     if isinstance(temperature, Tensor):
         if temperature.ndim or temperature.dtype not in DTYPES:
@@ -362,7 +365,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
         if temperature.is_cuda:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not _LEAST_TEMPERATURE <= temperature < math.inf:
         return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
     return None
 

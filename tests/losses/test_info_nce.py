@@ -487,3 +487,9 @@ def test_a_temperature_of_numpy_is_a_float():
 def test_the_module_refuses_unknown_options_when_it_is_made(option):
     with pytest.raises(ValueError, match=f'{option} must be ".* or ".*", got \'x\''):
         InfoNCELoss(**{option: "x"})
+
+
+def test_a_temperature_whose_inverse_overflows_is_refused():
+    rows = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"temperature must be positive and finite .*got 1e-40"):
+        info_nce(rows, rows, temperature=1e-40)
