@@ -9,8 +9,11 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 from inbatch.train.config import Config
 from inbatch.train.loop import train
@@ -22,6 +25,7 @@ _KILLED = -signal.SIGKILL
 
 def _train(config: Config) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    tqdm.set_lock(threading.RLock())  # the default one is shared by forks, and a killed one may hold it
     train(config)
 
 
