@@ -4,7 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _GATHER = 'negatives="gather", the default, or "local"'
 _OBJECTIVE = "objective=Objective({})"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import collectives
@@ -133,7 +134,7 @@ def _run(step: Step, model: nn.Module, batch: Any, wrap: Callable | None = None)
     loss, found = result if isinstance(result, tuple) else (result, None)
     if found is None:
         found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
     return float(torch.as_tensor(loss).detach()), {
         name: grad.detach().to("cpu", torch.float64) for name, grad in whole.items()
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from inbatch.collectives.watch import Watch
 
@@ -75,7 +76,7 @@ def start(
     if use_cuda:
         torch.cuda.set_device(_bound_device)
     if distributed and not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         if say is not None and size > 1:
             _watch = Watch(rank, size, timeout_s=timeout_s, setting=setting, say=say)
         dist.init_process_group(

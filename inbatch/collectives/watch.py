@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVES = str(Path(__file__).parent)
@@ -97,8 +97,8 @@ class Watch:
     def _connect(self) -> Any:
         """Return a connection of this thread's: on the main thread's a long wait would keep everybody waiting."""
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=self._timeout_s))
-        return dist.PrefixStore(f"inbatch/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=self._timeout_s))
+        return PrefixStore(f"inbatch/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     # ---- the verdict
 

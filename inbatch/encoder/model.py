@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +264,7 @@ class BiEncoderModel(nn.Module):
         )
         # Padded here: transformers takes as long for padding, masks and their tensors as for the tokens.
         rows = [torch.tensor(row, dtype=torch.int64) for row in tokens["input_ids"]]
-        side, pad_id = self.tokenizer.padding_side, self.tokenizer.pad_token_id
+        side, pad_id = self.tokenizer.padding_side, cast(int, self.tokenizer.pad_token_id)
         ids_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
         mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
         return {"input_ids": ids_BT, "attention_mask": mask_BT}

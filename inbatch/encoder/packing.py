@@ -10,6 +10,7 @@ H heads, E dimension of a head.
 """
 
 import inspect
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def enable_packing(backbone: PreTrainedModel) -> str | None:
     kind = backbone.config.model_type
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{kind} takes no position_ids"
-    before = backbone.config._attn_implementation
+    before = cast(str, backbone.config._attn_implementation)
     backbone.set_attn_implementation(IMPLEMENTATION)
     if backbone.config._attn_implementation != IMPLEMENTATION:
         return f"{kind} does not let its attention be replaced"

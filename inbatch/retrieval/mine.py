@@ -246,7 +246,8 @@ class _Report:
     @staticmethod
     def read(saved: dict[str, Any]) -> "_Report":
         """Return the report of which `saved` is what JSON kept."""
-        return _Report(**{name: value if name == "examples" else Counter(value) for name, value in saved.items()})
+        counters = {name: Counter(value) for name, value in saved.items() if name != "examples"}
+        return _Report(examples=saved["examples"], **counters)
 
 
 def _rounded(scores: Sequence[float]) -> list[str]:
