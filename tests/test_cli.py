@@ -17,9 +17,9 @@ import yaml
 
 import inbatch
 from inbatch import cli
+from inbatch.cli.launch import _report_killed
 from inbatch.collectives import OtherRankError
 from inbatch.encoder.model import BiEncoderModel
-from inbatch.launch import _report_killed
 from inbatch.train.config_file import load
 from tests.helpers import REPOSITORY
 from tests.tiny_models import WORDS, save_tiny

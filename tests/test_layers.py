@@ -12,10 +12,10 @@ from tests.helpers import REPOSITORY
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"audit", "launch", "train", "integrations"},
+    {"integrations", "testing", "train"},
     {"retrieval"},
     {"encoder", "data"},
-    {"grad_cache", "losses", "inbatch_neg_utils", "testing"},
+    {"grad_cache", "inbatch_neg_utils", "losses"},
     {"collectives"},
     {"ids", "other_names"},
 )

@@ -68,7 +68,7 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
 def spread(
     towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool
 ) -> dict[str, nn.Module]:
-    """The towers as they are called in training: see `inbatch.parallel`."""
+    """The towers as they are called in training: see `inbatch.train.parallel`."""
     networks = {}
     for name, tower in towers.items():
         if config.train.compile:

@@ -14,7 +14,7 @@ TIMEOUT_S = 3
 CODE = """
 import sys, time
 from inbatch import collectives
-from inbatch.launch import report_last
+from inbatch.cli.launch import report_last
 
 def lunch():
     time.sleep(600)

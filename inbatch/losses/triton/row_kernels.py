@@ -1,4 +1,4 @@
-"""Triton kernels over single rows, around the tiles of `_kernels`: few, because a small batch waits for launches.
+"""Triton kernels over single rows, around the tiles of `tile_kernels`: few, because a small batch waits for launches.
 
 Shapes: R rows, C columns, D dimension, B queries, M passages.
 """

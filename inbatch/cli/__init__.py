@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from inbatch import __version__
-from inbatch.launch import (
+from inbatch.cli.launch import (
     INTERRUPTED,
     REPORT_FD,
     launch,
@@ -468,7 +468,7 @@ def _data(known: argparse.Namespace) -> None:
 
 def _audit(known: argparse.Namespace) -> None:
     from inbatch import collectives
-    from inbatch.audit import audit, lines, missing
+    from inbatch.testing.audit import audit, lines, missing
 
     collectives.start("gloo", timeout_s=600)
     for line in lines(audit()):
