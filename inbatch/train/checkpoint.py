@@ -123,6 +123,8 @@ def save(
         for s, old in list_checkpoints(folder):
             if s not in kept:
                 remove(old)
+        for left in Path(folder).glob(".step-*.old"):  # by a process that was killed while it removed one
+            remove(left)
 
     on_rank_0(finish)
     return path
