@@ -2,8 +2,9 @@
 
     python -m benchmarks.search --queries 2400 --documents 39000 --dimension 384
 
-`inbatch.retrieval.search.top_k` scores in float64 and breaks ties by index; the float32 row does neither. That both
-find the same documents, but for rounding, is checked first; then they take turns, in blocks of the same sizes.
+`inbatch.retrieval.search.top_k` scores in float64 what a float32 product leaves, and breaks ties by index. The float64
+row scores everything so, the float32 row nothing; neither breaks ties. That they find the same documents, but for
+rounding, is checked first; then they take turns, in blocks of the same sizes.
 Seconds are of the wall, the median of --repeats.
 """
 
@@ -20,14 +21,19 @@ from torch.nn.functional import normalize
 from inbatch.retrieval.search import top_k
 
 
+def in_float64(queries_QD: Tensor, documents_ND: Tensor, k: int) -> Tensor:
+    """Return the indices [Q, k] of the best documents by float64 products of all, rounded, equal ones in any order."""
+    return in_float32(queries_QD.double(), documents_ND, k)
+
+
 def in_float32(queries_QD: Tensor, documents_ND: Tensor, k: int) -> Tensor:
-    """Return the indices [Q, k] of the best documents by float32 products, equal scores in any order."""
+    """Return the indices [Q, k] of the best documents by products in the queries' dtype, equal scores in any order."""
     best: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(documents_ND), 16384):
-        block_CD = documents_ND[start : start + 16384].to(queries_QD.device)
+        block_CD = documents_ND[start : start + 16384].to(queries_QD)
         parts = []
         for row, some_QD in enumerate(queries_QD.split(1024)):
-            scores_Qk, columns_Qk = (some_QD @ block_CD.T).topk(min(k, len(block_CD)))
+            scores_Qk, columns_Qk = (some_QD @ block_CD.T).float().topk(min(k, len(block_CD)))
             columns_Qk += start
             if best:
                 scores_QK = torch.cat([best[row][0], scores_Qk], dim=1)
@@ -70,7 +76,7 @@ def main() -> None:
     )
     exact, rough = top_k(queries_QD, documents_ND, args.k)[1], in_float32(queries_QD, documents_ND, args.k)
     assert (exact == rough).double().mean() > 0.99, "the documents differ"
-    rows = {"exact": top_k, "float32": in_float32, "products": products}
+    rows = {"exact": top_k, "float64": in_float64, "float32": in_float32, "products": products}
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(args.repeats):
         for name, function in rows.items():

@@ -3,8 +3,9 @@
 A score is the float64 product (or cosine) of two vectors, rounded to float32; equal scores rank by document index.
 The answer depends on the vectors alone: it is the same for any number of ranks, any blocks and any matmul precision.
 
-Score and index make one int64 key, the score's bits above the index's, so that the best documents are the largest keys
-and there are no ties to break.
+A float32 product of each block only sorts out: a document whose rough score lies further below the k-th best score so
+far than rounding can explain is dropped. The others are scored in float64. Score and index then make one int64 key, the
+score's bits above the index's, so that the best documents are the largest keys and there are no ties to break.
 
 Shapes: Q queries, N documents of this rank, C documents in a block, P pairs of a query and a document, D dimension.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from inbatch import collectives
 
 SIMILARITIES = ("cosine", "dot")
+_PAIR_ELEMENTS = 1 << 20  # 8 MiB of float64: the vectors gathered at a time to be scored exactly
 _LAST_INDEX = 0xFFFFFFFF
 
 
@@ -41,7 +43,7 @@ def top_k(
 
     Returns (scores [Q, k] float32, indices [Q, k] int64) on the queries' device, the same on every rank, for any split
     and any chunks; min(k, all documents) columns. A query to which exclusion leaves fewer ends in (-inf, -1).
-    Memory beyond the inputs: about 16 * query_chunk * document_chunk bytes, and 8 * Q * k for each rank. No gradient.
+    Memory beyond the inputs: about 32 * query_chunk * document_chunk bytes, and 8 * Q * k for each rank. No gradient.
 
     Raises ValueError, on every rank, for what is no float matrix, k < 1, no documents at all, NaN or infinity in an
     embedding, or ranks that disagree on dimension, dtype, k or similarity.
@@ -145,39 +147,85 @@ def _best_keys(
     """Return the keys [Q, k] of this rank's best documents in falling order; _keys(-inf, -1) where it has fewer."""
     device = queries_QD.device
     best_Qk = _keys(torch.full((len(queries_QD), k), -torch.inf, device=device), torch.tensor(-1, device=device))
-    wide_QD = queries_QD.double()
+    rough_QD = _rough(queries_QD, norms_Q, shard.cosine)
     for first in range(0, len(shard.documents), shard.chunk):
-        start, block_CD = first + shard.offset, shard.documents[first : first + shard.chunk].to(device)
-        wide_CD, norms_C = block_CD.double(), shard.norms_N[first : first + shard.chunk]
+        start, norms_C = first + shard.offset, shard.norms_N[first : first + shard.chunk]
+        block_CD = shard.documents[first : first + shard.chunk].to(device)
+        rough_CD = _rough(block_CD, norms_C, shard.cosine)
+        error_Q = _rough_error(norms_Q, norms_C, shard.cosine, queries_QD.shape[1])
         for row in range(0, len(queries_QD), query_chunk):
             some = slice(row, row + query_chunk)
-            scores_QC = wide_QD[some] @ wide_CD.T
-            if shard.cosine:  # after the product, which is exactly 0 for orthogonal integers
-                scores_QC *= _inverse(norms_Q[some])[:, None] * _inverse(norms_C)
-            scores_QC = scores_QC.float()
+            rough_QC = rough_QD[some] @ rough_CD.T
             inside_E2 = exclude_E2 - exclude_E2.new_tensor([row, start])
-            inside_E2 = inside_E2[((inside_E2 >= 0) & (inside_E2 < exclude_E2.new_tensor(scores_QC.shape))).all(1)]
-            scores_QC[inside_E2[:, 0], inside_E2[:, 1]] = -torch.inf
-            best_Qk[some] = torch.cat([best_Qk[some], _best_of_block(scores_QC, start, k)], dim=1).topk(k).values
+            inside_E2 = inside_E2[((inside_E2 >= 0) & (inside_E2 < exclude_E2.new_tensor(rough_QC.shape))).all(1)]
+            rough_QC[inside_E2[:, 0], inside_E2[:, 1]] = -torch.inf
+            rows_P, columns_P = _candidates(rough_QC, _decoded(best_Qk[some, -1])[0], error_Q[some], k)
+            scores_P = _products(queries_QD[some], block_CD, rows_P, columns_P)
+            if shard.cosine:
+                scores_P *= _inverse(norms_Q[some][rows_P] * norms_C[columns_P])
+            best_Qk[some] = _merged(best_Qk[some], rows_P, _keys(scores_P.float(), columns_P + start))
     return best_Qk
+
+
+def _rough(rows_ND: Tensor, norms_N: Tensor, cosine: bool) -> Tensor:
+    return (rows_ND * _inverse(norms_N)[:, None] if cosine else rows_ND).float()
 
 
 def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms.reciprocal(), 0.0)
 
 
-def _best_of_block(scores_QC: Tensor, start: int, k: int) -> Tensor:
-    """Return the keys [Q, min(k, C)] of the best documents of a block, the first of which has the index `start`."""
-    k, size = min(k, scores_QC.shape[1]), scores_QC.shape[1]
-    scores_Qk, columns_Qk = scores_QC.topk(min(k + 1, size))
-    keys_Qk = _keys(scores_Qk, columns_Qk + start)[:, :k]
-    if k < size:
-        # Where equal scores reach over the end of the list, topk takes any of them. Keys decide, but take longer.
-        tied_Q = scores_Qk[:, k - 1] == scores_Qk[:, k]
-        if tied_Q.any():
-            columns_C = torch.arange(start, start + size, device=scores_QC.device)
-            keys_Qk[tied_Q] = _keys(scores_QC[tied_Q], columns_C).topk(k).values
-    return keys_Qk.where(scores_Qk[:, :k] > -torch.inf, _keys(scores_Qk[:, :k], columns_Qk.new_tensor(-1)))
+def _rough_error(norms_Q: Tensor, norms_C: Tensor, cosine: bool, dimension: int) -> Tensor:
+    """Return a bound [Q] on |rough score - score| in a block.
+
+    A float32 sum of D products, in any order, is within D 2^-24 |q| |d| of the true one; twice that, and some, covers
+    the roundings of the factors and of the score too. Torch may be set to round the factors to bfloat16 first: 2^-8.
+    """
+    try:
+        coarse = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set for each backend
+        coarse = True
+    relative = (dimension + 8) * 2.0**-23 + (1.01 * 2.0**-8 if coarse else 0.0)
+    if cosine:
+        return torch.full_like(norms_Q, relative).float()
+    longest = norms_C.max()
+    return (relative * norms_Q * longest + dimension * 2.0**-126 * (1 + norms_Q + longest)).float()
+
+
+def _candidates(rough_QC: Tensor, floor_Q: Tensor, error_Q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of all documents that may be among the k best, given the k-th best scores so far."""
+    known = not floor_Q.isneginf().any()
+    for tighten in (False, True) if known else (True,):
+        if tighten and k < rough_QC.shape[1]:
+            floor_Q = torch.maximum(floor_Q, rough_QC.topk(k, sorted=False).values.amin(1) - error_Q)
+        # The least float32 is above the -inf of excluded documents.
+        passing_QC = rough_QC >= (floor_Q - error_Q).clamp_min(torch.finfo(torch.float32).min)[:, None]
+        rows_P, columns_P = passing_QC.nonzero(as_tuple=True)
+        if len(rows_P) <= 2 * k * len(rough_QC):
+            break
+    return rows_P, columns_P
+
+
+def _products(queries_QD: Tensor, block_CD: Tensor, rows_P: Tensor, columns_P: Tensor) -> Tensor:
+    """Return the float64 products [P] of pairs."""
+    if 8 * len(rows_P) > len(queries_QD) * len(block_CD):  # as for a model whose embeddings have become all alike
+        return (queries_QD.double() @ block_CD.double().T)[rows_P, columns_P]
+    pairs = (indices.split(max(1, _PAIR_ELEMENTS // max(1, block_CD.shape[1]))) for indices in (rows_P, columns_P))
+    return torch.cat(
+        [
+            (queries_QD[rows].double()[:, None] @ block_CD[columns].double()[:, :, None]).flatten()
+            for rows, columns in zip(*pairs, strict=True)
+        ]
+    )
+
+
+def _merged(best_Qk: Tensor, rows_P: Tensor, keys_P: Tensor) -> Tensor:
+    """Return the k largest keys [Q, k] of the best so far and of new ones, whose rows are given in order."""
+    counts_Q = torch.bincount(rows_P, minlength=len(best_Qk))
+    places_P = torch.arange(len(rows_P), device=rows_P.device) - (counts_Q.cumsum(0) - counts_Q)[rows_P]
+    new_QK = best_Qk.new_full((len(best_Qk), int(counts_Q.max())), torch.iinfo(torch.int64).min)
+    new_QK[rows_P, places_P] = keys_P
+    return torch.cat([best_Qk, new_QK], dim=1).topk(best_Qk.shape[1]).values
 
 
 def _keys(scores: Tensor, indices: Tensor) -> Tensor:
