@@ -26,7 +26,7 @@ from inbatch.collectives.process_group import (
     stop,
     world_size,
 )
-from inbatch.collectives.ring import RingShift, ring_shift
+from inbatch.collectives.ring import RingShift, held, ring_shift
 from inbatch.collectives.watch import doing, tick
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "gather_rows",
     "global_rank",
     "group_of_one",
+    "held",
     "rank",
     "reduce_scatter_rows",
     "ring_shift",

@@ -25,6 +25,12 @@ class RingShift:
         return self._received
 
 
+def held(rows: Sequence[int], hop: int) -> list[int]:
+    """Return how many rows each rank holds after `hop` shifts, where rank r began with rows[r]."""
+    first = len(rows) - hop
+    return [*rows[first:], *rows[:first]]
+
+
 def ring_shift(tensors: Sequence[Tensor], rows: Sequence[int], group: ProcessGroup | None = None) -> RingShift:
     """Start sending each tensor to the next rank and receiving its counterpart from the previous rank.
 

@@ -221,7 +221,7 @@ class _RingMaxSim(torch.autograd.Function):
             )
             if shift is not None:
                 gradient_mD += shift.wait()[0]
-            shift = collectives.ring_shift([gradient_mD], _held(token_counts, hop), group)
+            shift = collectives.ring_shift([gradient_mD], collectives.held(token_counts, hop), group)
         assert shift is not None
         (d_passages_mD,) = shift.wait()
         return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), *[None] * 6
@@ -230,12 +230,8 @@ class _RingMaxSim(torch.autograd.Function):
 def _around(vectors_mD: Tensor, counts: list[int], rank: int, group) -> Iterator[tuple[int, Tensor]]:
     """Yield (rank of the owner, its vectors), this rank's first, the next ones being on their way meanwhile."""
     for hop in range(len(counts)):
-        shift = collectives.ring_shift([vectors_mD], _held(counts, hop), group) if hop < len(counts) - 1 else None
+        going_on = hop < len(counts) - 1
+        shift = collectives.ring_shift([vectors_mD], collectives.held(counts, hop), group) if going_on else None
         yield (rank - hop) % len(counts), vectors_mD
         if shift is not None:
             (vectors_mD,) = shift.wait()
-
-
-def _held(counts: list[int], hop: int) -> list[int]:
-    """Return how many tokens each rank holds at this hop."""
-    return counts[len(counts) - hop :] + counts[: len(counts) - hop]

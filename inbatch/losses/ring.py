@@ -53,7 +53,9 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
             if those.gradient is not None:
                 if hop > 0:
                     those.gradient += shifts[kind].wait()[0]
-                shifts[kind] = collectives.ring_shift([those.gradient], _held(rows, kind, hop), rows.problem.group)
+                shifts[kind] = collectives.ring_shift(
+                    [those.gradient], collectives.held(_counts(rows, kind), hop), rows.problem.group
+                )
     arrived = {kind: shift.wait()[0] for kind, shift in shifts.items()}
     return arrived.get("passage"), arrived.get("query")
 
@@ -84,7 +86,7 @@ def _hops(rows: Rows, own: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
             for kind, those in held.items():
                 packed = those.keys.packed()
                 travelling = [those.embeddings] if packed is None else [those.embeddings, packed]
-                shifts[kind] = collectives.ring_shift(travelling, _held(rows, kind, hop), group)
+                shifts[kind] = collectives.ring_shift(travelling, collectives.held(_counts(rows, kind), hop), group)
         yield held
         if elsewhere is None:  # no row's positive is among the columns of another rank
             elsewhere = torch.full(rows.score_B.shape, -1, dtype=torch.int32, device=rows.score_B.device)
@@ -94,12 +96,6 @@ def _hops(rows: Rows, own: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
 
 def _arrived(tensors: list[Tensor], like: Keys, positive: Tensor) -> Columns:
     return Columns(embeddings=tensors[0], keys=like.like(tensors[1] if len(tensors) > 1 else None), positive=positive)
-
-
-def _held(rows: Rows, kind: str, hop: int) -> list[int]:
-    """Return how many columns each rank holds at this hop."""
-    counts = _counts(rows, kind)
-    return counts[len(counts) - hop :] + counts[: len(counts) - hop]
 
 
 def _counts(rows: Rows, kind: str) -> list[int]:

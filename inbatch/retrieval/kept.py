@@ -7,7 +7,7 @@ Shapes: n texts, D dimension.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -32,9 +32,16 @@ def model_digest(model: nn.Module) -> str:
     digest.update(f"{sorted(settings.items())} {configuration} {version('transformers')} {type(module)}".encode())
     if (tokenizer := getattr(module, "tokenizer", None)) is not None:
         digest.update(tokenizer_digest(tokenizer).encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    digest.update(weights_digest(module.state_dict()).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of named tensors, in any order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -4,11 +4,9 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
-
-import torch
 
 from inbatch import collectives
 from inbatch.data.index import HEADER, made_once
@@ -17,6 +15,7 @@ from inbatch.data.readers import Examples
 from inbatch.data.records import RetrievalData
 from inbatch.data.token_cache import tokenizer_digest
 from inbatch.encoder.model import BiEncoderModel
+from inbatch.retrieval.kept import text_digest, weights_digest
 from inbatch.train.parallel import on_rank_0
 
 _SAMPLES = 1000
@@ -37,7 +36,7 @@ def check_data(examples: Examples, evaluation: RetrievalData | None) -> None:
         if evaluation is not None:
             ids = evaluation.query_ids, evaluation.queries, evaluation.doc_ids, evaluation.qrels
             documents = _of_rows(evaluation.documents, getattr(evaluation.documents, "files", ()))
-            same["eval.data"] = f"{len(evaluation.documents)} documents {_hexadecimal([repr(ids), documents])}"
+            same["eval.data"] = f"{len(evaluation.documents)} documents {text_digest([repr(ids), documents])}"
         return same
 
     collectives.agree("files read on each host", same=collectives.together(digests))
@@ -60,7 +59,7 @@ def check_towers(towers: Mapping[str, BiEncoderModel]) -> None:
                 ("embedding size", tower.embedding_dim),
                 ("settings", repr((tower.prompts, tower.pooling, tower.l2_normalize))),
                 ("tokenizer", tokenizer_digest(tower.tokenizer)),
-                ("weights", _of_tensors(tower.state_dict())),
+                ("weights", weights_digest(tower.state_dict())),
             )
         }
 
@@ -90,7 +89,7 @@ def _of_rows(rows: Sequence[object], files: Sequence[Path]) -> str:
     """Return a digest of the files' content and of some rows: all, or evenly spaced ones."""
     step = max(1, len(rows) // _SAMPLES)
     some = rows.through(range(0, len(rows), step)) if isinstance(rows, Rows) else rows[::step]
-    return _hexadecimal([_of_files(list(files)), *(repr(row) for row in some)])
+    return text_digest([_of_files(list(files)), *(repr(row) for row in some)])
 
 
 def _of_files(files: Sequence[Path]) -> str:
@@ -108,18 +107,3 @@ def _of_files(files: Sequence[Path]) -> str:
     with made_once(files, "content", None, make) as kept:
         kept.seek(HEADER)
         return kept.read().hex()
-
-
-def _of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=6)
-    for name, value in tensors.items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hexadecimal(texts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=6)
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
