@@ -5,7 +5,6 @@ Shapes: B local queries, M local passages, D dimension, K known positives of a q
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from numbers import Real
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from inbatch import collectives
@@ -149,7 +148,7 @@ def _choose(impl: str, queries: Tensor) -> tuple[Kernels | None, str | None]:
     if impl == "reference":
         return None, None
     if impl not in IMPLEMENTATIONS:
-        return None, f"impl must be {_one_of(IMPLEMENTATIONS)}, got {impl!r}"
+        return None, f"impl must be {one_of(IMPLEMENTATIONS)}, got {impl!r}"
     if impl == "tiled" or (impl == "auto" and (queries.ndim == 3 or not queries.is_cuda)):
         return tiled, None
     if queries.ndim == 3:
@@ -402,7 +401,7 @@ def _wrong_groups(ids: FalseNegatives, num_queries: int) -> str | None:
         right = candidates in CANDIDATES
     if not right:
         return (
-            f"FalseNegatives.candidates must be {_one_of(CANDIDATES)}, or int64 [{num_queries}] of their places 0 to "
+            f"FalseNegatives.candidates must be {one_of(CANDIDATES)}, or int64 [{num_queries}] of their places 0 to "
             f"{len(CANDIDATES) - 1}, got {_describe(candidates)}"
         )
     by_row = isinstance(masked, Tensor) and masked.dtype == torch.bool and masked.shape == (num_queries,)
@@ -413,7 +412,7 @@ def _wrong_groups(ids: FalseNegatives, num_queries: int) -> str | None:
 
 def _wrong_options(asked: Problem, dim: int, num_queries: int) -> str | None:
     if asked.negatives not in NEGATIVES:
-        return f"negatives must be {_one_of(NEGATIVES)}, got {asked.negatives!r}"
+        return f"negatives must be {one_of(NEGATIVES)}, got {asked.negatives!r}"
     if not isinstance(asked.objective, Objective):
         return f"objective must be an Objective(...) or None, got {_describe(asked.objective)}"
     longest = max(asked.objective.matryoshka_dims or (0,))
@@ -435,7 +434,7 @@ def _wrong_options(asked: Problem, dim: int, num_queries: int) -> str | None:
     return None
 
 
-def _one_of(choices: tuple[str, ...]) -> str:
+def one_of(choices: tuple[str, ...]) -> str:
     """'"a", "b" or "c"'"""
     *first, last = (f'"{choice}"' for choice in choices)
     return f"{', '.join(first)} or {last}"
@@ -445,112 +444,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"{type(value).__name__} {value!r}"[:80]
-
-
-# ---- the module
-
-
-class _Averaged(torch.autograd.Function):
-    """The same value; its gradient is averaged over the ranks. Where DDP does that too, it averages equal numbers."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        rows = [1] * collectives.world_size(ctx.group)
-        return collectives.all_gather(gradient[None], ctx.group, rows=rows).mean(0), None
-
-
-class InfoNCELoss(nn.Module):
-    """info_nce with its options held; `forward` takes what changes from batch to batch.
-
-    learnable: the temperature is a parameter, kept positive as exp(log_temperature). Its gradient is averaged over the
-    ranks in the backward, inside DDP or outside of it: every rank runs the backward, or none.
-    """
-
-    @explains_other_names
-    def __init__(
-        self,
-        temperature: float = 0.02,
-        *,
-        learnable: bool = False,
-        negatives: str = "gather",
-        impl: str = "auto",
-        group: ProcessGroup | None = None,
-        objective: Objective | None = None,
-        chunk_mib: float | None = None,
-        token_reduction: str = "sum",
-    ):
-        super().__init__()
-        if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
-            raise ValueError(f"temperature must be a positive number to start from, got {temperature!r}")
-        if negatives not in NEGATIVES:
-            raise ValueError(f"negatives must be {_one_of(NEGATIVES)}, got {negatives!r}")
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl must be {_one_of(IMPLEMENTATIONS)}, got {impl!r}")
-        self._fixed_temperature, self.token_reduction = float(temperature), token_reduction
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(float(temperature)))) if learnable else None
-        self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (
-            negatives,
-            impl,
-            group,
-            objective,
-            chunk_mib,
-        )
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature in use: a float, or a 0-d tensor that requires grad if it is learnable."""
-        return self._fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
-
-    def forward(
-        self,
-        queries: Tensor,
-        passages: Tensor,
-        *,
-        positives: Tensor | None = None,
-        false_negatives: FalseNegatives | None = None,
-        stats: LossStats | None = None,
-        weights: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        passage_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
-        temperature = self.temperature
-        if isinstance(temperature, Tensor) and collectives.world_size(self.group) > 1:
-            temperature = _Averaged.apply(temperature, self.group)
-        return info_nce(
-            queries,
-            passages,
-            positives=positives,
-            temperature=temperature,  # type: ignore[arg-type]
-            false_negatives=false_negatives,
-            negatives=self.negatives,
-            impl=self.impl,
-            group=self.group,
-            objective=self.objective,
-            chunk_mib=self.chunk_mib,
-            stats=stats,
-            weights=weights,
-            query_mask=query_mask,
-            passage_mask=passage_mask,
-            token_reduction=self.token_reduction,
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InfoNCELoss:
-        # A process group cannot be copied, and a copy (a moving average of the weights, say) is for the same processes.
-        memo[id(self.group)] = self.group
-        memo[id(self)] = other = type(self).__new__(type(self))
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return other
-
-    def extra_repr(self) -> str:
-        fixed, learnt = self._fixed_temperature, self.log_temperature
-        if learnt is None:
-            temperature = f"{fixed:g}"
-        else:  # which has no value while it is on the meta device
-            temperature = "learnable" if learnt.is_meta else f"{math.exp(learnt.item()):g}, learnable"
-        return f"temperature={temperature}, negatives={self.negatives!r}, impl={self.impl!r}"
