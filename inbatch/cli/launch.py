@@ -121,7 +121,7 @@ def _report_killed(statuses: dict[int, int]) -> None:
 
 
 def no_fault_of_this_process(error: BaseException) -> str | None:
-    """What to say of an end that came from outside, whose traceback would tell nothing; None for any other error."""
+    """Return what to say of an end that came from outside, whose traceback would tell nothing, or None."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"

@@ -161,7 +161,7 @@ def barrier(group: ProcessGroup | None = None) -> None:
 
 
 class OtherRankError(RuntimeError):
-    """What `together` raises for a failure of another rank that was no ValueError."""
+    """Raised by `together` for a failure of another rank that was no ValueError."""
 
 
 def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:

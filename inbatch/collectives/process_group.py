@@ -106,7 +106,7 @@ def group_of_one(device: torch.device) -> Iterator[None]:
 
 
 def _torchrun_environment() -> bool:
-    """Whether torchrun (or the like) started this process; half an environment would hang, so it is an error."""
+    """Return whether torchrun (or the like) started this process; half an environment would hang, so it is an error."""
     size, my_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
     if my_rank is None:
         if size != "1":

@@ -27,7 +27,7 @@ _IDLE_BYTES = 4 << 20
 
 
 class _Activity:
-    """What the main thread says of itself; plain assignments, for it says so in every step."""
+    """Hold what the main thread says of itself; plain assignments, for it says so in every step."""
 
     name, steps_only, ticks = "starting", False, 0
 

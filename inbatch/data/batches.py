@@ -83,7 +83,7 @@ class Batches(Dataset):
         return _received_ahead(steps) if num_workers else steps
 
     def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:
-        """What travels from a worker. An error travels as it is: the loader would wrap it in its traceback."""
+        """Return what travels from a worker. An error travels as it is: the loader would wrap it in its traceback."""
         try:
             return [(_packed(asdict(part.batch)), part.share_of_step) for part in self.step(step)]
         except Exception as error:

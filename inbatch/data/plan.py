@@ -100,7 +100,7 @@ class Mixture:
 
     @property
     def draws_per_epoch(self) -> int:
-        """How many batches (if mixed, examples) an epoch draws."""
+        """Return how many batches (if mixed, examples) an epoch draws."""
         return sum(plan.steps_per_epoch for plan in self.plans)
 
     @property

@@ -17,7 +17,7 @@ class Passage:
 
     @property
     def full_text(self) -> str:
-        """What is encoded: title and text joined by a space, as BEIR does; either alone where the other is empty."""
+        """Return what is encoded: title and text joined by a space, as BEIR does; either where the other is empty."""
         return f"{self.title} {self.text}".strip() if self.title else self.text
 
 

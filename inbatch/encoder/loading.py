@@ -248,7 +248,7 @@ def set_attention(backbone: PreTrainedModel, bidirectional: bool | None, default
 
 
 def _is_decoder(backbone: PreTrainedModel) -> bool:
-    """Whether its attention looks back only, unless told otherwise."""
+    """Return whether its attention looks back only, unless told otherwise."""
     if any(getattr(module, "is_causal", False) is True for module in backbone.modules()):
         return True
     # Some decoders do not say so in their modules; they are the ones without a masked-language model.

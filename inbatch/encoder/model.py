@@ -210,7 +210,7 @@ class BiEncoderModel(nn.Module):
     forward = encode
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `encode` reads of a batch in host memory, on the model's device; the CPU does not wait for the GPU.
+        """Return what `encode` reads of a batch in host memory, on the model's device; the CPU does not wait.
 
         For a packed model it adds "token_slots", the places of all real tokens: their number is known to the CPU only
         as long as the mask is in host memory. The batch is ready for `encode` as it is; rows must be chosen before.

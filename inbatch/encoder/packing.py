@@ -116,7 +116,7 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
 
 
 def _window(size: int, causal: bool) -> tuple[int, int]:
-    """How many tokens back and ahead are seen: what transformers' masks for its SDPA attention say.
+    """Return how many tokens back and ahead are seen: what transformers' masks for its SDPA attention say.
 
     Not what it gives FlashAttention, which is one less each way when bidirectional. From the config and not the
     argument, since backbones disagree on what they put there (ModernBERT adds one).

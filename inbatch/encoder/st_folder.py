@@ -76,7 +76,7 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a sentence-transformers folder says beyond the files of its backbone and tokenizer."""
+    """Hold what a sentence-transformers folder says beyond the files of its backbone and tokenizer."""
 
     pooling: str
     l2_normalize: bool

@@ -63,7 +63,7 @@ class PassState:
 
 @contextmanager
 def restored_random_state() -> Iterator[None]:
-    """Whatever is drawn inside leaves no trace in the generators."""
+    """Leave no trace of what is drawn inside in the generators."""
     state = PassState()
     try:
         yield

@@ -19,7 +19,7 @@ MAX_EXPONENT = 60.0
 
 @dataclass(kw_only=True, slots=True)
 class Groups:
-    """What depends on a pair being of one group (see `masking`): candidates, masks and the weight of hard negatives.
+    """Hold what depends on a pair being of one group (see `masking`): candidates, masks, weights.
 
     rows, columns  int64 [R, 1] and [C, 1]: keys of groups
     rules          int32 [R]: bits from `masking.group_rules`

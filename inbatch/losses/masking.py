@@ -30,7 +30,7 @@ CANDIDATES = ("all", "positives", "own")
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """Which columns are no negatives of a row; its own positive always stays. Ids are int64; -1 never matches.
+    """Say which columns are no negatives of a row; its own positive always stays. Ids are int64; -1 never matches.
 
     passage_ids   [M]     a column with the id of the row's positive is no negative
     query_ids     [B]     a passage that is the positive of another row with the same query id is no negative; with

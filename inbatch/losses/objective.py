@@ -41,7 +41,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What info_nce computes, for row i with query q_i and positive passage d_i; s is the scaled score.
+    """Say what info_nce computes, for row i with query q_i and positive passage d_i; s is the scaled score.
 
     directions: whose scores stand beside s(q_i, d_i) in the softmax of row i
         query_to_passage    s(q_i, p) for every other passage      passage_to_query    s(d_i, q) for every other query
@@ -108,7 +108,7 @@ class Objective:
 
     @property
     def hardness(self) -> tuple[float, float]:
-        """What is added to the scores of a row's own negatives, and of others, in units of q.p."""
+        """Return what is added to the scores of a row's own negatives, and of others, in units of q.p."""
         strength = float(self.hardness_strength)
         return (
             strength if self.hardness_mode in ("hard_negatives", "all_negatives") else 0.0,

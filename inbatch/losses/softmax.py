@@ -26,7 +26,7 @@ from inbatch.losses.stats import LossStats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """What info_nce was asked and, below, what the ranks agreed on. Lists are by rank."""
+    """Hold what info_nce was asked and, below, what the ranks agreed on. Lists are by rank."""
 
     objective: Objective
     temperature: float | Tensor
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(kw_only=True, slots=True)
 class Columns:
-    """What rows are compared with: columns of one kind, in one piece."""
+    """Hold what rows are compared with: columns of one kind, in one piece."""
 
     embeddings: Tensor  # [C, D]
     keys: Keys

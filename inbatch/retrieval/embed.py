@@ -24,7 +24,7 @@ _WINDOW = 4096  # texts tokenised, sorted and batched together: enough that batc
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
-    """How texts become embeddings."""
+    """Say how texts become embeddings."""
 
     prefix: str = ""
     """put before each text"""

@@ -27,7 +27,7 @@ from inbatch.retrieval.search import SIMILARITIES, top_k
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveOptions:
-    """How queries and documents are embedded and compared."""
+    """Say how queries and documents are embedded and compared."""
 
     top_k: int = TOP_K
     """documents per query"""

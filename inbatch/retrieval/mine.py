@@ -34,7 +34,7 @@ _EXAMPLES = 20  # shown in the report
 
 @dataclass(frozen=True, kw_only=True)
 class MineOptions:
-    """Which of the best documents become negatives."""
+    """Say which of the best documents become negatives."""
 
     num_negatives: int = 5
     """negatives of a query, at most"""
@@ -236,7 +236,7 @@ def _pairs(rows_of: Sequence[Sequence[int]], queries: range) -> Tensor:
 
 @dataclass(kw_only=True)
 class _Report:
-    """What became of the candidates. Scores, of which there are many, are counted in two digits."""
+    """Count what became of the candidates. Scores, of which there are many, are counted in two digits."""
 
     counts: Counter = field(default_factory=Counter)
     positive_scores: Counter = field(default_factory=Counter)

@@ -27,7 +27,7 @@ TIMEOUT_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class GradientParity:
-    """How the gradient of several processes stands to that of one. Ratios are several / one; `str` of it is a report.
+    """Say how the gradient of several processes stands to that of one. Ratios are several / one; `str` is a report.
 
     cosine, norm_ratio, error: of all parameters with several elements together; error is |g - truth| / |truth|.
     loss_ratio: the mean of the ranks' losses. scalars: gradients of parameters with one element, by name.

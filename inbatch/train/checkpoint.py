@@ -37,7 +37,7 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", t
 
 @dataclass(frozen=True)
 class _Local:
-    """What this rank holds of a tensor: all of it, or the rows from `start` on."""
+    """Hold what this rank has of a tensor: all of it, or the rows from `start` on."""
 
     tensor: Tensor
     shape: tuple[int, ...]  # of the whole

@@ -33,7 +33,7 @@ MAY_CHANGE = {
 
 @settings("model")
 class ModelConfig:
-    """Which encoder, and how it turns tokens into one vector."""
+    """Say which encoder, and how it turns tokens into one vector."""
 
     name_or_path: str
     """folder (or hub name) of a sentence-transformers or transformers model"""

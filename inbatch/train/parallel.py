@@ -57,7 +57,7 @@ def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Modu
 
 
 def is_spread(network: nn.Module) -> bool:
-    """Whether its gradients are reduced over ranks; not in one process, nor where nothing is trained."""
+    """Return whether its gradients are reduced over ranks; not in one process, nor where nothing is trained."""
     return isinstance(network, (DistributedDataParallel, FSDPModule))
 
 

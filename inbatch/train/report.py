@@ -114,7 +114,7 @@ class NoReport(Report):
 
 
 class Stopwatch:
-    """Where a run's time goes: seconds by activity, and the speed of its steps.
+    """Measure where a run's time goes: seconds by activity, and the speed of its steps.
 
     Training is all from asking for the first batch to the end of the last step, compilation and waiting for batches
     included, but evaluations and checkpoints. What a GPU was given to do counts as the activity that gave it.
@@ -188,7 +188,7 @@ def look_at(part: Part) -> FirstBatch:
 
 
 def _copies(wanted_B: Tensor, ids_N: Tensor) -> Tensor:
-    """How often each wanted id occurs."""
+    """Return how often each wanted id occurs."""
     known_U, counts_U = torch.unique(ids_N, return_counts=True)
     return counts_U[torch.searchsorted(known_U, wanted_B)]
 
@@ -212,7 +212,7 @@ def mixture(config: Config, plan: Mixture) -> list[str]:
 
 
 def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]:
-    """How many passages each query is scored against, and why."""
+    """Say how many passages each query is scored against, and why."""
     ranks, parts = len(first.queries), config.train.accumulation_steps
     everyone = config.loss.negatives != "local"
     seen = sum(first.passages) if everyone else max(first.passages)

@@ -84,7 +84,7 @@ def exp_itemsize(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How `exp_scores` runs for inputs of one kind."""
+    """Say how `exp_scores` runs for inputs of one kind."""
 
     exp_dtype: torch.dtype
     tile: Tile
