@@ -131,14 +131,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
+    for add in (_add_evaluate, _add_encode, _add_data, _add_mine, _add_audit, _add_export):
+        add(commands)
+    return parser
+
+
+def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate", parents=[_common_options(), _encoding_options(), _retrieval_options()],
         help="measure retrieval on a BEIR folder", allow_abbrev=False,
         description="Embed the queries and the corpus of a BEIR folder, search exactly and print the measures as JSON.",
     )  # fmt: skip
-    evaluate.add_argument(
-        "model", metavar="MODEL", help="folder or hub name of a model, or folder of two: MODEL/query and MODEL/passage"
-    )
     evaluate.add_argument("data", metavar="DATA", help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
     evaluate.add_argument("--split", default="test", help="which qrels (default: %(default)s)")
     evaluate.add_argument("--measures", nargs="+", metavar="M", help="such as nDCG@10 R@100 RR@10")
@@ -152,6 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run-file", metavar="FILE", help="write the rankings as a TREC run")
     evaluate.set_defaults(function=_evaluate)
 
+
+def _add_encode(commands: Any) -> None:
     encode = commands.add_parser(
         "encode", parents=[_common_options(), _encoding_options()], help="write the embeddings of a file's texts",
         allow_abbrev=False,
@@ -168,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
     encode.set_defaults(function=_encode)
 
+
+def _add_data(commands: Any) -> None:
     data = commands.add_parser(
         "data", help="show what is recognised in training data", allow_abbrev=False,
         description="Show what is recognised in a source of training data, or in a corpus: columns, counts, lengths, "
@@ -182,14 +189,13 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--first", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
     data.set_defaults(function=_data, nproc_per_node=1)
 
+
+def _add_mine(commands: Any) -> None:
     mine = commands.add_parser(
         "mine", parents=[_common_options(), _encoding_options(), _retrieval_options()], help="find hard negatives",
         allow_abbrev=False,
         description="Write training records with the best documents of each query that are not known to be relevant.",
     )  # fmt: skip
-    mine.add_argument(
-        "model", metavar="MODEL", help="folder or hub name of a model, or folder of two: MODEL/query and MODEL/passage"
-    )
     mine.add_argument("source", metavar="SOURCE", help="BEIR folder, or training records and their passages")
     mine.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it a report and a plot of the scores")
     mine.add_argument("--split", default="train", help="which qrels (default: %(default)s)")
@@ -223,6 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
     mine.add_argument("--kept", metavar="FOLDER", help="where the documents' embeddings stay for later runs")
     mine.set_defaults(function=_mine)
 
+
+def _add_audit(commands: Any) -> None:
     audit = commands.add_parser(
         "audit", parents=[_common_options()], help="measure the gradients of the losses installed here",
         description="Compare the gradient of several processes with that of one, for the losses of this library and "
@@ -230,6 +238,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     audit.set_defaults(function=_audit, nproc_per_node=2)
 
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="make a model of a checkpoint", allow_abbrev=False,
         description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
@@ -237,7 +247,6 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("source", metavar="RUN", help="a run's folder (its newest checkpoint) or a checkpoint in it")
     export.add_argument("output", metavar="OUTPUT", help="the folder to make")
     export.set_defaults(function=_export, nproc_per_node=1)
-    return parser
 
 
 def _common_options() -> argparse.ArgumentParser:
@@ -274,6 +283,9 @@ def _column(text: str) -> tuple[str, list[str]]:
 
 def _retrieval_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "model", metavar="MODEL", help="folder or hub name of a model, or folder of two: MODEL/query and MODEL/passage"
+    )
     options.add_argument("--similarity", choices=("cosine", "dot"), help="(default: what the model was saved with)")
     options.add_argument("--query-prefix", help="text before each query (default: the model's prompt)")
     options.add_argument("--passage-prefix", help="text before each document (default: the model's prompt)")
