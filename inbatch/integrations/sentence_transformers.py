@@ -5,6 +5,7 @@
 Shapes: B rows, N passages of a row (positive first), D dimension.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     temperature: 1 / scale; give one of them. learnable: train it; its gradient is averaged over the ranks.
     negatives, impl, group: as in `info_nce`; negatives "ring" never gathers.
     labels [B, N] or [B, 1 + N] int64, as `Collator` makes them: ids of the passages, or of query and passages. What has
-    the id of the row's positive, or answers the same query, is no negative. Labels of another kind are ids of nothing.
+    the id of the row's positive, or answers the same query, is no negative. Other labels are not used, with a warning.
 
     Ranks may hold different numbers of rows. Raises ValueError for another similarity than cosine and dot, and for
     "doc_to_doc" with hard negatives, of which sentence-transformers leaves out a row's own.
@@ -104,6 +105,9 @@ class MultipleNegativesRankingLoss(nn.Module):
 def _ids(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
     fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2 and len(labels) == rows
     if not fits or labels.shape[1] not in (passages, passages + 1):
+        if labels is not None:
+            got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+            warnings.warn(f"labels {got} are no ids as Collator makes them, and are not used", stacklevel=2)
         return None
     queries = labels[:, 0].contiguous() if labels.shape[1] > passages else None
     return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)

@@ -154,3 +154,11 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
         ours.MultipleNegativesRankingLoss(model, scale=20, temperature=0.05)
     with pytest.raises(ValueError, match="doc_to_doc"):
         ours.MultipleNegativesRankingLoss(model, directions=GTE)([dict(f) for f in features], None)
+
+
+def test_labels_that_are_no_ids_are_named_as_unused():
+    loss = ours.MultipleNegativesRankingLoss(torch.nn.Identity())  # type: ignore[arg-type]
+    columns = [{"sentence_embedding": torch.randn(3, 4)} for _ in range(2)]
+    with pytest.warns(UserWarning, match=r"labels \(3,\) torch.float32 are no ids as Collator makes them, and are not"):
+        found = loss(columns, torch.ones(3))
+    torch.testing.assert_close(found, loss(columns))
