@@ -41,7 +41,10 @@ Train the encoder that the YAML file CONFIG describes. Every key can be set as a
     inbatch train configs/quickstart.yaml --nproc-per-node 2 --optim.lr 1e-4 --train.output_dir runs/second
 
 The same command again goes on with a run that was interrupted. On several machines, start
-`torchrun ... -m inbatch train CONFIG` on each. --print_config prints the whole configuration as YAML and ends."""
+`torchrun ... -m inbatch train CONFIG` on each. --print_config prints the whole configuration as YAML and ends.
+
+--from-nemo RECIPE.yaml in place of CONFIG trains a bi-encoder recipe of NeMo AutoModel, with its names for overrides
+(--step_scheduler.max_steps 10) and ours from the groups data, train, loss, optim, eval and lora."""
 
 
 def main() -> None:
@@ -82,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if known.nproc_per_node > 1 and "RANK" not in os.environ:
             if known.command == "train":
-                _load_config(known)  # a mistake in it is found at once, and once
+                _load_config(known, say=False)  # a mistake in it is found at once, and once
             return launch(arguments, known.nproc_per_node)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
@@ -112,6 +115,7 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
         prog="inbatch train", parents=[_common_options()], add_help=False, allow_abbrev=False
     )
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--from-nemo", metavar="RECIPE")
     parser.add_argument("--print_config", "--print-config", action="store_true")
     known, overrides = parser.parse_known_args(arguments)
     if known.help:
@@ -320,10 +324,19 @@ def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") 
 # ---- the commands; what they need is imported when they run, so that --help is quick
 
 
-def _load_config(known: argparse.Namespace) -> "Config":
+def _load_config(known: argparse.Namespace, *, say: bool = True) -> "Config":
+    from inbatch.cli.from_nemo import load_recipe
     from inbatch.train.config_file import load
 
-    return load(known.config, known.overrides)
+    if known.from_nemo is None:
+        return load(known.config, known.overrides)
+    if known.config is not None:
+        raise ValueError(f"both {known.config} and --from-nemo {known.from_nemo} are given: leave one out")
+    world_size = int(os.environ.get("WORLD_SIZE") or known.nproc_per_node)
+    config, unused = load_recipe(known.from_nemo, known.overrides, world_size=world_size)
+    if say and unused and os.environ.get("RANK", "0") == "0":
+        print(f"{known.from_nemo}: not used: {', '.join(unused)}", file=sys.stderr)
+    return config
 
 
 def _print_config(known: argparse.Namespace) -> None:

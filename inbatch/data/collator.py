@@ -19,11 +19,12 @@ class Collator:
 
     Each query brings one positive, then its negatives: positive number ``epoch % len(positives)``, and
     ``train_n_passages - 1`` negatives (all where that is None), taken in turn over the epochs where there are more;
-    a query with fewer brings fewer. All its positives are in ``positive_ids``, so that none counts as a negative.
-    Passages are "title text" behind ``passage_prefix``, unless the example brings a prefix of its own; lengths are in
-    tokens. Ids are keys of texts, or what ``same`` (see ``identity.merged``) gives for them. ``negatives`` and
-    ``mask_own_negatives`` say which passages the queries are compared with, as in ``FalseNegatives``; ``loss_weight``
-    multiplies their losses.
+    a query with fewer brings fewer. With ``rotate_passages`` off it brings the first ones in every epoch, negatives
+    repeated up to that number. All its positives are in ``positive_ids``, so that none counts as a negative. Passages
+    are "title text" behind ``passage_prefix``, unless the example brings a prefix of its own and ``instructions`` heeds
+    it; lengths are in tokens. Ids are keys of texts, or what ``same`` (see ``identity.merged``) gives for them.
+    ``negatives`` and ``mask_own_negatives`` say which passages the queries are compared with, as in
+    ``FalseNegatives``; ``loss_weight`` multiplies their losses.
 
     ``tokenize(texts, max_length)`` returns padded int64 tensors ``[len(texts), T]``. No examples give tensors of 0
     rows under the same names.
@@ -36,6 +37,8 @@ class Collator:
     query_prefix: str = ""
     passage_prefix: str = ""
     train_n_passages: int | None = None
+    rotate_passages: bool = True
+    instructions: bool = True
     negatives: str = "all"
     mask_own_negatives: bool = True
     loss_weight: float = 1.0
@@ -58,9 +61,15 @@ class Collator:
         """Return the passages that the example brings in this epoch, its positive first."""
         positives, negatives = example.positives, example.negatives
         wanted = len(negatives) if self.train_n_passages is None else self.train_n_passages - 1
+        if not self.rotate_passages:
+            return [positives[0], *(negatives[i % len(negatives)] for i in range(wanted if negatives else 0))]
         # A window that moves on by its own width each epoch, so that every negative gets its turn.
         taken = [negatives[(epoch * wanted + i) % len(negatives)] for i in range(min(wanted, len(negatives)))]
         return [positives[epoch % len(positives)], *taken]
+
+    def prefixed(self, given: str | None, usual: str) -> str:
+        """Return the prefix of a text: what the example brings, or the usual one."""
+        return given if given is not None and self.instructions else usual
 
     def tokenized(self, texts: list[str], max_length: int) -> dict[str, Tensor]:
         """Return the tokens of texts, of which there may be none."""
@@ -78,9 +87,9 @@ def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[
     sizes = torch.tensor([0] + [len(group) for group in groups])
     known = [[one.key(passage_key(passage)) for passage in example.positives] for one, example, _ in drawn]
     width = max([1, *map(len, known)])
-    queries = [_prefixed(example.query_prefix, one.query_prefix) + example.query for one, example, _ in drawn]
+    queries = [one.prefixed(example.query_prefix, one.query_prefix) + example.query for one, example, _ in drawn]
     passages = [
-        _prefixed(example.passage_prefix, one.passage_prefix) + passage.full_text
+        one.prefixed(example.passage_prefix, one.passage_prefix) + passage.full_text
         for (one, example, _), group in zip(drawn, groups, strict=True)
         for passage in group
     ]
@@ -102,10 +111,6 @@ def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[
         if any(one.loss_weight != 1 for one in collators)
         else None,
     )
-
-
-def _prefixed(given: str | None, usual: str) -> str:
-    return usual if given is None else given
 
 
 def _int64(values: list) -> Tensor:

@@ -16,6 +16,13 @@ def share(count: int, index: int, parts: int) -> range:
     return range(index * count // parts, (index + 1) * count // parts)
 
 
+def _batches(rows: int, size: int, drop_last: bool) -> int:
+    """Return the batches in an epoch; ValueError where none is full and the last is left out."""
+    if drop_last and rows < size:
+        raise ValueError(f"{rows} examples fill no batch of {size}, and drop_last leaves out others: lower the size")
+    return rows // size if drop_last else -(-rows // size)
+
+
 class Rows(NamedTuple):
     """The rows of a global batch, int64 [G]: examples (over all sources), their sources, how often each was read."""
 
@@ -31,11 +38,14 @@ class BatchPlan:
     Epoch e is a permutation seeded by (seed, e), cut into ``steps_per_epoch`` batches of ``global_batch_size``; the
     last one holds what is left. Nothing depends on the number of ranks: they only share each batch out.
     Steps count from 0 over all epochs. A step costs O(batch); a new epoch O(n log n), once.
+    shuffle: False keeps the order of the examples. drop_last: leaves out a last batch that is not full.
     """
 
     num_examples: int
     global_batch_size: int
     seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
 
     def __post_init__(self):
         if self.num_examples < 1 or self.global_batch_size < 1:
@@ -45,10 +55,11 @@ class BatchPlan:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        _ = self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.num_examples // self.global_batch_size)
+        return _batches(self.num_examples, self.global_batch_size, self.drop_last)
 
     def epoch(self, step: int) -> int:
         """The epoch (from 0) that ``step`` belongs to."""
@@ -60,7 +71,10 @@ class BatchPlan:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.global_batch_size
-        return _permutations(self.num_examples, self.seed)(epoch)[start : start + self.global_batch_size].copy()
+        stop = min(start + self.global_batch_size, self.num_examples)
+        if not self.shuffle:
+            return np.arange(start, stop)
+        return _permutations(self.num_examples, self.seed)(epoch)[start:stop].copy()
 
     def rows(self, step: int) -> Rows:
         """The rows of the global batch of ``step``, of the one source."""
@@ -82,9 +96,12 @@ class Mixture:
     seed: int = 0
     weights: tuple[float, ...] | None = None
     mixed: bool = False
+    shuffle: bool = True
+    drop_last: bool = False
 
     def __post_init__(self):
         assert len(self.sizes) > 0
+        _ = self.steps_per_epoch
         if self.weights is not None and (len(self.weights) != len(self.sizes) or min(self.weights) <= 0):
             raise ValueError(f"weights must be {len(self.sizes)} positive numbers, one a source, got {self.weights}")
 
@@ -92,7 +109,8 @@ class Mixture:
     def plans(self) -> list[BatchPlan]:
         """The passes over each source, in steps of what is drawn at once: a batch, or with ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
-        return [BatchPlan(size, drawn, self.seed + source) for source, size in enumerate(self.sizes)]
+        options = {"shuffle": self.shuffle, "drop_last": self.drop_last}
+        return [BatchPlan(size, drawn, self.seed + source, **options) for source, size in enumerate(self.sizes)]
 
     @property
     def num_examples(self) -> int:
@@ -105,7 +123,11 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.draws_per_epoch // self.global_batch_size) if self.mixed else self.draws_per_epoch
+        return (
+            _batches(self.draws_per_epoch, self.global_batch_size, self.drop_last)
+            if self.mixed
+            else self.draws_per_epoch
+        )
 
     def epoch(self, step: int) -> int:
         """The epoch (from 0) that ``step`` belongs to."""
@@ -124,7 +146,7 @@ class Mixture:
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)
-        sources, draws = _order(self._shares(), self.draws_per_epoch, self.seed, epoch)
+        sources, draws = _order(self._shares(), self.draws_per_epoch, self.seed if self.shuffle else None, epoch)
         width = self.global_batch_size if self.mixed else 1
         chosen = slice(place * width, (place + 1) * width)
         plans, first = self.plans, np.cumsum([0, *self.sizes])
@@ -158,11 +180,16 @@ def _apportioned(shares: tuple[float, ...], number: int, epoch: int) -> tuple[np
 
 
 @lru_cache(maxsize=2)
-def _order(shares: tuple[float, ...], number: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source of every draw of an epoch, and how many of that source came before it in the run."""
+def _order(shares: tuple[float, ...], number: int, seed: int | None, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source of every draw of an epoch, and how many of that source came before it in the run.
+
+    seed: None draws from one source after the other.
+    """
     before, in_epoch = _apportioned(shares, number, epoch)
     sources = np.repeat(np.arange(len(shares)), in_epoch)
     draws = np.concatenate([np.arange(a, a + n) for a, n in zip(before.tolist(), in_epoch.tolist(), strict=True)])
+    if seed is None:
+        return sources, draws
     # Where each draw goes is chance; the draws of one source stay in order.
     places = _permutation(number, seed, epoch)
     ordered = np.empty_like(sources)

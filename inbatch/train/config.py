@@ -125,6 +125,14 @@ class DataConfig:
     """where documents are that records name by id, unless they lie beside them"""
     train_n_passages: int | None = Field(default=None, ge=1)
     """passages per query, the positive included; null takes every hard negative a record has"""
+    rotate_passages: bool = True
+    """take other positives and negatives of a record each epoch; false: always the first, repeated if too few"""
+    instructions: bool = True
+    """put instructions that the data brings before its texts, in place of the prefixes"""
+    shuffle: bool = True
+    """read the records in another order each epoch; false: in the order of the files"""
+    drop_last: bool = False
+    """leave out what is left of an epoch when it fills no batch"""
     num_workers: int | None = Field(default=None, ge=0)
     """processes per rank that make batches ahead; null: up to 8, as the cores allow; 0 makes them between the steps"""
     token_cache: str | bool = "auto"
@@ -172,8 +180,10 @@ class LossConfig:
     """gather and ring use the passages of every process, local only its own"""
     impl: Literal["auto", "reference", "tiled", "fused"] = "auto"
     """how the sum is computed; auto picks by device"""
-    mask_duplicates: bool = True
-    """leave out passages that are a positive of the query, by id or equal text"""
+    detach_remote: bool = False
+    """give no gradient to passages of other processes: biased, for comparison with runs of trainers that do so"""
+    mask_duplicates: bool | Literal["positive"] = True
+    """leave out passages that are a positive of the query, by id or equal text; positive: copies of its own alone"""
     hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
     """whose scores get hardness_strength x cosine added, as a constant: hard negatives weigh more; null is off"""
     hardness_strength: Number = Field(default=0.0, ge=0)
@@ -189,6 +199,13 @@ class LossConfig:
         dims = self.matryoshka_dims
         if dims is not None and (len(set(dims)) < len(dims) or min(dims) < 1):
             raise ValueError(f"loss.matryoshka_dims is {dims}: expected different positive numbers, or null")
+        if self.detach_remote and (
+            (self.negatives, self.objective) != ("gather", "info_nce") or self.mask_duplicates is True
+        ):
+            raise ValueError(
+                "loss.detach_remote goes with loss.negatives gather, loss.objective info_nce and loss.mask_duplicates "
+                "positive or false: set these, or leave it out"
+            )
         if (self.hardness_mode is None) == (self.hardness_strength > 0):
             raise ValueError(
                 f"loss.hardness_mode is {self.hardness_mode} and loss.hardness_strength {self.hardness_strength}: "
@@ -207,14 +224,24 @@ class OptimConfig:
     """peak learning rate"""
     weight_decay: Number = Field(default=0.01, ge=0)
     """not applied to norms, biases and the temperature"""
+    decay_all: bool = False
+    """apply it to norms and biases too"""
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)  # a list, in YAML
     """decay of AdamW's moments"""
     eps: Number = Field(default=1e-8, gt=0)
     """AdamW's epsilon"""
     warmup_ratio: Number = Field(default=0.1, ge=0, lt=1)
     """share of all steps in which the rate grows from 0"""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """the same as a number of steps, in place of the share"""
+    init_lr: Number | None = Field(default=None, ge=0)
+    """rate of the first step of the warm-up; null: that of a growth from 0 that is one step old"""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """shape of the decay after the warm-up"""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """step at which the decay ends; null: the end of the run"""
+    min_lr: Number = Field(default=0.0, ge=0)
+    """rate at which the decay ends"""
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
     """clip the global gradient norm to this; null is off"""
 

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -22,6 +22,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     of a wrong type or out of range, a missing required key.
     """
     tree, lines = ({}, {}) if path is None else _read_file(Path(path))
+    return build(tree, overrides, lines={key: f"{path} line {line}" for key, line in lines.items()})
+
+
+def build(tree: dict[str, Any], overrides: Sequence[str] = (), *, lines: Mapping[str, str] | None = None) -> Config:
+    """Return the configuration of {group: {key: value}}, and options over it; lines: where each key was read."""
+    lines = lines or {}
     options = _read_options(overrides)
     for key, value in options.items():
         group, name = key.split(".")
@@ -34,7 +40,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             wrong |= error.wrong
             missing += error.missing
     for key in wrong.keys() & lines.keys() - options.keys():
-        wrong[key] = f"{path} line {lines[key]}: {wrong[key]}"
+        wrong[key] = f"{lines[key]}: {wrong[key]}"
     if wrong or missing:
         raise SettingsError(wrong, missing)
     return Config(**groups)
@@ -47,10 +53,11 @@ class _Loader(yaml.SafeLoader):
     """YAML that cannot mislead: no key twice, no alias (which can stand for gigabytes), no tag, no deep nesting."""
 
     depth = 0
+    aliases = False
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
-        if self.check_event(yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent) and not self.aliases:
             self._refuse(f"*{event.anchor} is an alias: write the value out", event)
         if getattr(event, "tag", None) is not None:
             self._refuse(f"{event.tag} is a tag: leave it out", event)
@@ -79,10 +86,16 @@ class _Loader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(problem=problem, problem_mark=where.start_mark)
 
 
-def _read_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+class _AliasLoader(_Loader):
+    """The same with aliases, which stay one object: for files whose values are not walked through."""
+
+    aliases = True
+
+
+def _read_yaml(text: str, source: str, loader_class: type[_Loader] = _Loader) -> tuple[Any, yaml.Node | None]:
     """Return the value that a YAML text stands for, and its node, which knows the lines."""
     try:
-        loader = _Loader(text)
+        loader = loader_class(text)
         node = loader.get_single_node()
         return (None if node is None else loader.construct_document(node)), node
     except yaml.YAMLError as error:
@@ -92,8 +105,26 @@ def _read_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
         raise ValueError(f"{source}{where} is not YAML as a configuration may use it: {problem}") from None
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return what a file holds by group, and the line of each group and key."""
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Return what another trainer's YAML file holds; ValueError where it is no mapping of names."""
+    tree, _ = _read_yaml(_read_text(Path(path)), str(path), _AliasLoader)
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ValueError(f"{path} holds no recipe: expected names such as `model:` with keys below them")
+    return tree
+
+
+def read_value(text: str, source: str) -> Any:
+    """Return the number, list, mapping or other value that a text on the command line stands for, else the text."""
+    if text[:1] + text[-1:] in ("[]", "{}"):
+        return _read_yaml(text, source)[0]
+    try:
+        value, _ = _read_yaml(text, source)
+    except ValueError:
+        return text
+    return text if isinstance(value, (dict, list)) else value
+
+
+def _read_text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     with path.open("rb") as file:
@@ -101,9 +132,14 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if len(content) > _MAX_BYTES:
         raise ValueError(f"{path} holds more than {_MAX_BYTES >> 20} MiB: expected the YAML file of a configuration")
     try:
-        tree, node = _read_yaml(content.decode(), str(path))
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return what a file holds by group, and the line of each group and key."""
+    tree, node = _read_yaml(_read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no configuration: expected groups such as `optim:` with keys below them")
     assert isinstance(node, yaml.MappingNode)

@@ -163,6 +163,10 @@ class StepFunction:
         batch, regular = part.batch, part.batch.regular
         if queries_BD.is_cuda:
             batch = pinned(batch)
+        if self._config.loss.detach_remote:
+            regular = False
+            passages_MD, passage_ids = with_remote(passages_MD, batch.passage_ids)
+            batch = replace(batch, passage_ids=passage_ids)
         loss = self._learner.loss(
             queries_BD,
             passages_MD,
@@ -186,8 +190,21 @@ def pinned(batch: TrainBatch) -> TrainBatch:
     return replace(batch, **tensors)
 
 
+def with_remote(passages_MD: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the passages, then those of the other ranks, without gradient: [N, D], and their ids [N]."""
+    rows = collectives.agree("passages", {"passages": passages_MD})["passages"]
+    before, rank = sum(rows[: collectives.rank()]), collectives.rank()
+    others = []
+    for mine in (passages_MD, ids_M.to(passages_MD.device)):
+        everyones = collectives.all_gather(mine.detach(), rows=rows)
+        others.append(torch.cat([mine, everyones[:before], everyones[before + rows[rank] :]]))
+    return others[0], others[1]
+
+
 def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives:
     ids = (batch.passage_ids, batch.query_ids, batch.positive_ids) if config.mask_duplicates else ()
+    if config.mask_duplicates == "positive":
+        ids = ids[:1]
     return FalseNegatives(
         *ids,
         margin=config.margin,
@@ -226,7 +243,8 @@ def announce(run: Run, parts: list[Part]) -> None:
         run.report.note(model.way)
     for line in mixture(run.config, run.plan):
         run.report.note(line)
-    short = run.plan.num_examples if run.plan.mixed or len(run.plan.sizes) == 1 else 0
+    ragged = (run.plan.mixed or len(run.plan.sizes) == 1) and not run.plan.drop_last
+    short = run.plan.num_examples if ragged else 0
     for line in candidates(run.config, first, examples=short):
         run.report.note(line)
     for line in warnings(run.config, first, l2_normalize=model.l2_normalize, gpus=gpus):

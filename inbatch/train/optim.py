@@ -11,10 +11,11 @@ from inbatch.train.config import OptimConfig
 
 
 def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; norms, biases and scalars (0-d or 1-d) are not decayed."""
+    """AdamW over all trainable parameters; norms and biases (1-d) are decayed if the settings say so, scalars never."""
+    smallest = 1 if config.decay_all else 2
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in alike if (p.ndim >= 2) == decayed], "weight_decay": decayed * config.weight_decay}
+        {"params": [p for p in alike if (p.ndim >= smallest) == decayed], "weight_decay": decayed * config.weight_decay}
         for alike in plain_and_sharded(parameters)
         for decayed in (True, False)
     ]
@@ -28,14 +29,18 @@ def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The rate of optimizer step `step` (from 0): linear from 0 to `lr`, then down to 0 by `schedule`."""
-    warmup_steps = round(config.warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return config.lr * (step + 1) / warmup_steps
-    left = (total_steps - step) / max(1, total_steps - warmup_steps)
+    """The rate of optimizer step `step` (from 0): linear up to `lr`, then down to `min_lr` by `schedule`."""
+    warmup = round(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
+    if step < warmup:
+        if config.init_lr is None:
+            return config.lr * (step + 1) / warmup
+        return config.init_lr + (config.lr - config.init_lr) * step / warmup
     if config.schedule == "constant":
         return config.lr
-    return config.lr * (left if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left))))
+    end = total_steps if config.decay_steps is None else config.decay_steps
+    left = max(0.0, (end - step) / max(1, end - warmup))
+    share = left if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return config.min_lr + (config.lr - config.min_lr) * share
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -133,6 +133,8 @@ def plan_mixture(config: Config, examples: Examples) -> Mixture:
         seed=config.train.seed,
         weights=weights,
         mixed=data.mixed_batches and len(sizes) > 1,
+        shuffle=data.shuffle,
+        drop_last=data.drop_last,
     )
 
 
@@ -182,7 +184,8 @@ def build_loss(config: LossConfig) -> InfoNCELoss:
     return InfoNCELoss(
         config.temperature,
         learnable=config.learnable_temperature,
-        negatives=config.negatives,
+        # Passages of other ranks without gradient are this rank's own to the loss.
+        negatives="local" if config.detach_remote else config.negatives,
         impl=config.impl,
         objective=replace(
             OBJECTIVES[config.objective],
@@ -217,6 +220,8 @@ def build_collators(config: Config, model: BiEncoderModel, examples: Examples, *
         query_prefix=model.prompts.get("query", ""),
         passage_prefix=model.prompts.get("document", ""),
         train_n_passages=config.data.train_n_passages,
+        rotate_passages=config.data.rotate_passages,
+        instructions=config.data.instructions,
         same=examples.same,
     )
     own = {field.name for field in fields(Collator)} - {"tokenize", "same"}

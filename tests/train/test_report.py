@@ -60,6 +60,14 @@ def test_settings_that_look_wrong():
     (line,) = warnings(make_config(loss={"mask_duplicates": False}), first(duplicates=0.12))
     assert line.startswith("12.0% of the queries have a duplicate of their positive in the batch")
     assert "set loss.mask_duplicates to true" in line
+    own = replace(make_config(), data=DataConfig(train=[{"path": "d", "negatives": "own"}]))
+    assert warnings(replace(own, loss=LossConfig(mask_duplicates=False)), first(duplicates=0.12)) == []
+    (line,) = report.candidates(own, first(), examples=256)
+    assert line == "each query sees its record's 2 passages alone: data.train has negatives: own"
+    detached = make_config(loss={"detach_remote": True, "mask_duplicates": "positive"})
+    (line,) = warnings(detached)
+    assert "cosine 0.62" in line
+    assert warnings(detached, first(queries=[4], passages=[4])) == []
     (line,) = warnings(make_config(), l2_normalize=False)
     assert "not normalised and loss.temperature is 0.02" in line
     assert warnings(make_config(loss={"temperature": 1.0}), l2_normalize=False) == []
