@@ -6,13 +6,14 @@ Shapes: B texts, T token positions, D dimension.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from inbatch.encoder.loading import (
     cut_of,
@@ -255,19 +256,26 @@ class BiEncoderModel(nn.Module):
         self._check_length(max_length)
         if not texts:
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
-        tokens = self.tokenizer(
-            [prefix + text for text in texts],
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
+        rows = self._token_ids([prefix + text for text in texts], max_length)
         # Padded here: transformers takes as long for padding, masks and their tensors as for the tokens.
-        rows = [torch.tensor(row, dtype=torch.int64) for row in tokens["input_ids"]]
-        side, pad_id = self.tokenizer.padding_side, cast(int, self.tokenizer.pad_token_id)
-        ids_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
-        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+        lengths_B = torch.tensor([len(row) for row in rows])
+        ids_N = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths_B.sum())))
+        places_T = torch.arange(int(lengths_B.max()))
+        if self.tokenizer.padding_side == "left":
+            places_T = places_T.flip(0)
+        mask_BT = places_T < lengths_B[:, None]
+        ids_BT = torch.full(mask_BT.shape, cast(int, self.tokenizer.pad_token_id)).masked_scatter_(mask_BT, ids_N)
+        return {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
+
+    def _token_ids(self, texts: list[str], max_length: int | None) -> list[list[int]]:
+        tokenizer = self.tokenizer
+        options = {"truncation": max_length is not None, "max_length": max_length}
+        options |= {"return_attention_mask": False, "return_token_type_ids": False}
+        if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+            return tokenizer(texts, **options)["input_ids"]
+        # One text sets the length in the tokenizer's core, which saves a third of the time where no offsets are asked.
+        tokenizer(texts[:1], **options)
+        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
 
     @torch.no_grad()
     def _require_finite(self, home: Path) -> None:

@@ -30,8 +30,8 @@ class EmbedOptions:
     """put before each text"""
     max_length: int | None = None
     """tokens a text is cut to; None is the model's limit"""
-    batch_tokens: int = 16384
-    """padded tokens of a batch of texts of similar length"""
+    batch_tokens: int | None = None
+    """padded tokens of a batch of texts of similar length; None is what fills a GPU, or 16384 elsewhere"""
     precision: str = "fp32"
     """"fp32", or "bf16" for autocast"""
     dtype: torch.dtype = torch.float32
@@ -40,7 +40,7 @@ class EmbedOptions:
     """label of a progress bar; None shows none"""
 
     def __post_init__(self):
-        if self.batch_tokens < 1:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; expected at least 1, such as 16384")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
@@ -84,6 +84,7 @@ def embed_windows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (place within rows, embeddings [w, D] on the model's device), window by window."""
     device = next(module.parameters()).device
+    batch_tokens = options.batch_tokens or (65536 if device.type == "cuda" and module.packed else 16384)
 
     def tokenise(start: int) -> dict[str, Tensor]:
         window = [options.prefix + texts[row] for row in rows[start : start + _WINDOW]]
@@ -102,7 +103,7 @@ def embed_windows(
             if start + _WINDOW < len(rows):
                 ahead = reader.submit(tokenise, start + _WINDOW)
             order, parts = [], []
-            for some in _batches(tokens["attention_mask"].sum(1), options.batch_tokens):
+            for some in _batches(tokens["attention_mask"].sum(1), batch_tokens):
                 batch = module.to_device(_without_padding(tokens, some))
                 # Not inference_mode: what a backbone caches in its forward (rotary tables) must serve training.
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):

@@ -270,8 +270,8 @@ class TrainConfig:
     """ddp: the whole model on every GPU; fsdp2: weights, gradients and optimizer sharded over them"""
     reshard: bool = True
     """fsdp2: false keeps the gathered weights through a step: faster, for the memory of the weights"""
-    compile: bool = False
-    """torch.compile for each transformer layer; takes minutes at the start"""
+    compile: bool | None = None
+    """torch.compile for each transformer layer; null does so on a GPU where the run is long enough to repay it"""
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
     """padded tokens encoded at a time: the same gradient, other dropout masks; auto times on a GPU how few fill it
     (give a number for the same masks in every run), null encodes the batch whole"""

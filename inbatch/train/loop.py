@@ -241,6 +241,11 @@ def announce(run: Run, parts: list[Part]) -> None:
     model = next(iter(run.learner.towers.values()))
     if wish(run.config.model.packed, run.learner.device) is None:
         run.report.note(model.way)
+    if run.config.train.compile is None and run.learner.device.type == "cuda":
+        done = (
+            "are compiled: the run is long enough" if run.learner.compiled else "are not compiled: the run is too short"
+        )
+        run.report.note(f"transformer layers {done} to repay it (train.compile: true or false decides)")
     for line in mixture(run.config, run.plan):
         run.report.note(line)
     ragged = (run.plan.mixed or len(run.plan.sizes) == 1) and not run.plan.drop_last

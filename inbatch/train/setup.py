@@ -23,6 +23,9 @@ from inbatch.train.run_folder import RunFolder
 from inbatch.train.same import check_data, check_towers
 from inbatch.train.towers import open_towers, spread
 
+# Compiling takes 10 s (MiniLM) to a minute (billions of weights), and saves a seventh (MiniLM) to a half of a step: of
+# a minute, at the 2e14 operations a second that an H100 does in such models.
+REPAYS_COMPILING = 1e16
 OBJECTIVES = {"info_nce": Objective(), "clip": CLIP, "gte": GTE, "qwen3_embedding": QWEN3_EMBEDDING}
 
 
@@ -31,7 +34,7 @@ class Learner:
     """All that is trained: the towers, the loss with its temperature, and their optimizer.
 
     networks: the towers as they are called, in DDP or sharded where ranks share them. autocast: compute in bfloat16
-    from float32 weights.
+    from float32 weights. compiled: torch.compile has each transformer layer.
     """
 
     device: torch.device
@@ -40,6 +43,7 @@ class Learner:
     loss: InfoNCELoss
     optimizer: torch.optim.Optimizer
     autocast: bool
+    compiled: bool
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -83,7 +87,7 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
         folder.check_data(len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
     check_data(examples, evaluation)
-    learner = open_learner(config, device)
+    learner = open_learner(config, device, total_steps)
     first_step = 0
     if newest is not None:
         first_step = checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)
@@ -160,14 +164,18 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
     return data
 
 
-def open_learner(config: Config, device: torch.device) -> Learner:
+def open_learner(config: Config, device: torch.device, total_steps: int) -> Learner:
     """Open the towers, spread them over the ranks, and build loss and optimizer."""
     towers = collectives.together(lambda: open_towers(config, wish(config.model.packed, device)))
     model = next(iter(towers.values()))
     check_towers(towers)
     precision = config.train.precision
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    networks = spread(towers, config, device, bf16=bf16)
+    compiled = config.train.compile
+    if compiled is None:
+        compiled = device.type == "cuda" and operations(towers, config, total_steps) > REPAYS_COMPILING
+        compiled = compiled and all(any(isinstance(m, nn.ModuleList) for m in t.modules()) for t in towers.values())
+    networks = spread(towers, config, device, bf16=bf16, compiled=compiled)
     loss = build_loss(config.loss).to(device)
     try_loss(loss, config.loss, model.embedding_dim, device)
     return Learner(
@@ -177,7 +185,20 @@ def open_learner(config: Config, device: torch.device) -> Learner:
         loss=loss,
         optimizer=build_optimizer([*towers.values(), loss], config.optim),
         autocast=bf16 and config.train.parallel != "fsdp2",  # which gathers the weights in bfloat16 instead
+        compiled=compiled,
     )
+
+
+def operations(towers: Mapping[str, BiEncoderModel], config: Config, total_steps: int) -> float:
+    """Return the floating-point operations of a rank in the whole run, at most: 6 a token and weight of a product.
+
+    From the settings alone, so that ranks and runs that go on agree.
+    """
+    products = [m for tower in towers.values() for m in tower.backbone.modules() if isinstance(m, nn.Linear)]
+    weights = sum(module.weight.numel() for module in products) / len(towers)
+    tokens = config.data.query_max_len + (config.data.train_n_passages or 2) * config.data.passage_max_len
+    rows = config.train.global_batch_size * total_steps / collectives.world_size()
+    return 6.0 * weights * tokens * rows
 
 
 def build_loss(config: LossConfig) -> InfoNCELoss:

@@ -66,12 +66,12 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
 
 
 def spread(
-    towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool
+    towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool, compiled: bool
 ) -> dict[str, nn.Module]:
     """The towers as they are called in training: see `inbatch.train.parallel`."""
     networks = {}
     for name, tower in towers.items():
-        if config.train.compile:
+        if compiled:
             compile_layers(tower)
         if config.train.parallel == "fsdp2":
             networks[name] = shard(tower, device, bf16=bf16)

@@ -39,6 +39,8 @@ from inbatch.train.loop import train
 from inbatch.train.optim import build_optimizer, clip_gradients, learning_rate
 from inbatch.train.report import Stopwatch
 from inbatch.train.run_folder import read_metrics
+from inbatch.train.setup import open_learner, operations
+from inbatch.train.towers import open_towers
 from tests.helpers import REPOSITORY, device
 from tests.tiny_models import WORDS, save_tiny
 
@@ -550,3 +552,12 @@ def test_an_error_while_reading_ahead_is_raised(folder):
     for num_workers in (0, 2):
         with pytest.raises(ValueError, match=r"^records.jsonl, line 3 is not JSON$"):
             next(batches.ahead_from(0, 3, num_workers=num_workers))
+
+
+def test_compiling_is_repaid_by_the_operations_of_the_whole_run(folder, tmp_path):
+    config = make_config(folder, tmp_path)
+    towers = open_towers(config)
+    layers = [m for m in towers["model"].backbone.modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.in_features * m.out_features for m in layers)
+    assert operations(towers, config, total_steps=5) == 6 * weights * (8 + 2 * 12) * 8 * 5
+    assert not open_learner(config, torch.device("cpu"), total_steps=10**15).compiled  # on a GPU alone, unless asked
