@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,6 +29,21 @@ def sentence_transformers(queries: Tensor, passages: Tensor, query_mask: Tensor,
     return F.cross_entropy(scores / TEMPERATURE, _targets(queries, passages))
 
 
+def late_interaction_kernels(queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+    from late_interaction_kernels import maxsim
+
+    scores = maxsim(queries, passages, query_mask, passage_mask)
+    return F.cross_entropy(scores / TEMPERATURE, _targets(queries, passages))
+
+
+def flash_maxsim(queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+    from flash_maxsim import flash_maxsim_batched_train
+
+    lengths = {"query_lengths": query_mask.sum(1), "doc_lengths": passage_mask.sum(1)}
+    scores = flash_maxsim_batched_train(queries, passages, **lengths)
+    return F.cross_entropy(scores / TEMPERATURE, _targets(queries, passages))
+
+
 def exact(queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
     """The loss in float64, a query at a time."""
     scores = []
@@ -43,6 +59,9 @@ def _targets(queries: Tensor, passages: Tensor) -> Tensor:
 
 
 ROWS: dict[str, Callable[..., Tensor]] = {"inbatch": ours, "sentence-transformers": sentence_transformers}
+if torch.cuda.is_available():  # their kernels need one
+    PEERS = {"late_interaction_kernels": late_interaction_kernels, "flash_maxsim": flash_maxsim}
+    ROWS |= {name: row for name, row in PEERS.items() if find_spec(name)}
 
 
 def inputs(args: argparse.Namespace) -> list[Tensor]:
