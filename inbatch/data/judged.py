@@ -7,10 +7,12 @@ collection.tsv  queries.train.tsv  qrels.train.tsv              MS MARCO
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import nsmallest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from inbatch.data.identity import without_positives
 from inbatch.data.lines import Lines, Rows, text_value
 from inbatch.data.records import Example, RetrievalData
 from inbatch.data.tables import SUFFIXES, find_part, has_split, listing, open_file, suffix
+from inbatch.ids import stable_id
 
 Qrels = dict[str, dict[str, int]]
 SHAPE = "a corpus (corpus.jsonl), queries (queries.jsonl) and qrels/<split>.tsv, or MTEB's or MS MARCO's names of these"
@@ -54,6 +57,45 @@ def load_retrieval(path: str | os.PathLike, split: str = "test") -> RetrievalDat
         doc_ids=list(judged.corpus.ids()),
         documents=judged.corpus.texts,
         qrels=judged.qrels,
+    )
+
+
+class Chosen(Sequence[str]):
+    """Some rows of texts that may stay on disk."""
+
+    def __init__(self, texts: Sequence[str], rows: Sequence[int]):
+        self._texts, self._rows = texts, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._texts[self._rows[index]]
+
+
+def sample(data: RetrievalData, queries: int | None, documents: int | None) -> RetrievalData:
+    """Return a part of a test set that depends on its ids alone: so many queries, and documents to search in.
+
+    The documents that are relevant for one of the queries are all among them; None takes all.
+    """
+
+    def first(ids: Iterable[str], what: str, number: int | None) -> list[str]:
+        return nsmallest(number, ids, key=partial(stable_id, f"sample of {what}")) if number is not None else list(ids)
+
+    asked = set(first(data.query_ids, "queries", queries))
+    qrels = {query: grades for query, grades in data.qrels.items() if query in asked}
+    judged = {doc for grades in qrels.values() for doc, grade in grades.items() if grade > 0}
+    relevant = judged.intersection(data.doc_ids)
+    others = None if documents is None else max(0, documents - len(relevant))
+    kept = relevant.union(first((doc for doc in data.doc_ids if doc not in relevant), "documents", others))
+    rows = [row for row, doc in enumerate(data.doc_ids) if doc in kept]
+    places = [place for place, query in enumerate(data.query_ids) if query in asked]
+    return RetrievalData(
+        query_ids=[data.query_ids[place] for place in places],
+        queries=[data.queries[place] for place in places],
+        doc_ids=[data.doc_ids[row] for row in rows],
+        documents=Chosen(data.documents, rows),
+        qrels=qrels,
     )
 
 

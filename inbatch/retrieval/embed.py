@@ -92,7 +92,7 @@ def embed_windows(
 
     # A window is read and tokenised while the one before it is encoded.
     with (
-        _evaluating(module),
+        evaluating(module),
         ThreadPoolExecutor(1) as reader,
         tqdm(total=len(rows), desc=options.progress, disable=options.progress is None, unit="text", leave=False) as bar,
     ):
@@ -115,7 +115,7 @@ def embed_windows(
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, module by module: a frozen tower may have been in it within a model that trains."""
     before = [(part, part.training) for part in module.modules()]
     module.eval()

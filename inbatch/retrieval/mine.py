@@ -20,6 +20,7 @@ from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
 from inbatch.data.files import naming, partial, publish, remove, sync, write_json
 from inbatch.data.identity import normalised
+from inbatch.data.judged import Chosen
 from inbatch.ids import stable_id
 from inbatch.retrieval.embed import share
 from inbatch.retrieval.evaluate import RetrieveOptions, embed_documents, embed_queries, similarity_of
@@ -112,19 +113,6 @@ def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSe
     )
 
 
-class _Chosen(Sequence[str]):
-    """Some rows of texts that may stay on disk."""
-
-    def __init__(self, texts: Sequence[str], rows: list[int]):
-        self._texts, self._rows = texts, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._texts[self._rows[index]]
-
-
 def _key(text: str) -> int:
     return stable_id("", normalised(text))
 
@@ -138,7 +126,7 @@ def _distinct(texts: Sequence[str]) -> tuple[list[int], dict[int, int], Sequence
             keys[key] = len(first)
             first.append(place)
         rows.append(keys.get(key, -1))
-    return rows, keys, _Chosen(texts, first)
+    return rows, keys, Chosen(texts, first)
 
 
 Scores = Callable[[range, Tensor], Tensor]  # (queries' rows, pairs [P, 2]) -> [P] on the CPU, the same on every rank

@@ -81,9 +81,11 @@ def save(
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     keep_last: int,
+    keep: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` (optimizer steps done) into `folder` and delete all but the newest `keep_last`.
+    """Write the checkpoint of `step` (optimizer steps done) into `folder`; delete all but `keep_last` and `keep`.
 
+    keep_last: how many of the newest stay. keep: a step whose checkpoint stays as well.
     Every rank calls it and writes a part: `folder` is on a file system that they share. modules: by name, without DDP
     around them; the optimizer's parameters are theirs. Checkpoints of later steps, which are damaged or belong to a run
     that was taken up again before them, are deleted too.
@@ -119,7 +121,7 @@ def save(
         sums = {file: digest for file, digest, _ in reports} | {_INDEX: hashlib.sha256(text.encode()).hexdigest()}
         (partial(path) / _SUMS).write_text(_sums_text(sums))
         publish(path)
-        kept = [s for s, _ in list_checkpoints(folder) if s <= step][-keep_last:]
+        kept = [keep, *[s for s, _ in list_checkpoints(folder) if s <= step][-keep_last:]]
         for s, old in list_checkpoints(folder):
             if s not in kept:
                 remove(old)

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "train.parallel",
     "train.reshard",
     "train.log_every",
+    "train.loggers",
     "train.progress",
     "train.timeout_minutes",
     "eval",
@@ -245,6 +246,10 @@ class OptimConfig:
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
     """clip the global gradient norm to this; null is off"""
 
+    def __post_init__(self):
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr is {self.min_lr}: expected at most optim.lr, {self.lr}")
+
 
 @settings("train")
 class TrainConfig:
@@ -279,6 +284,8 @@ class TrainConfig:
     """memory for activations kept between the two passes, so that less is encoded twice"""
     log_every: int = Field(default=10, ge=1)
     """steps between two lines of metrics.jsonl"""
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
+    """where figures go beside metrics.jsonl; wandb and mlflow take what else they need from their own variables"""
     progress: bool = True
     """show a progress bar"""
     timeout_minutes: Number = Field(default=10, gt=0)
@@ -299,20 +306,57 @@ class TrainConfig:
 
 @settings("eval")
 class EvalConfig:
-    """Retrieval evaluation over a whole corpus, at the start, during training and at the end."""
+    """Retrieval and held-out loss at the start, during training and at the end, and what follows from the figures."""
 
     data: str | None = None
-    """BEIR folder; null evaluates nothing"""
+    """BEIR folder; null measures no retrieval"""
+    validation: str | TrainSource | None = None
+    """held-out records, whose loss and in-batch accuracy are measured in batches as in training; null measures none"""
     split: str = "dev"
-    """which qrels"""
+    """which qrels; of a validation folder too"""
     every_steps: int | None = Field(default=None, ge=1)
     """steps between two evaluations; null means only at the end"""
     at_start: bool = True
     """evaluate before the first step as well"""
     measures: list[str] = Field(default=["nDCG@10", "R@100", "RR@10"], min_length=1)
-    """as ir-measures names them; the best figure is kept by the first"""
+    """as ir-measures names them"""
     similarity: Literal["cosine", "dot"] | None = None
     """how query and document vectors are compared, saved with the model; null takes the model's"""
+    sample_queries: int | None = Field(default=None, ge=1)
+    """before the end, search for this many queries only, chosen by hash; null takes all"""
+    sample_documents: int | None = Field(default=None, ge=1)
+    """before the end, search in this many documents only: the queries' relevant ones, and others chosen by hash"""
+    best_by: str | None = None
+    """validation_loss, validation_accuracy or one of the measures; null: the first measure, else validation_loss"""
+    keep_best: bool = False
+    """keep a checkpoint of the best evaluation, and at the end its model in best/"""
+    patience: int | None = Field(default=None, ge=1)
+    """stop after this many evaluations without a better figure; null is off"""
+
+    def __post_init__(self):
+        if isinstance(self.validation, dict) and "weight" in self.validation:
+            raise ValueError("eval.validation has a weight, which means nothing for a single source: leave it out")
+        for name in ("sample_queries", "sample_documents"):
+            if getattr(self, name) is not None and self.data is None:
+                raise ValueError(f"eval.{name} is set, but there is no eval.data to take a sample of")
+        names = ["validation_loss", "validation_accuracy"] if self.validation is not None else []
+        names += self.measures if self.data is not None else []
+        if self.best_by is not None and self.best_by not in names:
+            raise ValueError(f"eval.best_by is {self.best_by!r}, which is not measured: expected one of {names}")
+        for name in ("keep_best", "patience"):
+            if getattr(self, name) and (self.every_steps is None or not names):
+                raise ValueError(f"eval.{name} needs eval.every_steps, and eval.data or eval.validation to evaluate")
+
+    @property
+    def sampled(self) -> bool:
+        """Return True if evaluations before the end take a part of `data`."""
+        return self.sample_queries is not None or self.sample_documents is not None
+
+    @property
+    def best_key(self) -> str:
+        """Return under which name of metrics.jsonl the figure is that decides which evaluation was the best."""
+        name = self.best_by or (self.measures[0] if self.data is not None else "validation_loss")
+        return name if name.startswith("validation_") else f"{'sample' if self.sampled else 'eval'}_{name}"
 
 
 @settings("checkpoint")

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from inbatch import collectives
-from inbatch.data import TrainBatch
-from inbatch.data.batches import Part
+from inbatch.data import RetrievalData, TrainBatch
+from inbatch.data.batches import Batches, Part
 from inbatch.encoder.packing import wish
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats
-from inbatch.retrieval.embed import EmbedOptions, unwrap
+from inbatch.retrieval.embed import EmbedOptions, evaluating, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
@@ -62,8 +62,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
             run = set_up(config, device, folder)
             if run is not None:
                 try:
-                    loop(run, clock)
-                    finish(run, clock)
+                    finish(run, clock, loop(run, clock))
                 finally:
                     run.report.close()
             elif collectives.rank() == 0:
@@ -75,7 +74,8 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
 # ---- the loop
 
 
-def loop(run: Run, clock: Stopwatch) -> None:
+def loop(run: Run, clock: Stopwatch) -> int:
+    """Train to the end of the run, or of its patience; return the number of steps done."""
     config = run.config
     step_function = StepFunction(run.learner, config, run.total_steps)
     clock.turn_to("training")
@@ -85,6 +85,8 @@ def loop(run: Run, clock: Stopwatch) -> None:
             if step == run.first_step:
                 announce(run, parts)
                 evaluate_if_due(run, clock, step)
+                if out_of_patience(run):  # an interrupted run was
+                    return step
             # A GPU's rank that waits for another may keep the processor busy; the first step compiles there.
             steps_only = run.learner.device.type == "cuda" and step > run.first_step
             collectives.doing(f"training, step {step + 1}", steps_only=steps_only)
@@ -111,6 +113,9 @@ def loop(run: Run, clock: Stopwatch) -> None:
                 raise Stopped(stop, f" after {done} steps, which are saved: the same command goes on from there")
             if not last:  # the last one waits for the model to be saved
                 evaluate_if_due(run, clock, done)
+                if out_of_patience(run):
+                    return done
+    return run.total_steps
 
 
 def is_due(done: int, every: int | None) -> bool:
@@ -122,7 +127,7 @@ class StepFunction:
 
     def __init__(self, learner: Learner, config: Config, total_steps: int):
         self._learner, self._config, self._total_steps = learner, config, total_steps
-        self._stats = LossStats()
+        self.stats = LossStats()
         # A network that serves both sides is one callable, so that both share micro-batches.
         encode = {name: partial(self._encode, network) for name, network in learner.networks.items()}
         self._grad_cache = GradCache(
@@ -139,17 +144,22 @@ class StepFunction:
         learner, config = self._learner, self._config
         torch.manual_seed(seed_of(config.train.seed, step, collectives.rank()))
         learner.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=learner.device)
-        self._stats = LossStats()
-        for index, part in enumerate(parts):
-            sides, last = (part.batch.queries, part.batch.passages), index + 1 == len(parts)
-            loss += self._grad_cache(*sides, loss_kwargs={"part": part}, reduce=last)
+        self.stats = stats = LossStats()
+        loss = self.loss(parts)
         norm = clip_gradients(learner.parameters, config.optim.max_grad_norm)
         rate = learning_rate(step, self._total_steps, config.optim)
         set_learning_rate(learner.optimizer, rate)
         others = {"grad_norm": norm, "lr": rate, "temperature": learner.loss.temperature}
         learner.optimizer.step()
-        return lambda: fetch(loss, self._stats, others)
+        return lambda: fetch(loss, stats, others)
+
+    def loss(self, parts: list[Part]) -> Tensor:
+        """Return the loss of a step's parts; gradients are added to the parameters', unless under no_grad."""
+        loss = torch.zeros((), device=self._learner.device)
+        for index, part in enumerate(parts):
+            sides, last = (part.batch.queries, part.batch.passages), index + 1 == len(parts)
+            loss += self._grad_cache(*sides, loss_kwargs={"part": part}, reduce=last)
+        return loss
 
     def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
@@ -172,7 +182,7 @@ class StepFunction:
             passages_MD,
             positives=None if regular else batch.positives,
             false_negatives=false_negatives(self._config.loss, batch),
-            stats=self._stats,
+            stats=self.stats,
             weights=batch.weights,
         )
         return loss * part.share_of_step
@@ -259,18 +269,34 @@ def announce(run: Run, parts: list[Part]) -> None:
 # ---- evaluation and saving
 
 
-def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
-    """Evaluate after `done` steps if the configuration says so, and a run that was interrupted there has not yet."""
+def evaluate_if_due(run: Run, clock: Stopwatch, done: int, *, last: bool = False) -> None:
+    """Measure after `done` steps what the configuration says, and what a run that was interrupted there has not yet."""
+    config = run.config.eval
+    if not last and not (config.at_start if done == 0 else is_due(done, config.every_steps)):
+        return
+    sets = {"sample": run.sample, "eval": run.evaluation if last or run.sample is None else None}
+    evaluated = on_rank_0(lambda: run.report.evaluated(done))
+    figures: dict[str, float] = {}
+    with clock.during("evaluation"):
+        if run.validation is not None and "validation" not in evaluated:
+            figures |= held_out_figures(run, *run.validation)
+        for name, data in sets.items():
+            if data is not None and name not in evaluated:
+                figures |= {f"{name}_{measure}": value for measure, value in retrieval_figures(run, data).items()}
+    if not figures:
+        return
+    run.report.evaluation(done, figures)
+    if config.keep_best and not last and on_rank_0(lambda: run.report.best_step) == done:
+        with clock.during("saving"):
+            save_checkpoint(run, done)
+
+
+def retrieval_figures(run: Run, data: RetrievalData) -> dict[str, float]:
     config, learner = run.config.eval, run.learner
-    due = config.at_start if done == 0 else done == run.total_steps or is_due(done, config.every_steps)
-    if run.evaluation is None or not due:
-        return
-    if done == run.first_step and on_rank_0(lambda: run.report.has_evaluation(done)):
-        return
-    with clock.during("evaluation"), gathered(learner.networks.values()):
-        figures = evaluate(
+    with gathered(learner.networks.values()):
+        return evaluate(
             learner.network("passage"),
-            run.evaluation,
+            data,
             RetrieveOptions(
                 similarity=config.similarity,
                 embedding=EmbedOptions(
@@ -281,7 +307,27 @@ def evaluate_if_due(run: Run, clock: Stopwatch, done: int) -> None:
             query_model=learner.network("query"),
             measures=config.measures,
         )
-    run.report.evaluation(done, figures)
+
+
+@torch.no_grad()
+def held_out_figures(run: Run, batches: Batches, sizes: list[int]) -> dict[str, float]:
+    """Return loss and in-batch accuracy of the held-out batches, without dropout: a mean over their queries."""
+    step_function = StepFunction(run.learner, run.config, run.total_steps)
+    with ExitStack() as stack:
+        for tower in run.learner.towers.values():
+            stack.enter_context(evaluating(tower))
+        losses = [step_function.loss(batches.step(step)) * size for step, size in enumerate(sizes)]
+    total = collectives.all_reduce(torch.stack(losses).sum()) / collectives.world_size()
+    return {
+        "validation_loss": float(total) / sum(sizes),
+        "validation_accuracy": step_function.stats.result()["accuracy"],
+    }
+
+
+def out_of_patience(run: Run) -> bool:
+    """Return True, on every rank, where `eval.patience` evaluations in a row were no better than one before."""
+    patience = run.config.eval.patience
+    return patience is not None and on_rank_0(lambda: run.report.stale) >= patience
 
 
 def check_finite(parameters: Iterable[nn.Parameter], done: int) -> None:
@@ -304,15 +350,27 @@ def save_checkpoint(run: Run, done: int) -> None:
         modules=run.learner.modules,
         optimizer=run.learner.optimizer,
         keep_last=run.config.checkpoint.keep_last,
+        keep=run.report.best_step if run.config.eval.keep_best else None,
     )
 
 
-def finish(run: Run, clock: Stopwatch) -> None:
-    """Save the model, evaluate it and mark the run as finished."""
+def finish(run: Run, clock: Stopwatch, done: int) -> None:
+    """Save the model after `done` steps, evaluate it, save the best one and mark the run as finished."""
     clock.turn_to("saving")
-    check_finite(run.learner.parameters, run.total_steps)
+    check_finite(run.learner.parameters, done)
     save_towers(run.learner.towers, run.config, run.folder.model)
-    evaluate_if_due(run, clock, run.total_steps)
+    evaluate_if_due(run, clock, done, last=True)
+    config, best = run.config.eval, on_rank_0(lambda: run.report.best_step)
+    if config.keep_best and best is not None:
+        if best != done:
+            checkpoint.load(run.folder.checkpoints / f"step-{best:08d}", modules=run.learner.modules)
+        save_towers(run.learner.towers, run.config, run.folder.best)
     run.report.sync()
-    run.folder.finish(run.total_steps)
-    run.report.note(f"done, {run.total_steps - run.first_step} steps: {clock.summary()}")
+    early = done < run.total_steps
+    run.folder.finish(done, [config.patience, config.best_key] if early else None)
+    if early:
+        run.report.note(
+            f"stopped after {done} of {run.total_steps} steps: {config.patience} evaluations were no better by "
+            f"{config.best_key} than after step {best}"
+        )
+    run.report.note(f"done, {done - run.first_step} steps: {clock.summary()}")

@@ -14,33 +14,37 @@ from typing import IO
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from inbatch import collectives
 from inbatch.data import Mixture
 from inbatch.data.batches import Part
 from inbatch.data.files import naming, sync
+from inbatch.train.boards import open_boards
 from inbatch.train.config import Config
 from inbatch.train.run_folder import RunFolder, read_metrics
 
 
 class Report:
-    """The open logs of a run that goes on after `first_step` steps; later lines of an interrupted run are dropped."""
+    """The open logs of a run that goes on after `first_step` steps; later lines of an interrupted run are dropped.
 
-    def __init__(self, folder: RunFolder, *, first_step: int, total_steps: int, progress: bool):
+    best_step, stale: after how many steps the figure that decides was best, and how many evaluations came since. They
+    are functions of metrics.jsonl, so that a resumed run has them.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, *, first_step: int, total_steps: int):
         folder.drop_lines_after(first_step)
-        self._progress = progress
+        self._progress = config.train.progress
+        self._decides, self._lower = config.eval.best_key, config.eval.best_key == "validation_loss"
         self._metrics, self._speed = (
             (folder.path / name).open("a", encoding="utf-8", buffering=1) for name in ("metrics.jsonl", "speed.jsonl")
         )
-        with naming(folder.path / "tensorboard"):
-            self._board = SummaryWriter(
-                str(folder.path / "tensorboard"), purge_step=first_step + 1 if first_step else None
-            )
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if progress else True)
-        self._best: dict[str, float] = {}
-        self._evaluated: set[int] = set()
+        self._boards = open_boards(folder.path, config, first_step)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if self._progress else True)
+        self._best = 0.0
+        self.best_step: int | None = None
+        self.stale = 0
+        self._evaluated: dict[int, set[str]] = {}
         for line in read_metrics(folder.path):
             self._remember(line)
 
@@ -62,15 +66,15 @@ class Report:
             self.note(f"step {step} of {self._bar.total}: loss {loss}, {pairs_per_s} pairs/s")
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write the retrieval figures after `step` steps; the first measure decides which step was the best."""
-        line = {f"eval_{name}": value for name, value in figures.items()}
-        self._remember({"step": step, **line})
-        self._write(self._metrics, step, {**line, **self._best}, "eval")
+        """Write what an evaluation after `step` steps found, and the best so far."""
+        self._remember({"step": step, **figures})
+        known = {} if self.best_step is None else {f"best_{self._decides}": self._best, "best_step": self.best_step}
+        self._write(self._metrics, step, {**figures, **known}, "eval")
         self.note(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
-    def has_evaluation(self, step: int) -> bool:
-        """Return True on rank 0 if the figures after `step` steps are in metrics.jsonl."""
-        return step in self._evaluated
+    def evaluated(self, step: int) -> set[str]:
+        """Return which kinds of figures after `step` steps are in metrics.jsonl: validation, sample, eval."""
+        return self._evaluated.get(step, set())
 
     def sync(self) -> None:
         """Force the lines to disk: those up to a checkpoint's step must not be lost where the checkpoint is not."""
@@ -79,33 +83,39 @@ class Report:
 
     def close(self) -> None:
         """Close the files and the progress bar."""
-        with naming(self._board.log_dir):
-            for part in (self._bar, self._board, self._metrics, self._speed):
-                part.close()
+        for part in (self._bar, *self._boards, self._metrics, self._speed):
+            part.close()
 
     def _write(self, file: IO[str], step: int, figures: Mapping[str, float], group: str) -> None:
         with naming(file.name):
             file.write(json.dumps({"step": step, **figures}) + "\n")
-        with naming(self._board.log_dir):
-            for name, value in figures.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+        for board in self._boards:
+            board.add({f"{group}/{name}": value for name, value in figures.items()}, step)
 
     def _remember(self, line: Mapping[str, float]) -> None:
-        name = next((key for key in line if key.startswith("eval_")), None)
-        if name is not None:
-            self._evaluated.add(int(line["step"]))
-            if line[name] > self._best.get(f"best_{name}", float("-inf")):
-                self._best = {f"best_{name}": line[name], "best_step": line["step"]}
+        kinds = {name.split("_")[0] for name in line} & {"validation", "sample", "eval"}
+        if not kinds:
+            return
+        step = int(line["step"])
+        self._evaluated.setdefault(step, set()).update(kinds)
+        if self._decides in line:
+            value, before = line[self._decides], self._best
+            if self.best_step is None or (value < before if self._lower else value > before):
+                self._best, self.best_step, self.stale = value, step, 0
+            else:
+                self.stale += 1
 
 
 class NoReport(Report):
     """The report of every rank but the first: none."""
 
+    best_step, stale = None, 0
+
     def __init__(self):
         pass
 
-    def has_evaluation(self, step: int) -> bool:
-        return False
+    def evaluated(self, step: int) -> set[str]:
+        return set()
 
     def _nothing(self, *arguments: object, **options: object) -> None:
         pass

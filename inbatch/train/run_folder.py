@@ -3,8 +3,9 @@
     .lock                             held by the process that writes
     config.yaml  data.json            the settings and the data that the run began with
     metrics.jsonl  speed.jsonl        a line for each logged step and each evaluation
-    tensorboard/                      the same as curves
+    tensorboard/  loggers.json        the same as curves; the run's names at other loggers
     checkpoints/                      see `inbatch.train.checkpoint`
+    best/                             with eval.keep_best, the model of the best evaluation
     model/  done.json                 written last
 
 Rank 0 reads and writes all but the checkpoints. Every rank calls the methods, so that an error there is raised on all.
@@ -14,7 +15,7 @@ import errno
 import fcntl
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.best = self.path / "best"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -105,13 +107,14 @@ class RunFolder:
 
         on_rank_0(write)
 
-    def steps_done(self) -> int | None:
-        """Return the number of steps after which the run was finished; None while it is not."""
-        return on_rank_0(lambda: self._read("done.json").get("steps"))
+    def done(self) -> Mapping[str, Any]:
+        """Return what was noted when the run was finished: its steps, what ended it early; empty while it is not."""
+        return on_rank_0(lambda: self._read("done.json"))
 
-    def finish(self, steps: int) -> None:
-        """Mark the run as finished after `steps` steps."""
-        on_rank_0(lambda: write_json(self.path / "done.json", {"steps": steps}))
+    def finish(self, steps: int, ended_by: Sequence[Any] | None = None) -> None:
+        """Mark the run as finished after `steps` steps; ended_by: the settings that ended it early."""
+        early = {} if ended_by is None else {"ended_by": list(ended_by)}
+        on_rank_0(lambda: write_json(self.path / "done.json", {"steps": steps, **early}))
 
     def drop_lines_after(self, step: int) -> None:
         """Remove what an interrupted run wrote of later steps; a resumed one writes it again. Rank 0 alone calls it."""

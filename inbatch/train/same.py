@@ -22,7 +22,7 @@ _SAMPLES = 1000
 _NFS_S = 5  # for which a host may go by what it knew of a folder
 
 
-def check_data(examples: Examples, evaluation: RetrievalData | None) -> None:
+def check_data(examples: Examples, evaluation: RetrievalData | None, held_out: Examples | None) -> None:
     """Raise ValueError, on every rank, unless all read the same examples and evaluation data, in the same order.
 
     Every byte of every file counts; a host reads large files once for that and keeps the digest. Of the examples
@@ -32,7 +32,8 @@ def check_data(examples: Examples, evaluation: RetrievalData | None) -> None:
         return
 
     def digests() -> dict[str, str]:
-        same = {"data.train": f"{len(examples)} examples {_of_rows(examples, examples.files)}"}
+        read = {"data.train": examples} | ({} if held_out is None else {"eval.validation": held_out})
+        same = {key: f"{len(rows)} examples {_of_rows(rows, rows.files)}" for key, rows in read.items()}
         if evaluation is not None:
             ids = evaluation.query_ids, evaluation.queries, evaluation.doc_ids, evaluation.qrels
             documents = _of_rows(evaluation.documents, getattr(evaluation.documents, "files", ()))

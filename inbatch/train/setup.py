@@ -1,14 +1,17 @@
 """Everything before the first step: the data, the model, the optimizer, and where to go on from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from inbatch import collectives
-from inbatch.data import Collator, Mixture, RetrievalData, load_retrieval, open_examples
+from inbatch.data import BatchPlan, Collator, Mixture, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches
+from inbatch.data.judged import is_judged, sample
 from inbatch.data.readers import SETTINGS, Examples
 from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
@@ -16,7 +19,8 @@ from inbatch.encoder.packing import wish
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.retrieval.metrics import check_evaluation
 from inbatch.train import checkpoint
-from inbatch.train.config import Config, EvalConfig, LossConfig
+from inbatch.train.boards import check_loggers
+from inbatch.train.config import Config, EvalConfig, LossConfig, TrainSource
 from inbatch.train.optim import build_optimizer
 from inbatch.train.report import NoReport, Report
 from inbatch.train.run_folder import RunFolder
@@ -61,7 +65,11 @@ class Learner:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run that is ready to begin or to go on: what the loop works with."""
+    """A run that is ready to begin or to go on: what the loop works with.
+
+    evaluation: the whole retrieval set; sample: the part for evaluations before the end. validation: the batches of the
+    held-out records, and their sizes.
+    """
 
     config: Config
     folder: RunFolder
@@ -70,6 +78,8 @@ class Run:
     plan: Mixture
     batches: Batches
     evaluation: RetrievalData | None
+    sample: RetrievalData | None
+    validation: tuple[Batches, list[int]] | None
     first_step: int
     total_steps: int
 
@@ -77,47 +87,86 @@ class Run:
 def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | None:
     """Open data and model and build what the loop needs; None where the run is finished already."""
     together = collectives.together
+    together(lambda: check_loggers(config.train.loggers))
     examples = together(lambda: open_training_data(config))
     plan = plan_mixture(config, examples)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
-    if is_finished(folder, total_steps, can_go_on=newest is not None):
+    if is_finished(folder, config.eval, total_steps, can_go_on=newest is not None):
         return None
     if newest is not None:
         folder.check_data(len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
-    check_data(examples, evaluation)
+    held_out = together(lambda: open_validation(config))
+    check_data(examples, evaluation, held_out)
     learner = open_learner(config, device, total_steps)
     first_step = 0
     if newest is not None:
         first_step = checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)
     model = next(iter(learner.towers.values()))
-    batches = Batches(
-        examples,
-        plan,
-        together(lambda: build_collators(config, model, examples, repeats=total_steps > plan.steps_per_epoch)),
-        rank=collectives.rank(),
-        world_size=collectives.world_size(),
-        accumulation_steps=config.train.accumulation_steps,
-    )
+
+    def batches(
+        examples: Examples, plan: BatchPlan | Mixture, sources: Sequence[TrainSource], repeats: bool
+    ) -> Batches:
+        return Batches(
+            examples,
+            plan,
+            together(lambda: build_collators(config, model, examples, sources, repeats=repeats)),
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            accumulation_steps=config.train.accumulation_steps,
+        )
+
+    validation = None
+    if held_out is not None:
+        plan_of_it = BatchPlan(len(held_out), config.train.global_batch_size, config.train.seed)
+        sizes = [len(plan_of_it.batch(step)) for step in range(plan_of_it.steps_per_epoch)]
+        validation = batches(held_out, plan_of_it, [validation_source(config)], repeats=True), sizes
+    part = None
+    if evaluation is not None and config.eval.sampled:
+        part = sample(evaluation, config.eval.sample_queries, config.eval.sample_documents)
     folder.claim(config, len(examples))
     progress = {"first_step": first_step, "total_steps": total_steps}
     return Run(
         config=config,
         folder=folder,
-        report=Report(folder, progress=config.train.progress, **progress) if collectives.rank() == 0 else NoReport(),
+        report=together(lambda: Report(folder, config, **progress) if collectives.rank() == 0 else NoReport()),
         learner=learner,
         plan=plan,
-        batches=batches,
+        batches=batches(examples, plan, config.data.sources, repeats=total_steps > plan.steps_per_epoch),
         evaluation=evaluation,
+        sample=part,
+        validation=validation,
         **progress,
     )
 
 
 def open_training_data(config: Config) -> Examples:
     data = config.data
-    sources = [{key: value for key, value in source.items() if key in SETTINGS} for source in data.sources]
+    sources = [_what_is_read(source) for source in data.sources]
     return open_examples(sources, split=data.split, columns=data.columns, corpus=data.corpus, seed=config.train.seed)
+
+
+def _what_is_read(source: TrainSource) -> dict[str, object]:
+    return {key: value for key, value in source.items() if key in SETTINGS}
+
+
+def validation_source(config: Config) -> TrainSource:
+    """Return the held-out records' source, with the settings of `data` that they need as the training records do."""
+    given = config.eval.validation
+    assert given is not None
+    source: TrainSource = {"path": given} if isinstance(given, str) else given
+    usual: dict[str, Any] = {"split": config.eval.split}
+    if not is_judged(Path(source["path"])):  # whose columns are fixed
+        usual |= {"columns": config.data.columns, "corpus": config.data.corpus}
+    return cast(TrainSource, {**usual, **source})
+
+
+def open_validation(config: Config) -> Examples | None:
+    """Return the held-out records, if any."""
+    if config.eval.validation is None:
+        return None
+    return open_examples([_what_is_read(validation_source(config))], seed=config.train.seed)
 
 
 def plan_mixture(config: Config, examples: Examples) -> Mixture:
@@ -142,11 +191,14 @@ def plan_mixture(config: Config, examples: Examples) -> Mixture:
     )
 
 
-def is_finished(folder: RunFolder, total_steps: int, *, can_go_on: bool) -> bool:
-    """Return True if the run has done `total_steps`; ValueError if it did fewer and left nothing to go on from."""
-    steps = folder.steps_done()
+def is_finished(folder: RunFolder, config: EvalConfig, total_steps: int, *, can_go_on: bool) -> bool:
+    """Return True if the run has done `total_steps`, or lost its patience; ValueError where it cannot go on to them."""
+    done = folder.done()
+    steps = done.get("steps")
     if steps is None:
         return False
+    if done.get("ended_by") == [config.patience, config.best_key]:
+        return True
     if steps < total_steps and not can_go_on:
         raise ValueError(
             f"{folder.path} is done after {steps} steps and kept no checkpoint to go on from to {total_steps}: choose "
@@ -228,7 +280,9 @@ def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torc
             loss(row_1D, row_1D)
 
 
-def build_collators(config: Config, model: BiEncoderModel, examples: Examples, *, repeats: bool) -> list[Collator]:
+def build_collators(
+    config: Config, model: BiEncoderModel, examples: Examples, sources: Sequence[TrainSource], *, repeats: bool
+) -> list[Collator]:
     """Return by source what makes batches of its examples; repeats: whether the run reads any of them twice."""
 
     def tokenize(texts: list[str], max_length: int) -> Mapping[str, torch.Tensor]:
@@ -246,4 +300,4 @@ def build_collators(config: Config, model: BiEncoderModel, examples: Examples, *
         same=examples.same,
     )
     own = {field.name for field in fields(Collator)} - {"tokenize", "same"}
-    return [replace(usual, **{key: source[key] for key in own if key in source}) for source in config.data.sources]
+    return [replace(usual, **{key: source[key] for key in own if key in source}) for source in sources]

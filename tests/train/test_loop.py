@@ -233,7 +233,18 @@ def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, wor
             tmp_path / name,
             model={"name_or_path": str(folder / "dropout")},
             train={"max_steps": 40},
-            eval=vars(EvalConfig(data=str(folder / "beir"), every_steps=7)),
+            eval=vars(
+                EvalConfig(
+                    data=str(folder / "beir"),
+                    validation={"path": str(folder / "records.jsonl"), "num_samples": 12},
+                    every_steps=7,
+                    sample_queries=5,
+                    sample_documents=12,
+                    best_by="validation_loss",
+                    keep_best=True,
+                    patience=9,
+                )
+            ),
             checkpoint=vars(CheckpointConfig(every_steps=4, keep_last=2)),
         )
 

@@ -20,12 +20,12 @@ def test_damaged_lines_are_named_and_left_out(tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"steps": 5', b"\xff", b"5"])
 def test_damaged_files_are_named_and_not_used(tmp_path, content):
     folder = RunFolder(tmp_path)
-    assert folder.steps_done() is None
+    assert folder.done() == {}
     folder.finish(5)
-    assert folder.steps_done() == 5
+    assert folder.done() == {"steps": 5}
     (tmp_path / "done.json").write_bytes(content)
     with pytest.warns(UserWarning, match=r"done.json is damaged and is not used"):
-        assert folder.steps_done() is None
+        assert folder.done() == {}
     (tmp_path / "data.json").write_bytes(content)
     with pytest.warns(UserWarning, match=r"data.json is damaged and is not used"):
         folder.check_data(7)

@@ -1,0 +1,106 @@
+"""Where figures go beside metrics.jsonl: TensorBoard's files, Weights & Biases, MLflow. Rank 0 alone opens them.
+
+wandb and mlflow read servers, projects and keys from their own variables (WANDB_*, MLFLOW_*). `loggers.json` in the
+run's folder keeps their names of the run, so that a resumed one goes on there.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from inbatch.data.files import naming, write_json
+from inbatch.train.config import Config, flatten
+
+
+class Board(Protocol):
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        """Log figures after `step` steps."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise ValueError for a logger whose package is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"train.loggers names {name}, which is not installed: pip install {name}, or leave it out")
+
+
+def open_boards(folder: Path, config: Config, first_step: int) -> list[Board]:
+    """Open the loggers that the configuration names for a run that goes on after `first_step` steps."""
+    kept = folder / "loggers.json"
+    known = json.loads(kept.read_bytes()) if first_step and kept.exists() else {}
+    opened: dict[str, Board] = {}
+    for name in dict.fromkeys(config.train.loggers):
+        if name == "tensorboard":
+            opened[name] = _TensorBoard(folder / name, first_step)
+            continue
+        try:
+            board = (_Wandb if name == "wandb" else _MLflow)(folder, flatten(config), known.get(name))
+        except OSError:
+            raise
+        except Exception as error:  # each has classes of its own for a missing key or an unknown server
+            raise ValueError(f"train.loggers: {name} does not start: {' '.join(str(error).split())}") from error
+        opened[name] = board
+        known[name] = board.run_id
+    if known:
+        write_json(kept, known)
+    return list(opened.values())
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_step: int):
+        self._folder = folder
+        with naming(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        with naming(self._folder):
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
+        import wandb
+
+        self._run = wandb.init(dir=str(folder), id=run_id, resume="allow", name=folder.name, config=config)
+        self.run_id = self._run.id
+        # A step of its own: wandb drops what is logged again for an earlier one, as a resumed run does.
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log({**figures, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
+        import mlflow
+
+        self._mlflow = mlflow
+        self.run_id = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name).info.run_id
+        if run_id is None:
+            mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        # Names such as nDCG@10 and P(rel=2)@5 hold characters that it refuses.
+        named = {re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_")): value for name, value in figures.items()}
+        self._mlflow.log_metrics(named, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
