@@ -46,6 +46,7 @@ def dist_gather_tensor_with_dim1_padding(
     return _gather("dist_gather_tensor_with_dim1_padding", t, preserve_grad, padding_value)
 
 
+@collectives.uncompiled
 def _gather(what: str, t: Tensor | None, preserve_grad: bool, padding_value: int | float | bool | None = None):
     if collectives.world_size() == 1:
         return t
@@ -85,6 +86,7 @@ def _input_error(what: str, t, min_dims: int, padding_value) -> str | None:
     return None
 
 
+@collectives.uncompiled
 def positive_columns(local_batch_size: int, train_n_passages: int, device: torch.device | None = None) -> Tensor:
     """Return [local_batch_size] int64, the column of each row's positive among the gathered passages.
 

@@ -6,10 +6,12 @@ default group of exactly the wanted size (file rendezvous) and a time limit: wor
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -32,12 +34,17 @@ def _serve(connection, folder: str) -> None:
     faulthandler.register(signal.SIGUSR1, stacks)  # tells where a worker hangs
     faulthandler.enable(stacks)  # and where it is killed by its own memory
     torch.set_num_threads(1)
+    known = 0
     while True:
         try:
             group, call = pickle.loads(connection.recv_bytes())
             try:
                 # Imports the test module, so that the job's time limit does not count it.
                 body, args = pickle.loads(call)
+                if known != len(sys.modules):
+                    known = len(sys.modules)
+                    gc.collect()
+                    gc.freeze()  # all that was imported: GradCache looks through all that is not
             except BaseException:
                 connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
                 continue
@@ -59,6 +66,8 @@ def _run_job(group: dict, body, args: tuple) -> bytes:
             torch.cuda.set_device(cuda)
         torch.manual_seed(0)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda is not None else "gloo", device_id=cuda, **group)
+        if cuda is None:
+            dist.barrier()  # a body that does not communicate might leave while others still connect
         try:
             return pickle.dumps((True, body(group["rank"], *args)))
         finally:

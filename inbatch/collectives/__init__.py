@@ -24,6 +24,7 @@ from inbatch.collectives.process_group import (
     rank,
     start,
     stop,
+    uncompiled,
     world_size,
 )
 from inbatch.collectives.ring import RingShift, held, ring_shift
@@ -54,5 +55,6 @@ __all__ = [
     "stop",
     "tick",
     "together",
+    "uncompiled",
     "world_size",
 ]

@@ -1,10 +1,11 @@
 """The process group itself: who is in it, and how it starts and stops. Re-exported by `inbatch.collectives`."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,26 @@ if TYPE_CHECKING:
 else:  # torch can be built without torch.distributed; one process needs none of it
     ProcessGroup = getattr(dist, "ProcessGroup", object)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _PATIENCE_S = 12 * 3600  # of collectives, where ranks are watched: one may embed or write for hours
 _bound_device: torch.device | None = None
 _watch: Watch | None = None
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that communicates: torch.compile around it runs it as it is.
+
+    Compiled, it would keep the number of processes of its first call, and take seconds to compile to as many parts.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(function)(*args, **options)  # type: ignore[call-arg]
+        return function(*args, **options)
+
+    return call
 
 
 def world_size(group: ProcessGroup | None = None) -> int:

@@ -87,7 +87,9 @@ def others_refused(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
     known = {id(inner) for module in modules for inner in module.modules()}
     reduced = {id(parameter) for module in modules for parameter in module.parameters()}
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = (nn.parallel.DistributedDataParallel, *([fsdp.FSDPModule, fsdp.FullyShardedDataParallel] if fsdp else []))
+    kinds = _with_subclasses(nn.parallel.DistributedDataParallel)
+    if fsdp:
+        kinds |= _with_subclasses(fsdp.FSDPModule) | _with_subclasses(fsdp.FullyShardedDataParallel)
 
     def note(module: nn.Module, _) -> None:
         reduced.update(map(id, module.parameters()))
@@ -95,12 +97,16 @@ def others_refused(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
     with ExitStack() as stack:
         # A hook on each living wrapper, wherever encode hides it. A global hook would be traced into every layer that
         # is compiled meanwhile. By type, not isinstance: proxies would answer for what they stand for.
-        for module in (one for one in gc.get_objects() if issubclass(type(one), kinds)):
+        for module in (one for one in gc.get_objects() if type(one) in kinds):
             if id(module) not in known:
                 stack.callback(module.register_forward_pre_hook(_refuse, prepend=True).remove)
             elif is_fsdp2(module):
                 stack.callback(module.register_forward_pre_hook(note).remove)  # after FSDP2's own, which gathers
         yield reduced
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 def _refuse(module: nn.Module, _) -> None:

@@ -44,6 +44,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @explains_other_names
+@collectives.uncompiled
 def info_nce(
     queries: Tensor,
     passages: Tensor,

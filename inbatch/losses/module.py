@@ -75,6 +75,7 @@ class InfoNCELoss(nn.Module):
         """The temperature in use: a float, or a 0-d tensor that requires grad if it is learnable."""
         return self._fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
 
+    @collectives.uncompiled
     def forward(
         self,
         queries: Tensor,
