@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | evaluate | encode | mine | data | audit | export`.
+"""The command line: `inbatch train | evaluate | encode | mine | data | audit | export | push`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from inbatch import __version__
 from inbatch.cli.launch import (
     INTERRUPTED,
     REPORT_FD,
@@ -25,6 +24,7 @@ from inbatch.cli.launch import (
     report_last,
     show_warning,
 )
+from inbatch.cli.options import build_parser, common_options
 from inbatch.train.stopping import Stopped, stop_on_signals
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
             return launch(arguments, known.nproc_per_node)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
-            known.function(known)
+            COMMANDS[known.command](known)
     except ModuleNotFoundError as error:
         report(f"{error.name} is not installed: pip install 'inbatch[train]'")
         return 1
@@ -112,7 +112,7 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
     """CONFIG comes first, and is optional; what this parser does not know are overrides of the configuration."""
     config = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     parser = argparse.ArgumentParser(
-        prog="inbatch train", parents=[_common_options()], add_help=False, allow_abbrev=False
+        prog="inbatch train", parents=[common_options()], add_help=False, allow_abbrev=False
     )
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--from-nemo", metavar="RECIPE")
@@ -125,184 +125,7 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
         sys.exit(0)
     if known.print_config:
         known.nproc_per_node = 1
-    function = _print_config if known.print_config else _train
-    return argparse.Namespace(**vars(known), command="train", config=config, overrides=overrides, function=function)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="inbatch", description="Train and use text encoders for retrieval.")
-    parser.add_argument("--version", action="version", version=f"inbatch {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
-
-    for add in (_add_evaluate, _add_encode, _add_data, _add_mine, _add_audit, _add_export):
-        add(commands)
-    return parser
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate", parents=[_common_options(), _encoding_options(), _retrieval_options()],
-        help="measure retrieval on a BEIR folder", allow_abbrev=False,
-        description="Embed the queries and the corpus of a BEIR folder, search exactly and print the measures as JSON.",
-    )  # fmt: skip
-    evaluate.add_argument("data", metavar="DATA", help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/")
-    evaluate.add_argument("--split", default="test", help="which qrels (default: %(default)s)")
-    evaluate.add_argument("--measures", nargs="+", metavar="M", help="such as nDCG@10 R@100 RR@10")
-    evaluate.add_argument(
-        "--top-k", type=_positive, default=100, metavar="K", help="documents per query (default: 100)"
-    )
-    evaluate.add_argument(
-        "--keep-identical-ids", action="store_true",
-        help="let a query find the document that has its own id; left out by default, as in BEIR and MTEB",
-    )  # fmt: skip
-    evaluate.add_argument("--run-file", metavar="FILE", help="write the rankings as a TREC run")
-    evaluate.set_defaults(function=_evaluate)
-
-
-def _add_encode(commands: Any) -> None:
-    encode = commands.add_parser(
-        "encode", parents=[_common_options(), _encoding_options()], help="write the embeddings of a file's texts",
-        allow_abbrev=False,
-        description="Write the embeddings of a file's texts, one a row in file order; ids go to OUTPUT.ids.txt.",
-    )  # fmt: skip
-    encode.add_argument("model", metavar="MODEL", help="folder or hub name of a model")
-    encode.add_argument(
-        "input", metavar="INPUT", help="BEIR folder (its corpus), JSONL of {_id, title, text}, or text lines"
-    )
-    encode.add_argument("output", metavar="OUTPUT", help="file name ending in .npy or .safetensors")
-    encode.add_argument("--prompt", help="name of the prompt before each text (default: the model's, if any)")
-    encode.add_argument("--prefix", help="text to put before each text, instead of a prompt")
-    encode.add_argument("--max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
-    encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
-    encode.set_defaults(function=_encode)
-
-
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser(
-        "data", help="show what is recognised in training data", allow_abbrev=False,
-        description="Show what is recognised in a source of training data, or in a corpus: columns, counts, lengths, "
-        "the first examples, and what is not read.",
-    )  # fmt: skip
-    data.add_argument("source", metavar="SOURCE", help="file, folder or glob (docs/formats.md lists the formats)")
-    data.add_argument("--split", default="train", help="of a folder (default: %(default)s)")
-    data.add_argument(
-        "--columns", nargs="+", metavar="FIELD=COLUMN", type=_column, help="such as query=question negative=worse,worst"
-    )
-    data.add_argument("--corpus", help="where documents are that records name by id, unless they lie beside them")
-    data.add_argument("--first", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
-    data.set_defaults(function=_data, nproc_per_node=1)
-
-
-def _add_mine(commands: Any) -> None:
-    mine = commands.add_parser(
-        "mine", parents=[_common_options(), _encoding_options(), _retrieval_options()], help="find hard negatives",
-        allow_abbrev=False,
-        description="Write training records with the best documents of each query that are not known to be relevant.",
-    )  # fmt: skip
-    mine.add_argument("source", metavar="SOURCE", help="BEIR folder, or training records and their passages")
-    mine.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it a report and a plot of the scores")
-    mine.add_argument("--split", default="train", help="which qrels (default: %(default)s)")
-    mine.add_argument(
-        "--format", choices=("lists", "triplets"), default="lists",
-        help="lists: query, pos, neg and scores, a line a query (default); triplets: anchor, positive, negative_1...",
-    )  # fmt: skip
-    for name, kind, default, text in (
-        ("num-negatives", int, 5, "negatives of a query"),
-        ("range-min", int, 0, "skip this many of the best candidates"),
-        ("range-max", int, 100, "look at this many of the best candidates"),
-        (
-            "relative-margin",
-            float,
-            None,
-            "a negative scores at most the lowest positive score x (1 - this), such as 0.05",
-        ),
-        ("absolute-margin", float, None, "a negative scores at most the lowest positive score - this"),
-        ("max-score", float, None, "a negative scores at most this"),
-        ("min-score", float, None, "a negative scores at least this"),
-        ("seed", int, 42, "of random sampling"),
-    ):
-        mine.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
-    mine.add_argument(
-        "--sampling", choices=("top", "random"), default="top", help="of the candidates that pass (default: top)"
-    )
-    mine.add_argument(
-        "--teacher", metavar="MODEL",
-        help="scores positives and candidates anew: an encoder, or a CrossEncoder of sentence-transformers",
-    )  # fmt: skip
-    mine.add_argument("--kept", metavar="FOLDER", help="where the documents' embeddings stay for later runs")
-    mine.set_defaults(function=_mine)
-
-
-def _add_audit(commands: Any) -> None:
-    audit = commands.add_parser(
-        "audit", parents=[_common_options()], help="measure the gradients of the losses installed here",
-        description="Compare the gradient of several processes with that of one, for the losses of this library and "
-        "of those installed beside it, on the CPU; prints a Markdown table.",
-    )  # fmt: skip
-    audit.set_defaults(function=_audit, nproc_per_node=2)
-
-
-def _add_export(commands: Any) -> None:
-    export = commands.add_parser(
-        "export", help="make a model of a checkpoint", allow_abbrev=False,
-        description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
-    )  # fmt: skip
-    export.add_argument("source", metavar="RUN", help="a run's folder (its newest checkpoint) or a checkpoint in it")
-    export.add_argument("output", metavar="OUTPUT", help="the folder to make")
-    export.set_defaults(function=_export, nproc_per_node=1)
-
-
-def _common_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "--nproc-per-node", type=_positive, default=1, metavar="N", help="processes to start here (default: 1)"
-    )
-    return options
-
-
-def _encoding_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
-    )
-    options.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on GPUs, fp32 on CPU"
-    )
-    options.add_argument("--batch-tokens", type=_positive, metavar="N", help="padded tokens per batch")
-    options.add_argument(
-        "--timeout-minutes", type=float, default=10, metavar="M",
-        help="end all processes when none gets further, or one is silent, for this long (default: %(default)s)",
-    )  # fmt: skip
-    options.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
-    return options
-
-
-def _column(text: str) -> tuple[str, list[str]]:
-    field, equals, names = text.partition("=")
-    if not equals or not names:
-        raise argparse.ArgumentTypeError(f"{text}: expected FIELD=COLUMN or FIELD=COLUMN,COLUMN")
-    return field, names.split(",")
-
-
-def _retrieval_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "model", metavar="MODEL", help="folder or hub name of a model, or folder of two: MODEL/query and MODEL/passage"
-    )
-    options.add_argument("--similarity", choices=("cosine", "dot"), help="(default: what the model was saved with)")
-    options.add_argument("--query-prefix", help="text before each query (default: the model's prompt)")
-    options.add_argument("--passage-prefix", help="text before each document (default: the model's prompt)")
-    options.add_argument("--query-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
-    options.add_argument("--passage-max-len", type=_positive, metavar="T", help="tokens (default: the model's limit)")
-    return options
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return value
+    return argparse.Namespace(**vars(known), command="train", config=config, overrides=overrides)
 
 
 @contextmanager
@@ -346,6 +169,8 @@ def _print_config(known: argparse.Namespace) -> None:
 
 
 def _train(known: argparse.Namespace) -> None:
+    if known.print_config:
+        return _print_config(known)
     config = _load_config(known)
     with _processes(config.train.device, config.train.timeout_minutes, "train.timeout_minutes") as device:
         import torch
@@ -504,9 +329,27 @@ def _audit(known: argparse.Namespace) -> None:
     collectives.stop()
 
 
+def _push(known: argparse.Namespace) -> None:
+    from inbatch.encoder.card import push
+
+    print(push(known.model, known.repo, private=known.private))
+
+
 def _export(known: argparse.Namespace) -> None:
     with _processes("cpu", minutes=10):
         from inbatch.train.towers import export
 
         path = export(known.source, known.output)
         print(f"{known.output}: the model of {path}")
+
+
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "encode": _encode,
+    "mine": _mine,
+    "data": _data,
+    "audit": _audit,
+    "export": _export,
+    "push": _push,
+}

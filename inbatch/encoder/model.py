@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from inbatch.encoder.card import model_card, push
 from inbatch.encoder.loading import (
     cut_of,
     in_one_line,
@@ -48,6 +50,7 @@ class BiEncoderModel(nn.Module):
             take its place for texts with the prompts "query" and "document".
         packed: True where `encode` skips padding; may be switched off and on for a model that was opened so.
         padded_because: why the model was not opened so; None where it was.
+        base_model: folder or name that the model was opened from, for its card.
     """
 
     pooling: str
@@ -83,6 +86,7 @@ class BiEncoderModel(nn.Module):
         accepted = inspect.signature(backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
+        self.base_model: str | None = None
         self.padded_because: str | None = "packed=False was given"
         if packed is not False:
             self.padded_because = enable_packing(backbone)
@@ -163,6 +167,7 @@ class BiEncoderModel(nn.Module):
         if packed is None and attn_implementation is not None:
             model.padded_because = f"attn_implementation={attn_implementation!r} was given"
         model._cut = cut
+        model.base_model = str(name_or_path)
         model._require_finite(home)
         return model
 
@@ -305,8 +310,14 @@ class BiEncoderModel(nn.Module):
         """Recompute activations in the backward pass (non-reentrant, which DDP and FSDP2 need)."""
         self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
+        """Save the model to the hub as `repo_id`, its card included, and return its address; see `card.push`."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(folder, repo_id, private=private)
+
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained(folder)` open alike.
+        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained(folder)` open alike, with a card.
 
         state_dict: this model's whole state where the parameters are sharded (FSDP2); None reads the parameters.
         """
@@ -330,6 +341,7 @@ class BiEncoderModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
         layout = Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
         write_layout(folder, layout, self.backbone.config.hidden_size)
+        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
         for weights_file in folder.glob("*.safetensors"):
             # safetensors makes its files for their owner alone, whatever the umask.
             weights_file.chmod((folder / "modules.json").stat().st_mode)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +30,29 @@ from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
 from inbatch.train.optim import clip_gradients, learning_rate, set_learning_rate
 from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_0
-from inbatch.train.report import Stopwatch, candidates, look_at, mixture, warnings
+from inbatch.train.report import OnFigures, Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
 from inbatch.train.same import check_shared
 from inbatch.train.setup import Learner, Run, set_up
 from inbatch.train.stopping import Stopped, held_back
-from inbatch.train.towers import save_towers
+from inbatch.train.towers import save_towers, write_cards
 
 _REMEDY = "lower optim.lr, raise loss.temperature or set train.precision to fp32"
 
 
-def train(config: Config, *, device: torch.device | None = None) -> dict[str, float]:
+def train(
+    config: Config,
+    *,
+    device: torch.device | None = None,
+    data: Any = None,
+    on_figures: OnFigures | None = None,
+) -> dict[str, float]:
     """Train the run that `config` describes, or go on with it where `train.output_dir` holds a part of it.
 
     Every rank of the default process group calls it with the same configuration (without a group: one process).
-    device: None is the one `collectives.start` bound. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
+    device: None is the one `collectives.start` bound. data: a `datasets.Dataset` or a list of records, in place of the
+    one source that `data.train` then only names. on_figures(step, figures): called on rank 0 with each line of
+    metrics.jsonl as it is written. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
     speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/, which sentence-transformers opens.
 
     Returns the last figures of metrics.jsonl by name. A run that is finished already is left as it is.
@@ -59,7 +68,7 @@ def train(config: Config, *, device: torch.device | None = None) -> dict[str, fl
             check_shared(folder.path)
             folder.check_config(config)
             clock = Stopwatch()
-            run = set_up(config, device, folder)
+            run = set_up(config, device, folder, data, on_figures)
             if run is not None:
                 try:
                     finish(run, clock, loop(run, clock))
@@ -366,6 +375,7 @@ def finish(run: Run, clock: Stopwatch, done: int) -> None:
             checkpoint.load(run.folder.checkpoints / f"step-{best:08d}", modules=run.learner.modules)
         save_towers(run.learner.towers, run.config, run.folder.best)
     run.report.sync()
+    on_rank_0(lambda: write_cards(run.learner.towers, run.config, run.folder.model))
     early = done < run.total_steps
     run.folder.finish(done, [config.patience, config.best_key] if early else None)
     if early:

@@ -7,7 +7,7 @@ speed.jsonl holds what also depends on the machine.
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -24,6 +24,8 @@ from inbatch.train.boards import open_boards
 from inbatch.train.config import Config
 from inbatch.train.run_folder import RunFolder, read_metrics
 
+OnFigures = Callable[[int, Mapping[str, float]], object]
+
 
 class Report:
     """The open logs of a run that goes on after `first_step` steps; later lines of an interrupted run are dropped.
@@ -32,8 +34,17 @@ class Report:
     are functions of metrics.jsonl, so that a resumed run has them.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, *, first_step: int, total_steps: int):
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        *,
+        first_step: int,
+        total_steps: int,
+        on_figures: OnFigures | None = None,
+    ):
         folder.drop_lines_after(first_step)
+        self._on_figures = on_figures
         self._progress = config.train.progress
         self._decides, self._lower = config.eval.best_key, config.eval.best_key == "validation_loss"
         self._metrics, self._speed = (
@@ -91,6 +102,8 @@ class Report:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         for board in self._boards:
             board.add({f"{group}/{name}": value for name, value in figures.items()}, step)
+        if self._on_figures is not None and file is self._metrics:
+            self._on_figures(step, figures)
 
     def _remember(self, line: Mapping[str, float]) -> None:
         kinds = {name.split("_")[0] for name in line} & {"validation", "sample", "eval"}

@@ -22,7 +22,7 @@ from inbatch.train import checkpoint
 from inbatch.train.boards import check_loggers
 from inbatch.train.config import Config, EvalConfig, LossConfig, TrainSource
 from inbatch.train.optim import build_optimizer
-from inbatch.train.report import NoReport, Report
+from inbatch.train.report import NoReport, OnFigures, Report
 from inbatch.train.run_folder import RunFolder
 from inbatch.train.same import check_data, check_towers
 from inbatch.train.towers import open_towers, spread
@@ -84,11 +84,13 @@ class Run:
     total_steps: int
 
 
-def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | None:
+def set_up(
+    config: Config, device: torch.device, folder: RunFolder, data: Any = None, on_figures: OnFigures | None = None
+) -> Run | None:
     """Open data and model and build what the loop needs; None where the run is finished already."""
     together = collectives.together
     together(lambda: check_loggers(config.train.loggers))
-    examples = together(lambda: open_training_data(config))
+    examples = together(lambda: open_training_data(config, data))
     plan = plan_mixture(config, examples)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
@@ -127,10 +129,13 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
         part = sample(evaluation, config.eval.sample_queries, config.eval.sample_documents)
     folder.claim(config, len(examples))
     progress = {"first_step": first_step, "total_steps": total_steps}
+    report = together(
+        lambda: Report(folder, config, on_figures=on_figures, **progress) if collectives.rank() == 0 else NoReport()
+    )
     return Run(
         config=config,
         folder=folder,
-        report=together(lambda: Report(folder, config, **progress) if collectives.rank() == 0 else NoReport()),
+        report=report,
         learner=learner,
         plan=plan,
         batches=batches(examples, plan, config.data.sources, repeats=total_steps > plan.steps_per_epoch),
@@ -141,9 +146,14 @@ def set_up(config: Config, device: torch.device, folder: RunFolder) -> Run | Non
     )
 
 
-def open_training_data(config: Config) -> Examples:
+def open_training_data(config: Config, records: Any = None) -> Examples:
+    """Return the examples of `data.train`, or of records in place of the one source that it names."""
     data = config.data
-    sources = [_what_is_read(source) for source in data.sources]
+    sources: list[Any] = [_what_is_read(source) for source in data.sources]
+    if records is not None:
+        if len(sources) > 1:
+            raise ValueError(f"data is given beside {len(sources)} sources in data.train: name the records there once")
+        sources[0]["path"] = records
     return open_examples(sources, split=data.split, columns=data.columns, corpus=data.corpus, seed=config.train.seed)
 
 

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from inbatch import collectives
-from inbatch.data.files import replacing
+from inbatch.data.files import replacing, write_text
+from inbatch.encoder.card import model_card
 from inbatch.encoder.lora import add_lora, has_lora, merge_lora
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.train import checkpoint
+from inbatch.train.card import hub_data, training_section
 from inbatch.train.config import Config
 from inbatch.train.config_file import load
 from inbatch.train.parallel import compile_layers, replicate, shard, whole_state
+from inbatch.train.run_folder import read_metrics
 
 
 def open_towers(config: Config, packed: bool | None = False) -> dict[str, BiEncoderModel]:
@@ -95,8 +98,17 @@ def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Pa
                     merge_lora(tower)
                     state = None
                 tower.save_pretrained(_place(filled, name), state_dict=state)
+            write_cards(towers, config, filled)
 
     collectives.together(lambda: write() if collectives.rank() == 0 else None)
+
+
+def write_cards(towers: Mapping[str, BiEncoderModel], config: Config, folder: Path) -> None:
+    """Write the cards of saved models, with the run's figures so far."""
+    section = training_section(config, read_metrics(config.train.output_dir), collectives.world_size())
+    for name, tower in towers.items():
+        card = model_card(tower, training=section, datasets=hub_data(config))
+        write_text(_place(folder, name) / "README.md", card)
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -123,7 +135,8 @@ def export(source: str | Path, output: str | Path) -> Path:
             )
         if newest is None and (problem := checkpoint.damage(path)) is not None:
             raise ValueError(problem)
-        towers = open_towers(load(run / "config.yaml"))
+        config = load(run / "config.yaml")
+        towers = open_towers(config)
         try:
             checkpoint.load(path, modules=towers)
             break
@@ -135,4 +148,5 @@ def export(source: str | Path, output: str | Path) -> Path:
         for name, tower in towers.items():
             merge_lora(tower)
             tower.save_pretrained(_place(filled, name))
+        write_cards(towers, config, filled)
     return path

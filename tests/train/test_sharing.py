@@ -1,0 +1,94 @@
+"""A model that others can use: its card, its way to the hub, records and figures from Python."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+import yaml
+
+from inbatch import BiEncoderModel, cli
+from inbatch.encoder import card
+from inbatch.train.config import DataConfig, EvalConfig
+from inbatch.train.config_file import load
+from inbatch.train.loop import train
+from inbatch.train.run_folder import read_metrics
+from tests.train.test_loop import assert_close, folder, make_config, trained  # noqa: F401
+
+
+class Hub:
+    """Stands for HfApi: what was asked, and the files that came."""
+
+    calls: list[tuple] = []  # noqa: RUF012
+
+    def create_repo(self, repo_id: str, **options) -> str:
+        if repo_id == "not mine":
+            raise huggingface_hub.errors.HFValidationError("Repo id must be in the form 'owner/name'")
+        self.calls.append((repo_id, options["private"]))
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **options) -> None:
+        files = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()}
+        self.calls.append((repo_id, files))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(card, "HfApi", Hub)
+    Hub.calls = []
+    return Hub.calls
+
+
+def test_a_run_from_python_is_watched_and_leaves_a_card_that_repeats_it(folder, tmp_path, hub, capsys):  # noqa: F811
+    groups = {"eval": vars(EvalConfig(data=str(folder / "beir")))}
+    config = make_config(folder, tmp_path / "files", **groups)
+    seen = []
+    train(config, device=torch.device("cpu"), on_figures=lambda step, figures: seen.append({"step": step, **figures}))
+    assert seen == read_metrics(tmp_path / "files")
+    assert {"loss", "eval_nDCG@10"} <= {name for line in seen for name in line}
+
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for name, data in (("list", records), ("datasets", datasets.Dataset.from_list(records))):
+        named = make_config(folder, tmp_path / name, data={"train": f"my {name}"})
+        train(named, device=torch.device("cpu"), data=data)
+        assert_close(trained(named), trained(config), atol=0)
+    two = replace(config, data=DataConfig(train=["a", "b"]))
+    with pytest.raises(ValueError, match=r"data is given beside 2 sources in data\.train"):
+        train(replace(two, train=replace(two.train, output_dir=str(tmp_path / "two"))), data=records)
+
+    text = (tmp_path / "files" / "model" / "README.md").read_text()
+    about = huggingface_hub.ModelCard(text).data
+    assert (about.library_name, about.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert "inbatch" in about.tags
+    assert about.base_model is None, "a folder is no name on the hub"
+    final = [line for line in seen if "eval_nDCG@10" in line][-1]
+    assert f"| {final['eval_nDCG@10']:.4f} |" in text
+    assert f"- {folder / 'records.jsonl'}" in text
+    (tmp_path / "again.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert load(tmp_path / "again.yaml") == config
+
+    model = BiEncoderModel.from_pretrained(tmp_path / "files" / "model")
+    assert model.push_to_hub("me/it", private=True) == "https://hub/me/it"
+    assert cli.run(["push", str(tmp_path / "files" / "model"), "me/it"]) == 0
+    assert "https://hub/me/it" in capsys.readouterr().out
+    (asked, private), (_, files), (_, not_said), (_, again) = hub
+    assert (asked, private, not_said) == ("me/it", True, None)
+    assert files == again >= {"README.md", "modules.json", "model.safetensors", "tokenizer.json"}
+    for arguments, message in (
+        ([str(folder / "beir"), "me/it"], "is no saved model"),
+        ([str(tmp_path / "files" / "model"), "not mine"], "the hub takes no not mine: Repo id must be"),
+    ):
+        assert cli.run(["push", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_base_model_and_data_on_the_hub_are_named_in_the_card(folder, tmp_path):  # noqa: F811
+    model = BiEncoderModel.from_pretrained(folder / "model", prompts={"query": "query: "})
+    model.base_model = "someone/some-model"
+    text = card.model_card(model, datasets=["someone/some-data"])
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["base_model"], front["datasets"]) == ("someone/some-model", ["someone/some-data"])
+    assert "prompt `query`: 'query: '" in text
