@@ -263,7 +263,7 @@ def test_a_rank_that_is_done_does_not_finalise_the_interpreter(home, tmp_path):
         "    def __del__(self, abort=os.abort): abort()\n"
         "kept = Aborts()\n"
         "atexit.register(print, 'at exit')\n"
-        "cli.COMMANDS['train'] = lambda known: print('trained')\n"
+        "cli._train = lambda known: print('trained')\n"
         "cli.main()\n"
     )
     done, _ = run_command(sys.executable, str(script), "train", str(home / "config.yaml"), RANK="0", WORLD_SIZE="1")
@@ -289,7 +289,7 @@ def test_a_mistake_on_one_rank_ends_all(home, tmp_path):
         "def fail(known):\n"
         "    if collectives.rank() == 1: raise ValueError('only here')\n"
         "    collectives.barrier()\n"
-        "cli.COMMANDS['train'] = fail\n"
+        "cli._train = fail\n"
         "cli.main()\n"
     )
     done, seconds = run_command(*TORCHRUN, str(script), "train", str(home / "config.yaml"))

@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
             return launch(arguments, known.nproc_per_node)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
-            COMMANDS[known.command](known)
+            globals()[f"_{known.command}"](known)
     except ModuleNotFoundError as error:
         report(f"{error.name} is not installed: pip install 'inbatch[train]'")
         return 1
@@ -144,7 +144,7 @@ def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") 
     collectives.stop()
 
 
-# ---- the commands; what they need is imported when they run, so that --help is quick
+# ---- the commands, each after its name; what they need is imported when they run, so that --help is quick
 
 
 def _load_config(known: argparse.Namespace, *, say: bool = True) -> "Config":
@@ -341,15 +341,3 @@ def _export(known: argparse.Namespace) -> None:
 
         path = export(known.source, known.output)
         print(f"{known.output}: the model of {path}")
-
-
-COMMANDS = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "encode": _encode,
-    "mine": _mine,
-    "data": _data,
-    "audit": _audit,
-    "export": _export,
-    "push": _push,
-}

@@ -68,8 +68,8 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Open the backbone in folder / home; ValueError in one line, before anything large is built, where it is wrong."""
     place = folder / home
-    if (place / "adapter_config.json").is_file():
-        raise ValueError(f"{place} holds a LoRA adapter (adapter_config.json): merge it into its base model first")
+    if (adapter := read_object(folder, str(Path(home, "adapter_config.json")))) is not None:
+        return _with_adapter(place, adapter, dtype, attn_implementation, trust_remote_code=trust_remote_code)
     values = read_object(folder, str(Path(home, "config.json"))) or {}
     if not trust_remote_code:
         _refuse_custom_code(place / "config.json", values, known=str(values.get("model_type")) in CONFIG_MAPPING)
@@ -96,6 +96,24 @@ def load_backbone(
         # transformers would go on with random numbers in their place.
         raise ValueError(f"{place}: {len(missing)} weights of {type(backbone).__name__} are missing: {missing[:3]}...")
     return backbone
+
+
+def _with_adapter(
+    place: Path, adapter: dict[str, Any], dtype: str | torch.dtype | None, attn: str | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Open the base model that an adapter names, with the adapter merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError(f"{place} holds an adapter, which peft opens: install inbatch[peft]") from None
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{place / 'adapter_config.json'} names no base_model_name_or_path: put its base model there")
+    backbone = load_backbone(local_folder(base), "", dtype, attn, trust_remote_code=trust_remote_code)
+    try:
+        return PeftModel.from_pretrained(backbone, str(place)).merge_and_unload()  # type: ignore[operator]
+    except Exception as error:  # of any class: keys, shapes, files
+        raise ValueError(f"{place}: its adapter does not fit {base}: {in_one_line(error)}") from error
 
 
 def in_one_line(error: BaseException) -> str:

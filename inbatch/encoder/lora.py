@@ -1,12 +1,15 @@
-"""LoRA (Hu et al. 2021) on the backbone, through peft; merged into the weights when the model is saved.
+"""LoRA (Hu et al. 2021) on the backbone, through peft; saved as an adapter, or merged into the weights before.
 
 Like the other modules for training, it changes a BiEncoderModel in place.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig
 
 if TYPE_CHECKING:
     from inbatch.encoder.model import BiEncoderModel
@@ -55,3 +58,26 @@ def merge_lora(model: "BiEncoderModel") -> None:
     """W + (alpha / r) B A as plain weights again; a model without LoRA stays as it is."""
     if has_lora(model):
         model.backbone = model.backbone.merge_and_unload()  # type: ignore[operator]
+
+
+def check_adapter(model: "BiEncoderModel") -> None:
+    """Raise ValueError for a model of which an adapter would not say all: a decoder made bidirectional.
+
+    An adapter's folder has no config.json: sentence-transformers would take it for the whole model.
+    """
+    config = model.backbone.config
+    base = AutoConfig.from_pretrained(str(config.name_or_path), trust_remote_code=False)
+    if getattr(config, "is_causal", None) != getattr(base, "is_causal", None):
+        raise ValueError(
+            f"{config.name_or_path} says nothing of bidirectional attention, and an adapter cannot: set lora.merge to "
+            "true, or model.bidirectional to false"
+        )
+
+
+def save_lora(model: "BiEncoderModel", folder: Path, weights: Mapping[str, Tensor] | None) -> None:
+    """Write the adapter to a folder, the name of its base model in it; weights: of the backbone, None reads them."""
+    check_adapter(model)
+    backbone: Any = model.backbone
+    for options in backbone.peft_config.values():
+        options.base_model_name_or_path = model.base_model or options.base_model_name_or_path
+    backbone.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)

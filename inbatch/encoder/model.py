@@ -30,6 +30,7 @@ from inbatch.encoder.loading import (
     restore_cut,
     set_attention,
 )
+from inbatch.encoder.lora import has_lora, save_lora
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
 from inbatch.encoder.pooling import check_pooling, pool
 from inbatch.encoder.st_folder import Folder, Layout, read_layout, write_layout
@@ -319,20 +320,20 @@ class BiEncoderModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder that `SentenceTransformer(folder)` and `from_pretrained(folder)` open alike, with a card.
 
+        Adapters of peft are saved as such, beside the name of their base model; `merge_lora` merges them before.
         state_dict: this model's whole state where the parameters are sharded (FSDP2); None reads the parameters.
         """
         folder = Path(folder)
-        if hasattr(self.backbone, "merge_and_unload"):
-            raise ValueError(
-                "the backbone has an adapter: set model.backbone = model.backbone.merge_and_unload() first"
-            )
         weights = None
         if state_dict is not None:
             prefix = "backbone."
             weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
             if not weights:
                 raise ValueError(f"state_dict has no key that starts with {prefix!r}; pass this model's own state_dict")
-        self.backbone.save_pretrained(folder, state_dict=weights)
+        if has_lora(self):
+            save_lora(self, folder, weights)
+        else:
+            self.backbone.save_pretrained(folder, state_dict=weights)
         # Else tokenizer.json would say what the last call in this process happened to need.
         restore_cut(self.tokenizer, self._cut)
         if padding_shifts(self.tokenizer, self.backbone, self.pooling):

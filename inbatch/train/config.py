@@ -71,7 +71,7 @@ class ModelConfig:
 
 @settings("lora")
 class LoraConfig:
-    """Train low-rank additions to the backbone's weights instead of the weights; merged in the saved model."""
+    """Train low-rank additions to the backbone's weights instead of the weights."""
 
     r: int | None = Field(default=None, ge=1)
     """rank, such as 16; null trains all weights"""
@@ -81,6 +81,8 @@ class LoraConfig:
     """on the inputs of the additions"""
     target_modules: str | list[str] = Field(default="all-linear", min_length=1)
     """which layers: all-linear, or a list of the ends of their names, such as [q_proj, v_proj]"""
+    merge: bool = True
+    """merge them in the saved model; false saves them as an adapter of peft, opened with its base model"""
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))

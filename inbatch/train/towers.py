@@ -12,7 +12,7 @@ from torch import nn
 from inbatch import collectives
 from inbatch.data.files import replacing, write_text
 from inbatch.encoder.card import model_card
-from inbatch.encoder.lora import add_lora, has_lora, merge_lora
+from inbatch.encoder.lora import add_lora, check_adapter, has_lora, merge_lora
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.train import checkpoint
 from inbatch.train.card import hub_data, training_section
@@ -57,6 +57,8 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
         tower.gradient_checkpointing_enable()
     lora = config.lora
     if lora.r is not None:
+        if not lora.merge:
+            check_adapter(tower)
         add_lora(
             tower,
             r=lora.r,
@@ -84,14 +86,14 @@ def spread(
 
 
 def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Path) -> None:
-    """Rank 0 writes the whole models, LoRA merged into their weights; every rank calls it."""
+    """Rank 0 writes the whole models, LoRA merged into their weights or apart; every rank calls it."""
     states = {name: whole_state(tower) for name, tower in towers.items()}
 
     def write() -> None:
         with replacing(folder) as filled:
             for name, tower in towers.items():
                 state = states[name]
-                if has_lora(tower):
+                if has_lora(tower) and config.lora.merge:
                     # Merged in a copy of its own, for the towers in training may be sharded.
                     tower = _open(config)
                     tower.load_state_dict(state)
@@ -146,7 +148,8 @@ def export(source: str | Path, output: str | Path) -> Path:
             # The run goes on and has deleted this one: there is a newer one.
     with replacing(output) as filled:
         for name, tower in towers.items():
-            merge_lora(tower)
+            if config.lora.merge:
+                merge_lora(tower)
             tower.save_pretrained(_place(filled, name))
         write_cards(towers, config, filled)
     return path

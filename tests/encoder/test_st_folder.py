@@ -323,7 +323,7 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
         (tmp_path, "no model: the folder has neither config.json"),
         ("nobody/no-such-model", "'nobody/no-such-model' is no folder here, and the hub has no such model"),
         ("./here/nothing", "no such folder"),
-        (tmp_path / "adapter", "LoRA adapter"),
+        (tmp_path / "adapter", "names no base_model_name_or_path"),
         (tmp_path / "broken", "cannot be opened as a transformers model"),
         (tmp_path / "bare", "cannot be opened as a transformers model"),
         (tmp_path / "no-tokens", "no-tokens: its tokenizer cannot be opened: TypeError"),

@@ -9,13 +9,15 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from sentence_transformers import SentenceTransformer
 
 from inbatch import BiEncoderModel, cli
 from inbatch.encoder import card
-from inbatch.train.config import DataConfig, EvalConfig
+from inbatch.train.config import CheckpointConfig, DataConfig, EvalConfig
 from inbatch.train.config_file import load
 from inbatch.train.loop import train
 from inbatch.train.run_folder import read_metrics
+from tests.tiny_models import TEXTS, save_tiny
 from tests.train.test_loop import assert_close, folder, make_config, trained  # noqa: F401
 
 
@@ -92,3 +94,40 @@ def test_a_base_model_and_data_on_the_hub_are_named_in_the_card(folder, tmp_path
     front = yaml.safe_load(text.split("---")[1])
     assert (front["base_model"], front["datasets"]) == ("someone/some-model", ["someone/some-data"])
     assert "prompt `query`: 'query: '" in text
+
+
+@pytest.mark.parametrize("kind", ["model", "llama"])
+def test_an_adapter_is_saved_as_one_and_opened_with_its_base(folder, tmp_path, capsys, kind):  # noqa: F811
+    """The same embeddings as the merged model of the same run, by us and by sentence-transformers."""
+    if kind == "llama":
+        save_tiny("llama", tmp_path / "llama", is_causal=False)
+    name = str((tmp_path if kind == "llama" else folder) / kind)
+    models = {}
+    for merge in (True, False):
+        config = make_config(
+            folder, tmp_path / str(merge), model={"name_or_path": name}, lora={"r": 2, "merge": merge},
+            optim={"lr": 0.05}, checkpoint=vars(CheckpointConfig(every_steps=5)),
+        )  # fmt: skip
+        train(config, device=torch.device("cpu"))
+        models[merge] = BiEncoderModel.from_pretrained(tmp_path / str(merge) / "model").eval()
+    saved = tmp_path / "False" / "model"
+    assert (saved / "adapter_config.json").is_file()
+    assert not (saved / "model.safetensors").exists()
+    assert cli.run(["export", str(tmp_path / "False"), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "adapter_model.safetensors").is_file()
+    batch = models[True].tokenize(TEXTS)
+    merged_BD = models[True](batch)
+    start_BD = BiEncoderModel.from_pretrained(name).eval()(batch)
+    assert (merged_BD - start_BD).abs().max() > 1e-2
+    for model in (models[False], BiEncoderModel.from_pretrained(tmp_path / "exported").eval()):
+        torch.testing.assert_close(model(batch), merged_BD, rtol=0, atol=1e-5)
+    theirs = SentenceTransformer(str(saved), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(theirs, merged_BD.detach(), rtol=0, atol=1e-5)
+    if kind == "llama":
+        save_tiny("llama", tmp_path / "causal")
+        config = replace(config, model=replace(config.model, name_or_path=str(tmp_path / "causal")))
+        with pytest.raises(ValueError, match=r"says nothing of bidirectional .* set lora\.merge to true"):
+            train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "c"))))
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+        BiEncoderModel.from_pretrained(saved)
