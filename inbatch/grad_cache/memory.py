@@ -12,7 +12,7 @@ from torch import Tensor, nn
 MIB = 1 << 20
 # The sizes between which micro-batches are tried on CUDA.
 FIRST_TOKENS = 8192
-MOST_TOKENS = 65536
+MOST_TOKENS = 262144
 LEAST_TOKENS = 512
 CPU_TOKENS = 4096  # a CPU gains nothing from more: caches, not launches, bound it
 

@@ -40,6 +40,7 @@ class Passes:
     ):
         self.budget = budget
         self._keep_mib, self._keep_share = keep_mib, 1.0
+        self._peak_per_token: float | None = None  # forward and backward, where it was measured
         self._multiple = multiple
         self._max = max_over_ranks
         self._sharded = sharded
@@ -100,8 +101,10 @@ class Passes:
     def _graphs_that_fit(self, micro_batches: list[MicroBatch], size: int, free: int, held: int) -> tuple[int, int]:
         """Return how many micro-batches keep their graph, equal on all ranks, and the bytes that this takes."""
         if self._keep_mib == "auto":
-            # The first graph is made already; the spare one is for a backward's temporaries and a graph made again.
-            budget = (free - (size if on_cuda() else held)) * self._keep_share
+            # On CUDA all graphs are still to be made. One is made again only when the kept ones are gone, so that
+            # what is spare serves a backward's temporaries, as measured, or as much as a graph.
+            spare = size if self._peak_per_token is None else self._peak_per_token * micro_batches[0].tokens - size
+            budget = (free - (max(spare, size / 8) if on_cuda() else held)) * self._keep_share
         else:
             budget = int(self._keep_mib) * MIB * self._keep_share - held
         per_token = size / micro_batches[0].tokens
@@ -118,7 +121,10 @@ class Passes:
         def attempt(tokens: int) -> Trial:
             nonlocal tried
             tried = tokens
-            return self._attempt(groups, tokens)
+            trial = self._attempt(groups, tokens)
+            peak = self._max(trial.peak_bytes) / self._max(trial.tokens)
+            self._peak_per_token = max(self._peak_per_token or 0.0, peak)
+            return trial
 
         while True:
             try:

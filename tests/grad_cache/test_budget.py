@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def find(attempt: Callable[[int], Trial], *, free: int = 1 << 40, max_over_ranks
         (8400, 0.0, 8192),
         (12000, 0.0, 16384),
         (1, 0.030, 32768),
-        (1 << 20, 0.0, 65536),
+        (1 << 20, 0.0, MOST_TOKENS),
     ],
 )
 def test_the_smallest_that_fills_it(full_at, launches_s, expected):
@@ -47,7 +48,7 @@ def test_the_smallest_that_fills_it(full_at, launches_s, expected):
 
 def test_memory_bounds_it():
     hungry = device(launches_s=1.0, full_at=1, bytes_a_token=GIB // 8192)
-    assert find(hungry, free=16 * GIB) == 65536
+    assert find(hungry, free=16 * GIB) == 65536  # twice as many would take more than half
     assert find(hungry, free=15 * GIB) == 32768  # 65536 would take more than half, and is not tried
     assert find(hungry, free=GIB) == 4096
     assert find(hungry, free=GIB // 1000) == LEAST_TOKENS
@@ -98,3 +99,14 @@ def test_less_is_tried_where_memory_is_out(monkeypatch):
     monkeypatch.setattr(Passes, "_attempt", lambda *_: attempt(None, None, 1 << 20))
     with pytest.raises(torch.OutOfMemoryError, match="512 tokens forward"):
         Passes(**options, sharded=False)._find_budget([], [])
+
+
+def test_graphs_are_kept_up_to_what_a_backward_needs(monkeypatch):
+    monkeypatch.setattr(passes, "on_cuda", lambda: True)
+    options = {"budget": 100, "keep_mib": "auto", "multiple": 8, "max_over_ranks": lambda value: value}
+    parts = [SimpleNamespace(tokens=100)] * 9
+    for peak_per_token, free, fits in ((None, 500, 4), (1.05, 512, 4), (1.05, 513, 5), (1.5, 549, 4), (1.5, 550, 5)):
+        found = Passes(**options, sharded=False)
+        found._peak_per_token = peak_per_token
+        # A graph weighs 100 bytes; the backward's temporaries stay free, an eighth of a graph at least.
+        assert found._graphs_that_fit(parts, 100, free, 0) == (fits, 100 * fits), peak_per_token
