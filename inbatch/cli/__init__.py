@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | evaluate | encode | mine | data | audit | export | push`.
+"""The command line: `inbatch train | check | evaluate | encode | mine | data | audit | export | push`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -76,12 +76,13 @@ def _leave(status: int) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its status: 0, 1 after a mistake in files or settings or the end of another process.
+    """Run one command and return its status: 0, or 1 after a mistake in files or settings, the end of another process,
+    or an error that `check` found.
 
     After a signal it is 128 + the signal's number, 130 after Ctrl-C. Wrong usage is SystemExit(2), as in argparse.
     """
     arguments = list(arguments)
-    known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else build_parser().parse_args(arguments)
+    known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else _parse(arguments)
     try:
         if known.nproc_per_node > 1 and "RANK" not in os.environ:
             if known.command == "train":
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
             return launch(arguments, known.nproc_per_node)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
-            globals()[f"_{known.command}"](known)
+            return globals()[f"_{known.command}"](known) or 0
     except ModuleNotFoundError as error:
         report(f"{error.name} is not installed: pip install 'inbatch[train]'")
         return 1
@@ -105,7 +106,16 @@ def run(arguments: Sequence[str]) -> int:
         interrupted = isinstance(error, KeyboardInterrupt)
         report(words, cause=interrupted)
         return INTERRUPTED if interrupted else 1
-    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command other than `train`; what `check` does not know are overrides of the configuration."""
+    parser = build_parser()
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.command != "check":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    known.overrides = rest
+    return known
 
 
 def _parse_train(arguments: list[str]) -> argparse.Namespace:
@@ -182,6 +192,19 @@ def _train(known: argparse.Namespace) -> None:
             # workers that tokenise and the thread that launches kernels, and then wait for its own slowest thread.
             torch.set_num_threads(1)
         train(config, device=device)
+
+
+def _check(known: argparse.Namespace) -> int:
+    from inbatch.data.files import write_text
+    from inbatch.train.check import check, text
+    from inbatch.train.check_page import page
+    from inbatch.train.config_file import load
+
+    checked, name = check(load(known.config, known.overrides), ranks=known.ranks), Path(known.config).name
+    print("\n".join(text(checked, name)))
+    if known.html is not None:
+        write_text(known.html, page(checked, name))
+    return int(checked.worst == "error")
 
 
 def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":

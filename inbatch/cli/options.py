@@ -12,9 +12,24 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
-    for add in (_add_evaluate, _add_encode, _add_data, _add_mine, _add_audit, _add_export, _add_push):
+    for add in (_add_check, _add_evaluate, _add_encode, _add_data, _add_mine, _add_audit, _add_export, _add_push):
         add(commands)
     return parser
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check", help="look at a configuration and its data before training", allow_abbrev=False,
+        description="Say what a configuration's data hold, what its batches will be and what looks wrong. CONFIG and "
+        "overrides (--group.key value) are those of `inbatch train`. Status: 0, or 1 after an error or what training "
+        "refuses; warnings alone leave 0.",
+    )  # fmt: skip
+    check.add_argument("config", metavar="CONFIG", help="the YAML file of a run")
+    check.add_argument("--html", metavar="FILE", help="also write one HTML page, with plots")
+    check.add_argument(
+        "--nproc-per-node", dest="ranks", type=_positive, default=1, metavar="N", help="processes of the run"
+    )
+    check.set_defaults(nproc_per_node=1)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -72,12 +72,12 @@ def _source(source: Source, split: str) -> Iterator[str]:
     if step > 1:
         yield f"  below      of {len(sample)} examples, spread evenly"
     for role in ("positives", "negatives"):
-        yield f"  {role}  of a query: {_spread(len(getattr(e, role)) for e in sample)}"
-    yield f"  words      of a query {_spread(_words(e.query) for e in sample)}"
+        yield f"  {role}  of a query: {spread(len(getattr(e, role)) for e in sample)}"
+    yield f"  words      of a query {spread(_words(e.query) for e in sample)}"
     for role in ("positive", "negative"):
         texts = [passage.full_text for e in sample for passage in getattr(e, f"{role}s")]
         if texts:
-            yield f"             of a {role} {_spread(map(_words, texts))}"
+            yield f"             of a {role} {spread(map(_words, texts))}"
     for corpus, count in Counter(e.corpus for e in sample).most_common(5):
         if corpus != source.name:
             yield f"  ids        of corpus {corpus}: {count} examples"
@@ -100,7 +100,7 @@ def _documents(source: Any, first: int) -> Iterator[str]:
     documents = open_corpus(source, needs_ids=False)
     yield f"{documents.name}: {len(documents)} documents, {'with' if documents.has_ids else 'without'} ids"
     texts = documents.texts[:: max(1, len(documents) // _SAMPLE)]
-    yield f"  words      of a text {_spread(map(_words, texts))}"
+    yield f"  words      of a text {spread(map(_words, texts))}"
     for document in documents[:first]:
         yield f"  {document.doc_id or 'text'}  {_short(document.full_text)}"
 
@@ -109,7 +109,7 @@ def _words(text: str) -> int:
     return len(text.split())
 
 
-def _spread(numbers: Iterable[int]) -> str:
+def spread(numbers: Iterable[int]) -> str:
     """Return the least, the median, the 95th percentile and the largest of some numbers, in words."""
     ordered = sorted(numbers)
     if ordered[0] == ordered[-1]:

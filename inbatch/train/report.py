@@ -271,31 +271,31 @@ def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]
     return lines
 
 
-def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int) -> list[str]:
-    """Settings that train, but probably not as meant; each with what to do."""
-    lines = []
+def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int) -> dict[str, str]:
+    """Return settings that train, but probably not as meant: what to do, by a name that `check.LEVELS` knows."""
+    lines = {}
     if not config.loss.mask_duplicates and first.duplicates and not _alone(config):
-        lines.append(
+        lines["duplicates"] = (
             f"{first.duplicates:.1%} of the queries have a duplicate of their positive in the batch, which counts as a "
             "negative: set loss.mask_duplicates to true"
         )
     if not l2_normalize and config.loss.temperature <= 0.05:
-        lines.append(
+        lines["unnormalised"] = (
             f"embeddings are not normalised and loss.temperature is {config.loss.temperature}: scores will be huge; "
             "set model.l2_normalize to true, or a temperature near 1"
         )
     if config.loss.detach_remote and len(first.queries) > 1:
-        lines.append(
+        lines["detached"] = (
             "loss.detach_remote biases the gradient: each passage learns from the queries of its own process only "
             "(measured: cosine 0.62 to the true gradient of a passage tower on three processes); set it to false"
         )
     if gpus > 1 and len(first.queries) == 1:
-        lines.append(
+        lines["gpus"] = (
             f"{gpus} GPUs are here but one process uses one: add --nproc-per-node {gpus}, or start with torchrun"
         )
     budget = config.train.micro_batch_tokens
     if isinstance(budget, int) and budget >= first.tokens:
-        lines.append(
+        lines["micro_batch"] = (
             f"train.micro_batch_tokens {budget} holds the whole batch ({first.tokens} tokens): cutting has no effect; "
             "lower it to save memory, or leave it at auto"
         )

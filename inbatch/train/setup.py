@@ -91,6 +91,7 @@ def set_up(
     together = collectives.together
     together(lambda: check_loggers(config.train.loggers))
     examples = together(lambda: open_training_data(config, data))
+    together(lambda: check_candidates(config, examples))
     plan = plan_mixture(config, examples)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
@@ -155,6 +156,19 @@ def open_training_data(config: Config, records: Any = None) -> Examples:
             raise ValueError(f"data is given beside {len(sources)} sources in data.train: name the records there once")
         sources[0]["path"] = records
     return open_examples(sources, split=data.split, columns=data.columns, corpus=data.corpus, seed=config.train.seed)
+
+
+def check_candidates(config: Config, examples: Examples) -> None:
+    """Raise ValueError for a source whose queries would be compared with nothing: their positive alone."""
+    for source, given in zip(examples.sources, config.data.sources, strict=True):
+        some = source.examples[:: max(1, len(source.examples) // 1000)]
+        alone = given.get("train_n_passages", config.data.train_n_passages) == 1
+        if given.get("negatives") == "own" and (alone or not any(example.negatives for example in some)):
+            why = "train_n_passages is 1" if alone else f"none of {len(some)} records looked at has a hard negative"
+            raise ValueError(
+                f"{source.name}: negatives is own, and {why}, so that a query has no candidates but its positive: mine "
+                "negatives (inbatch mine), or set negatives to all"
+            )
 
 
 def _what_is_read(source: TrainSource) -> dict[str, object]:

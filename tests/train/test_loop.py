@@ -223,6 +223,18 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks(pool, folder, tmp_path, mi
         assert max(candidates[1]) < min(candidates[0]), "its own negatives alone"
 
 
+def test_queries_without_any_candidate_are_refused(folder, tmp_path):
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"query": "cat", "pos": ["dog"]}\n')
+    for source, why in (
+        ({"path": str(bare), "negatives": "own"}, "none of 1 records looked at has a hard negative"),
+        ({"path": str(folder / "records.jsonl"), "negatives": "own", "train_n_passages": 1}, "train_n_passages is 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"{source['path']}: negatives is own, and {why}.*: mine negatives"):
+            train(make_config(folder, tmp_path / "run", data={"train": [source]}))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_killed_and_resumed_is_the_uninterrupted_run(pool, folder, tmp_path, world_size):
     """Dropout on. metrics.jsonl, evaluations included, is equal byte for byte, and so are the parameters."""

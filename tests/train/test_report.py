@@ -54,7 +54,7 @@ def test_settings_that_look_wrong():
     def warnings(
         config: Config, batch: FirstBatch | None = None, *, l2_normalize: bool = True, gpus: int = 0
     ) -> list[str]:
-        return report.warnings(config, batch or first(), l2_normalize=l2_normalize, gpus=gpus)
+        return list(report.warnings(config, batch or first(), l2_normalize=l2_normalize, gpus=gpus).values())
 
     assert warnings(make_config()) == []
     (line,) = warnings(make_config(loss={"mask_duplicates": False}), first(duplicates=0.12))
