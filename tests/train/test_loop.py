@@ -290,8 +290,12 @@ def start_and_kill(config: Path, output_dir: Path, world_size: int, kill_at: int
         ranks = [pid for pid in pids_of(str(config)) if parent_of(pid) == process.pid]
         os.kill(random.choice(ranks) if world_size > 1 else process.pid, signal.SIGKILL)
         process.wait(60)
-    assert process.returncode != 0
-    assert world_size == 1 or "was ended by SIGKILL" in log_path.read_text()
+    said = [line for line in read_lines(log_path) if "inbatch: error" in line]
+    if world_size == 1:
+        assert (process.returncode, said) == (-signal.SIGKILL, [])
+    else:
+        assert process.returncode == 128 + signal.SIGKILL
+        assert [line.partition(" rank ")[2][1:] for line in said] == [" was ended by SIGKILL (memory may have run out)"]
     deadline = time.monotonic() + 30
     while pids_of(str(config)) and time.monotonic() < deadline:
         time.sleep(0.2)
