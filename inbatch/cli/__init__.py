@@ -212,14 +212,18 @@ def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
     import torch
 
     from inbatch import collectives
-    from inbatch.encoder.model import BiEncoderModel
     from inbatch.encoder.packing import wish
+    from inbatch.encoder.sentence_transformer import open_encoder
 
     packed = wish(None, device)
-    model = collectives.together(lambda: BiEncoderModel.from_pretrained(name, dtype=torch.float32, packed=packed))
+    model = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=packed))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
-    if packed is None and collectives.rank() == 0:
-        print(f"{name}: {model.way}", file=sys.stderr)
+    if (packed is None or model.backend_because) and collectives.rank() == 0:
+        because = model.backend_because
+        print(
+            f"{name}: {model.way if because is None else f'opened by sentence-transformers: {because}'}",
+            file=sys.stderr,
+        )
     return model.to(device).eval()
 
 

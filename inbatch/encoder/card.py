@@ -35,7 +35,7 @@ def model_card(model: "BiEncoderModel", *, training: str = "", datasets: Sequenc
 # A text encoder for retrieval
 
 - texts of {limit} to vectors of {model.embedding_dim} numbers, compared by {model.similarity}
-- {model.pooling} pooling of `{model.backbone.config.model_type}`{", normalised" if model.l2_normalize else ""}
+- {model.kind}{", normalised" if model.l2_normalize else ""}
 - base model: {base or "not recorded"}{prompts}
 
 ## Use

@@ -52,6 +52,7 @@ class BiEncoderModel(nn.Module):
         packed: True where `encode` skips padding; may be switched off and on for a model that was opened so.
         padded_because: why the model was not opened so; None where it was.
         base_model: folder or name that the model was opened from, for its card.
+        backend_because: why sentence-transformers opened it (see `open_encoder`); None where it did not.
     """
 
     pooling: str
@@ -88,6 +89,7 @@ class BiEncoderModel(nn.Module):
         self._takes_positions = "position_ids" in accepted
         self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
         self.base_model: str | None = None
+        self.backend_because: str | None = None
         self.padded_because: str | None = "packed=False was given"
         if packed is not False:
             self.padded_because = enable_packing(backbone)
@@ -174,10 +176,17 @@ class BiEncoderModel(nn.Module):
 
     @property
     def way(self) -> str:
-        """A line that says whether padding is encoded, and why."""
+        """A line that says by whose code, and whether padding is encoded, and why."""
+        if self.backend_because is not None:
+            return f"opened by sentence-transformers: {self.backend_because}"
         if self.padded_because is None:
             return "texts are encoded packed, without padding"
         return f"texts are encoded with padding: {self.padded_because}"
+
+    @property
+    def kind(self) -> str:
+        """What it is made of, in words for its card."""
+        return f"{self.pooling} pooling of {self.backbone.config.model_type}"
 
     @property
     def embedding_dim(self) -> int:
@@ -195,7 +204,7 @@ class BiEncoderModel(nn.Module):
         rows = ids_BT.shape[0]
         if ids_BT.numel() == 0:
             ids_BT, mask_BT = ids_BT.new_zeros(max(rows, 1), 1), mask_BT.new_zeros(max(rows, 1), 1)
-        attend_BT = _attended(mask_BT)
+        attend_BT = attended(mask_BT)
         # Positions count real tokens, so that padding on the left does not shift them.
         positions_BT = (attend_BT.cumsum(1) - 1).clamp(min=0) + self.position_offset
         if self.packed:
@@ -225,7 +234,7 @@ class BiEncoderModel(nn.Module):
         ids_BT, mask_BT = _check_batch(batch, self.position_limit)
         ready = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if self.packed and ids_BT.numel():
-            ready["token_slots"] = token_slots(_attended(mask_BT))
+            ready["token_slots"] = token_slots(attended(mask_BT))
         device = next(self.backbone.parameters()).device
         return {name: to_device(value, device) for name, value in ready.items()}
 
@@ -355,7 +364,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _attended(mask_BT: Tensor) -> Tensor:
+def attended(mask_BT: Tensor) -> Tensor:
     """The real tokens, and the first of a text that has none: its softmax would have no terms. It pools to 0."""
     attend_BT = mask_BT.clone()
     attend_BT[:, 0] |= ~mask_BT.any(1)

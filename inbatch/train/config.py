@@ -38,6 +38,8 @@ class ModelConfig:
 
     name_or_path: str
     """folder (or hub name) of a sentence-transformers or transformers model"""
+    backend: Literal["auto", "inbatch", "sentence-transformers"] = "auto"
+    """whose code opens it; auto: ours where it can (faster: packed, LoRA), else sentence-transformers (any modules)"""
     pooling: Literal["mean", "cls", "last", "weighted_mean"] | None = None
     """null takes what the saved model says, else mean"""
     l2_normalize: bool | None = None

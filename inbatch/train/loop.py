@@ -258,7 +258,7 @@ def announce(run: Run, parts: list[Part]) -> None:
     first = look_at(parts[0])
     gpus = torch.cuda.device_count() if run.learner.device.type == "cuda" else 0
     model = next(iter(run.learner.towers.values()))
-    if wish(run.config.model.packed, run.learner.device) is None:
+    if model.backend_because or wish(run.config.model.packed, run.learner.device) is None:
         run.report.note(model.way)
     if run.config.train.compile is None and run.learner.device.type == "cuda":
         done = (

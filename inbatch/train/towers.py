@@ -14,6 +14,7 @@ from inbatch.data.files import replacing, write_text
 from inbatch.encoder.card import model_card
 from inbatch.encoder.lora import add_lora, check_adapter, has_lora, merge_lora
 from inbatch.encoder.model import BiEncoderModel
+from inbatch.encoder.sentence_transformer import open_encoder
 from inbatch.train import checkpoint
 from inbatch.train.card import hub_data, training_section
 from inbatch.train.config import Config
@@ -33,8 +34,9 @@ def open_towers(config: Config, packed: bool | None = False) -> dict[str, BiEnco
 
 def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) -> BiEncoderModel:
     prompts = {"query": config.data.query_prefix, "document": config.data.passage_prefix}
-    tower = BiEncoderModel.from_pretrained(
+    tower = open_encoder(
         config.model.name_or_path,
+        backend=config.model.backend,
         pooling=config.model.pooling,
         l2_normalize=config.model.l2_normalize,
         bidirectional=config.model.bidirectional,
@@ -57,6 +59,11 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
         tower.gradient_checkpointing_enable()
     lora = config.lora
     if lora.r is not None:
+        if tower.backend_because is not None:
+            raise ValueError(
+                f"lora.r is {lora.r}, which is for models that inbatch opens itself ({tower.backend_because}): set it "
+                "to null"
+            )
         if not lora.merge:
             check_adapter(tower)
         add_lora(

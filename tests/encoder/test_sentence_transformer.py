@@ -1,0 +1,108 @@
+"""Models that only sentence-transformers opens: their embeddings before and after training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
+
+from inbatch import BiEncoderModel, cli
+from inbatch.encoder.sentence_transformer import SentenceTransformerEncoder, open_encoder
+from inbatch.train.loop import train
+from inbatch.train.run_folder import read_metrics
+from tests.helpers import device
+from tests.tiny_models import TEXTS, tiny_tokenizer
+from tests.train.test_loop import folder, make_config  # noqa: F401
+
+
+def build(kind: str, backbone: Path) -> SentenceTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        if kind == "static":
+            static = StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=16)
+            return SentenceTransformer(modules=[static, Normalize()], device="cpu", prompts={"query": "query "})
+        words = Transformer(str(backbone), max_seq_length=12)
+        if kind == "two poolings":
+            modules = [words, Pooling(32, pooling_mode=["cls", "max"])]
+        else:
+            modules = [words, Pooling(32), Dense(32, 24), Dense(24, 16), Normalize()]
+        return SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="dot")
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+    root = tmp_path_factory.mktemp("theirs")
+    for kind in ("dense", "static", "two poolings"):
+        build(kind, folder / "model").save_pretrained(str(root / kind))
+    return {path.name: path for path in root.iterdir()}
+
+
+def assert_as_theirs(path: Path, *, atol: float = 1e-5) -> torch.Tensor:
+    model, theirs = open_encoder(path), SentenceTransformer(str(path), device="cpu")
+    assert isinstance(model, SentenceTransformerEncoder)
+    expected = theirs.encode(TEXTS, convert_to_tensor=True)
+    embeddings_BD = model(model.tokenize(TEXTS))
+    torch.testing.assert_close(embeddings_BD, expected, rtol=0, atol=atol)
+    assert embeddings_BD.shape == (len(TEXTS), model.embedding_dim)
+    assert (model.similarity, model.prompts) == (theirs.similarity_fn_name, theirs.prompts)
+    empty_0D = model(model.tokenize([]))
+    assert empty_0D.shape == (0, model.embedding_dim)
+    empty_0D.sum().backward()
+    return embeddings_BD.detach()
+
+
+def train_body(rank: int, config) -> None:
+    train(config, device=device())
+
+
+@pytest.mark.parametrize("kind", ["dense", "static", "two poolings"])
+def test_any_modules_train_and_are_saved_by_sentence_transformers(pool, folder, saved, tmp_path, capsys, kind):  # noqa: F811
+    """One process, DDP on two and, where there are layers to shard, FSDP2 on two: the same losses and model."""
+    start_BD, losses = assert_as_theirs(saved[kind]), {}
+    ways = [(1, "ddp"), (2, "ddp")] + ([(2, "fsdp2")] if kind == "dense" else [])
+    for ranks, parallel in ways:
+        config = make_config(
+            folder, tmp_path / f"{ranks}{parallel}", model={"name_or_path": str(saved[kind])},
+            data={"query_prefix": "what "}, optim={"lr": 0.01},
+            train={"parallel": parallel, "micro_batch_tokens": 40, "keep_graph_mib": 0},
+        )  # fmt: skip
+        pool.run(train_body, ranks, config)
+        trained_BD = assert_as_theirs(Path(config.train.output_dir) / "model")
+        losses[ranks, parallel] = [line["loss"] for line in read_metrics(config.train.output_dir)]
+        assert losses[ranks, parallel] == pytest.approx(losses[1, "ddp"], rel=1e-4, abs=1e-5)
+        assert (trained_BD - start_BD).abs().max() > 1e-2
+    model = SentenceTransformer(config.train.output_dir + "/model", device="cpu")
+    assert [type(module).__name__ for module in model] == [type(m).__name__ for m in build(kind, folder / "model")]
+    assert model.prompts["query"] == "what "
+    assert "inbatch train" in (tmp_path / "1ddp" / "model" / "README.md").read_text()
+    assert cli.run(["evaluate", str(tmp_path / "1ddp" / "model"), str(folder / "beir"), "--split", "dev"]) == 0
+    assert "opened by sentence-transformers" in capsys.readouterr().err
+
+
+def test_what_is_chosen_and_what_is_refused(folder, saved, tmp_path):  # noqa: F811
+    model = open_encoder(folder / "model", backend="sentence-transformers")
+    ours = BiEncoderModel.from_pretrained(folder / "model").eval()
+    assert (type(open_encoder(folder / "model")), model.backend_because) == (BiEncoderModel, "model.backend says so")
+    ours.l2_normalize = False  # what a folder without modules.json says nothing of
+    batch = ours.tokenize(TEXTS)
+    torch.testing.assert_close(model(model.tokenize(TEXTS)), ours(batch), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"module .*Dense .* is not supported"):
+        open_encoder(saved["dense"], backend="inbatch")
+    with pytest.raises(ValueError, match=r"model\.pooling is for models that inbatch opens itself"):
+        open_encoder(saved["dense"], pooling="cls")
+    config = make_config(folder, tmp_path / "lora", model={"name_or_path": str(saved["dense"])}, lora={"r": 2})
+    with pytest.raises(ValueError, match=r"lora\.r is 2, which is for models that inbatch opens itself .*Dense"):
+        train(config, device=torch.device("cpu"))
+    config = make_config(
+        folder, tmp_path / "fsdp", model={"name_or_path": str(saved["static"])}, train={"parallel": "fsdp2"}
+    )
+    with pytest.raises(ValueError, match=r"keeps its layers in no ModuleList: use train\.parallel ddp"):
+        train(config, device=torch.device("cpu"))
+    static = open_encoder(saved["static"])
+    with pytest.raises(ValueError, match="there is no transformer"):
+        static.gradient_checkpointing_enable()
+    theirs = build("dense", folder / "model")
+    theirs[1].include_prompt = False
+    with pytest.raises(ValueError, match="leaves out prompts"):
+        SentenceTransformerEncoder(theirs)
