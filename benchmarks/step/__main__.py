@@ -4,7 +4,8 @@
     python -m benchmarks.step --model qwen3-0.6b --tokenizer FOLDER --batch 1024 --row "inbatch compile"
     torchrun --nproc-per-node 4 -m benchmarks.step ...                           inbatch rows alone, over all GPUs
 
-A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "gradcache mini=64"
+A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "st-inbatch" (our cached
+loss with their model, as their trainer calls it), "gradcache mini=64"
 (`pip install --no-deps GradCache==0.0.1`; Tevatron's trainer calls the same class), "inbatch", and for inbatch any of
 packed, padded (neither: as its trainer does), compile, liger, ckpt, weights=bf16 (float32 master weights, by FSDP2),
 tokens=N, keep=MIB. Every row trains the same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast

@@ -169,7 +169,13 @@ def build_sentence_transformers(row: Row, folder: Path, args) -> Trial:
     model = SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": torch.float32})
     model.max_seq_length = args.max_length
     model.train()
-    if row.library == "st-plain":
+    if row.library == "st-inbatch":
+        from inbatch.integrations import sentence_transformers as ours
+
+        loss = ours.CachedMultipleNegativesRankingLoss(
+            model, scale=1 / TEMPERATURE, mini_batch_num_tokens=row.tokens, packed=False if row.padded else None
+        )
+    elif row.library == "st-plain":
         loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     else:
         sizes = {"mini_batch_num_tokens": row.tokens} if row.tokens else {"mini_batch_size": row.mini or 32}

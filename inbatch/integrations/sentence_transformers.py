@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from inbatch import collectives
+from inbatch.encoder.loading import padding_shifts, position_table
+from inbatch.encoder.packing import enable_packing, token_slots, wish
 from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
 from inbatch.losses import FalseNegatives, InfoNCELoss, Objective
@@ -31,6 +35,8 @@ class MultipleNegativesRankingLoss(nn.Module):
     Different there: gather_across_devices is False by default, nothing is masked, and with "doc_to_query" in a joint
     softmax the positive pair is counted twice, here once.
 
+    packed: encode texts without padding, as one sequence; None does so on CUDA wherever the model allows, True refuses
+    by name where it does not.
     temperature: 1 / scale; give one of them. learnable: train it; its gradient is averaged over the ranks.
     negatives, impl, group: as in `info_nce`; negatives "ring" never gathers.
     labels [B, N] or [B, 1 + N] int64, as `Collator` makes them: ids of the passages, or of query and passages. What has
@@ -56,6 +62,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         negatives: str | None = None,
         impl: str = "auto",
         group: ProcessGroup | None = None,
+        packed: bool | None = None,
     ):
         super().__init__()
         if scale is not None and temperature is not None:
@@ -65,6 +72,12 @@ class MultipleNegativesRankingLoss(nn.Module):
         if similarity_fct not in (cos_sim, dot_score, "cosine", "dot"):
             raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct!r}")
         self.model = model
+        self.packed = wish(packed, getattr(model, "device", torch.device("cpu"))) is not False
+        if self.packed and (problem := _enable_packing(model)) is not None:
+            if packed:
+                raise ValueError(f"packed=True: {problem}; leave it out")
+            self.packed = False
+        self._first_position = position_table(model[0].model)[1] if self.packed else 0  # type: ignore[arg-type]
         self.cosine = similarity_fct in (cos_sim, "cosine")
         self.objective = Objective(
             directions=tuple(direction.replace("doc", "passage") for direction in directions),
@@ -83,7 +96,12 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of the columns (query, positive, negatives...), 0-d."""
-        return self._of_columns(*(self.model(one)["sentence_embedding"] for one in sentence_features), labels=labels)
+        return self._of_columns(*(self._embed(self.model, one) for one in sentence_features), labels=labels)
+
+    def _embed(self, model: nn.Module, features: dict[str, Any]) -> Tensor:
+        return model(_without_padding(features, self._first_position) if self.packed else features)[
+            "sentence_embedding"
+        ]
 
     def _of_columns(self, queries_BD: Tensor, *passages: Tensor, labels: Tensor | None = None) -> Tensor:
         if not passages:
@@ -100,6 +118,47 @@ class MultipleNegativesRankingLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says of the loss."""
         return {"temperature": float(self.loss.temperature), "negatives": self.loss.negatives, "masks": "by ids"}
+
+
+def _enable_packing(model: SentenceTransformer) -> str | None:
+    """Let the model's attention take texts as one sequence; return why it would not give the padded embeddings."""
+    first, *rest = model
+    if not (isinstance(first, Transformer) and isinstance(first.model, PreTrainedModel) and first.tokenizer):
+        return f"the model begins with {type(first).__name__}"
+    others = [type(one).__name__ for one in rest[1:] if not isinstance(one, (Normalize, Dense))]
+    if not rest or not isinstance(rest[0], Pooling) or others:
+        return f"the model goes on with {', '.join(others) or 'no Pooling'}"
+    weighted = "weightedmean" in rest[0].pooling_mode
+    if shifted := padding_shifts(first.tokenizer, first.model, "weighted_mean" if weighted else ""):
+        return f"its padding, on the left, shifts {shifted}"
+    problem = enable_packing(first.model)
+    if problem is None and first.model_forward_params is not None:
+        first.model_forward_params |= {"position_ids", *_BOUNDS}
+    return problem
+
+
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def _without_padding(features: Mapping[str, Any], first_position: int) -> dict[str, Any]:
+    """Return the features with the real tokens of all texts as one sequence, which their Pooling takes as well."""
+    mask_BT = features["attention_mask"] != 0
+    slots_N, longest = token_slots(mask_BT), mask_BT.shape[1]
+    starts = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
+    per_token = {
+        name: value.flatten()[slots_N][None]
+        for name, value in features.items()
+        if isinstance(value, Tensor) and value.shape == mask_BT.shape
+    }
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0) + first_position
+    return {
+        **features,
+        **per_token,
+        "position_ids": positions_BT.flatten()[slots_N][None],
+        # Never read. With a mask of four dimensions transformers makes none.
+        "attention_mask": mask_BT[None, None, :0, :0],
+        **dict(zip(_BOUNDS, (starts, starts, longest, longest), strict=True)),
+    }
 
 
 def _ids(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
@@ -173,7 +232,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     def _made(self, model: nn.Module) -> GradCache:
         sharded = hasattr(model, "set_requires_gradient_sync")
         return GradCache(
-            lambda features: model(features)["sentence_embedding"],
+            lambda features: self._embed(model, features),
             self._of_columns,
             modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
             micro_batch_tokens=self.micro_batch_tokens,

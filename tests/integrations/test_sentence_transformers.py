@@ -11,6 +11,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import Dense, Dropout, Normalize, Pooling, Transformer
 from sentence_transformers.util import dot_score
 
 from inbatch.integrations import sentence_transformers as ours
@@ -85,6 +86,26 @@ def test_values_and_gradients_are_theirs(folder, columns, options):
             expected, value = theirs([dict(f) for f in features], None), mine([dict(f) for f in features], None)
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
             assert_equal(gradients(model, value), gradients(model, expected))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "qwen3"])
+def test_without_padding_it_is_the_same(kind, tmp_path):
+    save_tiny(kind, tmp_path / "backbone")
+    modules = [Transformer(str(tmp_path / "backbone"))]
+    modules += [Pooling(32, "lasttoken" if kind == "qwen3" else "mean"), Dense(32, 16), Normalize()]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    features = [model.preprocess(texts) for texts in list(records(6).values())]
+    for name, options in (("MultipleNegativesRankingLoss", {}), ("CachedMultipleNegativesRankingLoss", MINI)):
+        padded = getattr(ours, name)(model, **options)
+        expected = padded([dict(f) for f in features], None)
+        expected_gradients = gradients(model, expected)
+        packed = getattr(ours, name)(model, packed=True, **options)
+        assert (packed.packed, padded.packed) == (True, False)
+        found = packed([dict(f) for f in features], None)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert_equal(gradients(model, found), expected_gradients)
+    with pytest.raises(ValueError, match="packed=True: the model goes on with Dropout"):
+        ours.MultipleNegativesRankingLoss(SentenceTransformer(modules=[*modules, Dropout()]), packed=True)
 
 
 def trained(folder, output, size):
