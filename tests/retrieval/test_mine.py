@@ -8,14 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import CrossEncoder
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
+from inbatch.cli import run
 from inbatch.data import open_examples
 from inbatch.retrieval.evaluate import RetrieveOptions, embed_queries
 from inbatch.retrieval.mine import MineOptions, MiningSet, choose, mine, open_mining_set, search_negatives
 from tests.data_files import write_beir, write_jsonl
 from tests.helpers import device
 from tests.retrieval.test_evaluate import LetterEncoder, one_by_one, some_texts
+from tests.tiny_models import WORDS, save_tiny, tiny_tokenizer
 
 
 def some_set(documents: int, queries: int, seed: int) -> MiningSet:
@@ -252,6 +256,29 @@ def test_a_teacher_ranks_the_best_candidates_anew(pool, tmp_path, world_size):
             one_by_one(other.cpu(), [record["query"]], "q"), one_by_one(other, record["neg"])
         )
         assert record["neg_scores"] == pytest.approx(truth.tolist(), abs=1e-5)
+
+
+def test_a_cross_encoder_of_sentence_transformers_scores_pairs(tmp_path):
+    """A classifier's folder given to the command: positives and candidates have the scores of CrossEncoder.predict."""
+    chance = random.Random(0)
+    texts = [" ".join(chance.choices(WORDS, k=chance.randint(2, 9))) for _ in range(16)]
+    write_beir(tmp_path / "beir", corpus=[{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    save_tiny("bert", tmp_path / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig.from_pretrained(tmp_path / "model", num_labels=1)
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer(model_max_length=64).save_pretrained(tmp_path / "teacher")
+    options = ["--teacher", str(tmp_path / "teacher"), "--num-negatives", "4", "--range-max", "8", "--no-progress"]
+    output = tmp_path / "mined.jsonl"
+    assert run(["mine", str(tmp_path / "model"), str(tmp_path / "beir"), str(output), *options]) == 0
+    teacher = CrossEncoder(str(tmp_path / "teacher"), device="cpu")
+    for record in map(json.loads, output.read_text().splitlines()):
+        assert record["neg_scores"] == sorted(record["neg_scores"], reverse=True)
+        for role in ("pos", "neg"):
+            scores = teacher.predict([(record["query"], text) for text in record[role]]).tolist()
+            assert record[f"{role}_scores"] == pytest.approx(scores, abs=1e-5)
+    assert len({score for line in output.read_text().splitlines() for score in json.loads(line)["neg_scores"]}) > 4
 
 
 def test_kept_embeddings_are_found_again_and_completed(tmp_path):
