@@ -5,10 +5,14 @@ comes with several texts: `merged` finds those, and gives all of them one key.
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from inbatch.data.distinct import Keys
+from inbatch.data.index import Arrays
+from inbatch.data.lines import Rows, Where, scanned
 from inbatch.data.records import Example, Passage
 from inbatch.ids import stable_id
 
@@ -46,6 +50,32 @@ def apart(positives: Iterable[str], negatives: Iterable[str]) -> bool:
 
 def _first_word(text: str) -> str:
     return unicodedata.normalize("NFC", text).split(None, 1)[0]
+
+
+def keys_of(rows: Rows[Example], same: Mapping[int, int], also: Sequence[Path] | None, settings: object) -> Keys:
+    """Return the keys of each example's query and positives, of which two examples of a batch shall share none.
+
+    same: what stands for a text's key, as from `merged`. The keys are kept beside the data (see `inbatch.data.index`)
+    while the files of the rows, those `also` read (None: not all are files) and the settings stay the same.
+    """
+
+    def visit(some: Iterator[tuple[Example, Where]]) -> Arrays:
+        keys = [{query_key(example), *map(passage_key, example.positives)} for example, _ in some]
+        return {
+            "counts": np.array([len(of_row) for of_row in keys], np.int64),
+            "keys": np.array([key for of_row in keys for key in sorted(of_row)], np.int64),
+        }
+
+    if also is None:
+        rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)
+    about = settings, len(rows), repr((rows[0], rows[-1]))
+    found = scanned(rows, "keys", about, visit, also=also or ())
+    keys = np.array(found["keys"])
+    if same:
+        given = np.array(sorted(same), np.int64)
+        places = np.searchsorted(given, keys).clip(max=len(given) - 1)
+        keys = np.where(given[places] == keys, np.array([same[key] for key in given.tolist()], np.int64)[places], keys)
+    return Keys(np.concatenate([[0], np.cumsum(found["counts"])]), keys)
 
 
 def id_texts(examples: Iterable[Example]) -> np.ndarray:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from inbatch.data.distinct import DistinctBatches, Keys, Shuffled
+
 
 def share(count: int, index: int, parts: int) -> range:
     """Return part ``index`` of ``range(count)`` cut into ``parts``: contiguous, sizes differ by at most 1."""
@@ -37,8 +39,9 @@ class BatchPlan:
 
     Epoch e is a permutation seeded by (seed, e), cut into ``steps_per_epoch`` batches of ``global_batch_size``; the
     last one holds what is left. Nothing depends on the number of ranks: they only share each batch out.
-    Steps count from 0 over all epochs. A step costs O(batch); a new epoch O(n log n), once.
-    shuffle: False keeps the order of the examples. drop_last: leaves out a last batch that is not full.
+    Steps count from 0 over all epochs. A step costs O(batch); a new epoch O(n), once.
+    shuffle: False keeps the order of the examples. drop_last: leaves out a last batch that is not full. keys: no two
+    rows of a batch share one (see ``DistinctBatches``); a step then costs what those of the epoch before it do, once.
     """
 
     num_examples: int
@@ -46,6 +49,7 @@ class BatchPlan:
     seed: int = 0
     shuffle: bool = True
     drop_last: bool = False
+    keys: Keys | None = None
 
     def __post_init__(self):
         if self.num_examples < 1 or self.global_batch_size < 1:
@@ -70,11 +74,24 @@ class BatchPlan:
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)
+        if self.keys is not None:
+            return self._distinct(epoch).batch(place)
         start = place * self.global_batch_size
         stop = min(start + self.global_batch_size, self.num_examples)
         if not self.shuffle:
             return np.arange(start, stop)
-        return _permutations(self.num_examples, self.seed)(epoch)[start:stop].copy()
+        return _permutations(self.num_examples, self.seed)(epoch)[start:stop]
+
+    def left_out(self, step: int) -> int:
+        """Return how many examples of the epoch that ends with ``step`` no batch had room for; 0 for other steps."""
+        epoch, place = divmod(step + 1, self.steps_per_epoch)
+        return self._distinct(epoch - 1).left_out(self.steps_per_epoch) if self.keys is not None and place == 0 else 0
+
+    def _distinct(self, epoch: int) -> DistinctBatches:
+        assert self.keys is not None
+        return _distinct(self.keys, self.num_examples, self.global_batch_size, self.seed if self.shuffle else None)(
+            epoch
+        )
 
     def rows(self, step: int) -> Rows:
         """The rows of the global batch of ``step``, of the one source."""
@@ -98,9 +115,11 @@ class Mixture:
     mixed: bool = False
     shuffle: bool = True
     drop_last: bool = False
+    keys: tuple[Keys, ...] | None = None
 
     def __post_init__(self):
         assert len(self.sizes) > 0
+        assert self.keys is None or not self.mixed
         _ = self.steps_per_epoch
         if self.weights is not None and (len(self.weights) != len(self.sizes) or min(self.weights) <= 0):
             raise ValueError(f"weights must be {len(self.sizes)} positive numbers, one a source, got {self.weights}")
@@ -110,7 +129,11 @@ class Mixture:
         """The passes over each source, in steps of what is drawn at once: a batch, or with ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last}
-        return [BatchPlan(size, drawn, self.seed + source, **options) for source, size in enumerate(self.sizes)]
+        keys = self.keys or [None] * len(self.sizes)
+        return [
+            BatchPlan(size, drawn, self.seed + source, **options, keys=keys[source])
+            for source, size in enumerate(self.sizes)
+        ]
 
     @property
     def num_examples(self) -> int:
@@ -157,6 +180,14 @@ class Mixture:
             parts.append((examples + first[source], np.full_like(examples, source), passes))
         return Rows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
+    def left_out(self, step: int) -> int:
+        """Return how many examples of a source the pass over it that ends with ``step`` had no room for."""
+        if self.keys is None:
+            return 0
+        epoch, place = divmod(step, self.steps_per_epoch)
+        sources, draws = _order(self._shares(), self.draws_per_epoch, self.seed if self.shuffle else None, epoch)
+        return self.plans[sources[place]].left_out(int(draws[place]))
+
     def _shares(self) -> tuple[float, ...]:
         weights = self.weights or tuple(plan.steps_per_epoch for plan in self.plans)
         return tuple(weight / sum(weights) for weight in weights)
@@ -191,7 +222,7 @@ def _order(shares: tuple[float, ...], number: int, seed: int | None, epoch: int)
     if seed is None:
         return sources, draws
     # Where each draw goes is chance; the draws of one source stay in order.
-    places = _permutation(number, seed, epoch)
+    places = Shuffled(number, seed, epoch)[:]
     ordered = np.empty_like(sources)
     ordered[places] = sources
     result = np.empty_like(draws)
@@ -200,13 +231,16 @@ def _order(shares: tuple[float, ...], number: int, seed: int | None, epoch: int)
 
 
 @lru_cache(maxsize=1024)
-def _permutations(n: int, seed: int) -> Callable[[int], np.ndarray]:
+def _permutations(n: int, seed: int) -> Callable[[int], Shuffled]:
     """Return the function from epochs to permutations. It remembers two: a run may be between two epochs."""
-    return lru_cache(maxsize=2)(partial(_permutation, n, seed))
+    return lru_cache(maxsize=2)(partial(Shuffled, n, seed))
 
 
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    # Not Generator.permutation: numpy promises to keep the raw stream of a bit generator for ever, but not what its
-    # shuffles make of it, and a run must resume after an upgrade.
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    return np.argsort(keys, kind="stable")
+@lru_cache(maxsize=1024)
+def _distinct(keys: Keys, n: int, size: int, seed: int | None) -> Callable[[int], DistinctBatches]:
+    """Return the function from epochs to their batches."""
+
+    def made(epoch: int) -> DistinctBatches:
+        return DistinctBatches(keys, np.arange(n) if seed is None else Shuffled(n, seed, epoch), size)
+
+    return lru_cache(maxsize=2)(made)

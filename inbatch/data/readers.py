@@ -37,11 +37,15 @@ SETTINGS = ("path", "num_samples", "split", "columns", "corpus")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One opened source: its examples, which columns hold what (None: a judged folder), and `id_texts` of its ids."""
+    """One opened source: its examples, which columns hold what (None: a judged folder), and `id_texts` of its ids.
+
+    also: files that examples are read from beside those of their rows; None where not all of it are files.
+    """
 
     name: str
     examples: Rows[Example]
     columns: Columns | None = None
+    also: Sequence[Path] | None = ()
     id_texts: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
 
@@ -199,7 +203,7 @@ def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora) -> Sou
 
     examples = Rows(len(rows), read, rows.where, files=rows.files, nbytes=rows.nbytes)
     found = _survey(rows, name, columns, lookup)
-    return Source(name=name, examples=examples, columns=columns, id_texts=found)
+    return Source(name=name, examples=examples, columns=columns, also=lookup.files, id_texts=found)
 
 
 def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: Where) -> Example:

@@ -138,6 +138,8 @@ class DataConfig:
     """read the records in another order each epoch; false: in the order of the files"""
     drop_last: bool = False
     """leave out what is left of an epoch when it fills no batch"""
+    no_duplicates: bool = False
+    """no two queries of a batch share their text or a positive, by text or id: one of them waits for a later batch"""
     num_workers: int | None = Field(default=None, ge=0)
     """processes per rank that make batches ahead; null: up to 8, as the cores allow; 0 makes them between the steps"""
     token_cache: str | bool = "auto"
@@ -154,6 +156,9 @@ class DataConfig:
     def __post_init__(self):
         if isinstance(self.source_weights, (int, float)) and self.source_weights <= 0:
             raise ValueError(f"data.source_weights is {self.source_weights}: expected a positive number, or a name")
+        for name in ("mixed_batches", "drop_last"):
+            if self.no_duplicates and getattr(self, name):
+                raise ValueError(f"data.no_duplicates does not go with data.{name}: set one of them to false")
         for name in ("query_max_len", "passage_max_len"):
             lengths = {source.get(name, getattr(self, name)) for source in self.sources}
             if self.mixed_batches and len(lengths) > 1:

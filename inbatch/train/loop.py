@@ -103,6 +103,8 @@ def loop(run: Run, clock: Stopwatch) -> int:
                 figures = step_function(step, parts)
             clock.count(pairs=len(run.plan.batch(step)))
             run.report.advance()
+            if left_out := run.plan.left_out(step):
+                run.report.note(f"{left_out} examples of this pass were left out: they have copies in every batch")
             done = step + 1
             last = done == run.total_steps
             if done == 1 or last or is_due(done, config.train.log_every):

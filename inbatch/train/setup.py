@@ -11,6 +11,7 @@ from torch import nn
 from inbatch import collectives
 from inbatch.data import BatchPlan, Collator, Mixture, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches
+from inbatch.data.identity import keys_of
 from inbatch.data.judged import is_judged, sample
 from inbatch.data.readers import SETTINGS, Examples
 from inbatch.data.token_cache import with_memory
@@ -212,6 +213,9 @@ def plan_mixture(config: Config, examples: Examples) -> Mixture:
         mixed=data.mixed_batches and len(sizes) > 1,
         shuffle=data.shuffle,
         drop_last=data.drop_last,
+        keys=tuple(keys_of(source.examples, examples.same, source.also, data.columns) for source in examples.sources)
+        if data.no_duplicates
+        else None,
     )
 
 
