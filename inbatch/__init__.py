@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from inbatch.collectives import all_gather as all_gather
+    from inbatch.collectives import max_over_ranks as max_over_ranks
     from inbatch.encoder import BiEncoderModel as BiEncoderModel
     from inbatch.grad_cache import GradCache as GradCache
     from inbatch.losses import FalseNegatives as FalseNegatives
@@ -24,6 +25,7 @@ _PUBLIC = {
     "Objective": "inbatch.losses",
     "all_gather": "inbatch.collectives",
     "info_nce": "inbatch.losses",
+    "max_over_ranks": "inbatch.collectives",
     "mine": "inbatch.retrieval.mine",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "Objective",
     "all_gather",
     "info_nce",
+    "max_over_ranks",
     "mine",
 ]
 __version__ = "0.1.0"

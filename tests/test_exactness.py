@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from inbatch import FalseNegatives, GradCache, InfoNCELoss, collectives, info_nce
+from inbatch import FalseNegatives, GradCache, InfoNCELoss, collectives, info_nce, max_over_ranks
 from inbatch.inbatch_neg_utils import (
     dist_gather_tensor,
     dist_gather_tensor_with_dim1_padding,
@@ -27,7 +27,6 @@ from inbatch.inbatch_neg_utils import (
     positive_columns,
 )
 from inbatch.integrations import sentence_transformers as st
-from inbatch.train.parallel import max_over_ranks
 from tests.helpers import REPOSITORY, device
 
 T, PER_ROW, SCALE = 0.2, 2, 2.0**7

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 from inbatch import BiEncoderModel, GradCache, collectives, info_nce  # noqa: E402
+from inbatch.collectives import max_over_ranks  # noqa: E402
 from inbatch.data.batches import start_worker as start_worker  # noqa: E402
 from inbatch.data.files import replacing  # noqa: E402
 from inbatch.encoder.packing import wish  # noqa: E402
 from inbatch.grad_cache.micro_batches import cut  # noqa: E402
-from inbatch.train.parallel import compile_layers, max_over_ranks, replicate, shard  # noqa: E402
+from inbatch.train.parallel import compile_layers, replicate, shard  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 TEMPERATURE = 0.02

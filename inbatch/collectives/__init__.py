@@ -14,7 +14,7 @@ from inbatch.collectives.agreement import (
     gather_objects,
     together,
 )
-from inbatch.collectives.gather import all_gather, all_reduce, gather_rows, reduce_scatter_rows
+from inbatch.collectives.gather import all_gather, all_reduce, gather_rows, max_over_ranks, reduce_scatter_rows
 from inbatch.collectives.process_group import (
     ProcessGroup,
     device,
@@ -48,6 +48,7 @@ __all__ = [
     "global_rank",
     "group_of_one",
     "held",
+    "max_over_ranks",
     "rank",
     "reduce_scatter_rows",
     "ring_shift",

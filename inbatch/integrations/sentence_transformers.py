@@ -236,7 +236,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
             self._of_columns,
             modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
             micro_batch_tokens=self.micro_batch_tokens,
-            max_over_ranks=(lambda n: int(collectives.all_reduce(torch.tensor(n), "max"))) if sharded else None,
+            max_over_ranks=collectives.max_over_ranks if sharded else None,
         )
 
 

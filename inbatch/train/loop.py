@@ -29,7 +29,7 @@ from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
 from inbatch.train.optim import clip_gradients, learning_rate, set_learning_rate
-from inbatch.train.parallel import gathered, is_spread, max_over_ranks, on_rank_0
+from inbatch.train.parallel import gathered, is_spread, on_rank_0
 from inbatch.train.report import OnFigures, Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
 from inbatch.train.same import check_shared
@@ -147,7 +147,7 @@ class StepFunction:
             modules=[one for name, one in learner.networks.items() if is_spread(one)],
             micro_batch_tokens=config.train.micro_batch_tokens,
             keep_graph_mib=config.train.keep_graph_mib,
-            max_over_ranks=max_over_ranks if config.train.parallel == "fsdp2" else None,
+            max_over_ranks=collectives.max_over_ranks if config.train.parallel == "fsdp2" else None,
             reshard=config.train.reshard,
         )
 

@@ -106,8 +106,3 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state with every tensor whole and on the CPU, on rank 0; empty on other ranks. All ranks call it."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state if collectives.rank() == 0 else {}  # type: ignore[return-value]
-
-
-def max_over_ranks(value: int) -> int:
-    """Return the largest of the ranks' values."""
-    return int(collectives.all_reduce(torch.tensor(value), "max"))
