@@ -363,6 +363,13 @@ def _push(known: argparse.Namespace) -> None:
 
 
 def _export(known: argparse.Namespace) -> None:
+    if known.output.endswith(".onnx"):
+        from inbatch.encoder.onnx import save_onnx
+        from inbatch.encoder.sentence_transformer import open_encoder
+
+        save_onnx(open_encoder(known.source), known.output)
+        print(f"{known.output}: {known.source} as ONNX")
+        return
     with _processes("cpu", minutes=10):
         from inbatch.train.towers import export
 

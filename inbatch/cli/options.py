@@ -134,11 +134,14 @@ def _add_audit(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
-        "export", help="make a model of a checkpoint", allow_abbrev=False,
-        description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it.",
+        "export", help="make a model of a checkpoint, or an ONNX file of a model", allow_abbrev=False,
+        description="Make a model that sentence-transformers opens of a checkpoint, whatever number of ranks wrote it; "
+        "or an ONNX file of a model, from tokens to embeddings.",
     )  # fmt: skip
-    export.add_argument("source", metavar="RUN", help="a run's folder (its newest checkpoint) or a checkpoint in it")
-    export.add_argument("output", metavar="OUTPUT", help="the folder to make")
+    export.add_argument(
+        "source", metavar="RUN", help="a run's folder (its newest checkpoint) or a checkpoint in it; for .onnx, a model"
+    )
+    export.add_argument("output", metavar="OUTPUT", help="the folder to make, or a file name ending in .onnx")
     export.set_defaults(nproc_per_node=1)
 
 

@@ -131,3 +131,17 @@ def test_an_adapter_is_saved_as_one_and_opened_with_its_base(folder, tmp_path, c
     (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):
         BiEncoderModel.from_pretrained(saved)
+
+
+def test_a_model_is_exported_to_onnx(tmp_path, capsys):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    save_tiny("bert", tmp_path / "model", num_hidden_layers=1)
+    assert cli.run(["export", str(tmp_path / "model"), str(tmp_path / "model.onnx")]) == 0
+    assert "as ONNX" in capsys.readouterr().out
+    model = BiEncoderModel.from_pretrained(tmp_path / "model").eval()
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    for texts in (TEXTS, TEXTS[:1]):
+        batch = model.tokenize(texts)
+        (embeddings_BD,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
+        torch.testing.assert_close(torch.from_numpy(embeddings_BD), model(batch).detach(), rtol=0, atol=1e-4)
