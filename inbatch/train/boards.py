@@ -4,9 +4,9 @@ wandb and mlflow read servers, projects and keys from their own variables (WANDB
 run's folder keeps their names of the run, so that a resumed one goes on there.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from inbatch.data.files import naming, write_json
 from inbatch.train.config import Config, flatten
+from inbatch.train.run_folder import RunFolder
 
 
 class Board(Protocol):
@@ -36,8 +37,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 def open_boards(folder: Path, config: Config, first_step: int) -> list[Board]:
     """Open the loggers that the configuration names for a run that goes on after `first_step` steps."""
-    kept = folder / "loggers.json"
-    known = json.loads(kept.read_bytes()) if first_step and kept.exists() else {}
+    known = dict(RunFolder(folder).read("loggers.json")) if first_step else {}
     opened: dict[str, Board] = {}
     for name in dict.fromkeys(config.train.loggers):
         if name == "tensorboard":
@@ -52,13 +52,14 @@ def open_boards(folder: Path, config: Config, first_step: int) -> list[Board]:
         opened[name] = board
         known[name] = board.run_id
     if known:
-        write_json(kept, known)
+        write_json(folder / "loggers.json", known)
     return list(opened.values())
 
 
 class _TensorBoard:
     def __init__(self, folder: Path, first_step: int):
-        self._folder = folder
+        self._folder, self._hook = folder, threading.excepthook
+        threading.excepthook = _but_of_tensorboard(self._hook)
         with naming(folder):
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
@@ -70,6 +71,17 @@ class _TensorBoard:
     def close(self) -> None:
         with naming(self._folder):
             self._writer.close()
+        threading.excepthook = self._hook
+
+
+def _but_of_tensorboard(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Return a hook that prints no traceback of the thread that writes: `add` and `close` raise its error."""
+
+    def call(failed: Any) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            hook(failed)
+
+    return call
 
 
 class _Wandb:

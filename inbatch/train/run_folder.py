@@ -89,11 +89,27 @@ class RunFolder:
         """Raise ValueError if the run began with more or fewer examples: its batches would be different."""
 
         def check() -> None:
-            before = self._read("data.json").get("examples", examples)
+            before = self.read("data.json").get("examples", examples)
             if before != examples:
                 raise ValueError(
                     f"data.train holds {examples} examples, but the run in {self.path} began with {before}, and would "
                     "repeat some and skip others: bring the data back, or choose another train.output_dir"
+                )
+
+        on_rank_0(check)
+
+    def check_lines(self, config: Config, step: int) -> None:
+        """Warn where metrics.jsonl ends before the checkpoint of `step`, ahead of which its lines were on disk."""
+
+        def check() -> None:
+            known = self.path / "config.yaml"
+            every = (load(known) if known.exists() else config).train.log_every
+            last = max((int(line["step"]) for line in read_metrics(self.path)), default=0)
+            if last < (step // every * every or 1):
+                warnings.warn(
+                    f"{self.path / 'metrics.jsonl'} ends after step {last}, and the run goes on from step {step}: the "
+                    "figures between are lost",
+                    stacklevel=2,
                 )
 
         on_rank_0(check)
@@ -109,7 +125,7 @@ class RunFolder:
 
     def done(self) -> Mapping[str, Any]:
         """Return what was noted when the run was finished: its steps, what ended it early; empty while it is not."""
-        return on_rank_0(lambda: self._read("done.json"))
+        return on_rank_0(lambda: self.read("done.json"))
 
     def finish(self, steps: int, ended_by: Sequence[Any] | None = None) -> None:
         """Mark the run as finished after `steps` steps; ended_by: the settings that ended it early."""
@@ -125,7 +141,7 @@ class RunFolder:
                 if "".join(kept).encode() != path.read_bytes():
                     write_text(path, "".join(kept))
 
-    def _read(self, name: str) -> Mapping[str, Any]:
+    def read(self, name: str) -> Mapping[str, Any]:
         """Return the JSON object in a file of ours; an empty one where there is no such file."""
         path = self.path / name
         try:

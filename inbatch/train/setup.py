@@ -107,6 +107,7 @@ def set_up(
     first_step = 0
     if newest is not None:
         first_step = checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)
+        folder.check_lines(config, first_step)
     model = next(iter(learner.towers.values()))
 
     def batches(

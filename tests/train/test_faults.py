@@ -151,7 +151,7 @@ def full_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread says nothing
 @pytest.mark.parametrize("what", ["checkpoints", "model", "export", "metrics"])
 def test_a_full_disk_is_one_line_with_a_path(folder, full_disk, tmp_path, capsys, what):  # noqa: F811
     """The old model stays."""
