@@ -24,6 +24,7 @@ from inbatch.data.columns import (
     text_of,
 )
 from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, key_of, open_corpora, open_once
+from inbatch.data.hub import PREFIX, open_hub
 from inbatch.data.identity import apart, id_texts, merged, without_positives
 from inbatch.data.index import Arrays
 from inbatch.data.judged import is_judged, judged_examples, open_judged
@@ -71,11 +72,12 @@ def open_examples(
 ) -> Examples:
     """Open the training examples of one or several sources, one after the other, with random access.
 
-    A source is a file, folder or glob of records, a judged folder (BEIR and its like), of which `split` is read, a
-    sequence of mappings such as a `datasets.Dataset`, or a mapping {path, num_samples, split, columns, corpus} of a
-    source and its own settings; docs/formats.md lists the formats. Columns are found by their usual names or named by
-    `columns` (our field -> column), in those sources that have them. `corpus`: where documents are that records name by
-    id, unless it lies beside them. `num_samples` examples of a source are drawn by `seed`.
+    A source is a file, folder or glob of records, hf://owner/name[/subset] on the hub, a judged folder (BEIR and its
+    like), of which `split` is read, a sequence of mappings such as a `datasets.Dataset`, or a mapping {path,
+    num_samples, split, columns, corpus} of a source and its own settings; docs/formats.md lists the formats. Columns
+    are found by their usual names or named by `columns` (our field -> column), in those sources that have them.
+    `corpus`: where documents are that records name by id, unless it lies beside them. `num_samples` examples of a
+    source are drawn by `seed`.
 
     Examples are parsed on access; memory holds their places in the file (about 16 bytes each), not their texts. Opening
     reads everything once, so that whatever is wrong is said now: ValueError, naming file and place. What is not used is
@@ -113,12 +115,16 @@ def _settings(source: Any, split: str, columns: GivenColumns | None, corpus: Any
 
 
 def _open(asked: Mapping[str, Any], corpora: Corpora, seed: int) -> Source:
-    place = Path(asked["path"]) if isinstance(asked["path"], (str, os.PathLike)) else asked["path"]
+    place, corpus_id = asked["path"], None
+    if isinstance(place, str) and place.startswith(PREFIX):
+        place, corpus_id = open_hub(place, asked["split"], corpora)
+    elif isinstance(place, (str, os.PathLike)):
+        place = Path(place)
     if isinstance(place, Path) and place.is_dir() and is_judged(place):
         examples = judged_examples(place, open_judged(place, asked["split"]), asked["split"])
         source = Source(name=str(place), examples=examples)
     else:
-        source = _open_records(place, asked, corpora)
+        source = _open_records(place, asked, corpora, corpus_id)
     return replace(source, examples=_sampled(source, asked["num_samples"], seed))
 
 
@@ -184,7 +190,7 @@ class _Lookup:
         return found.full_text
 
 
-def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora) -> Source:
+def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora, corpus_id: str | None) -> Source:
     columns, name = Columns(EXAMPLE, asked["columns"]), name_of(place)
     folder = None if not isinstance(place, Path) else place if place.is_dir() else place.parent
     lookup = _Lookup(name, asked, folder, corpora)
@@ -195,6 +201,7 @@ def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora) -> Sou
             raise ValueError(f"{place} is empty: expected records")
     else:
         rows = open_table(place, columns, asked["split"], lookup.parts)
+        lookup.by_id = None if corpus_id is None else [corpus_id]
 
     lookup.open_for(rows[0], columns)
 

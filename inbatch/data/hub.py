@@ -1,0 +1,55 @@
+"""Training data by its name on the hub, hf://owner/name or hf://owner/name/subset, through `datasets`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from inbatch.data.corpus import Corpora, Corpus, open_corpus
+
+PREFIX = "hf://"
+
+
+def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
+    """Return the records of a split, and the corpus_id of the documents that they name by id, if any.
+
+    Documents are in a subset of the same name and `_corpus`, as NeMo AutoModel's data sets have them; their corpus_id
+    and instructions are in dataset_metadata.json. Raises ValueError, in one line, for whatever cannot be had.
+    """
+    repository, subset = _parts(name)
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name} is on the hub, from where `datasets` fetches it: pip install datasets") from None
+    try:
+        records = datasets.load_dataset(repository, subset, split=split)
+        if subset is None or f"{subset}_corpus" not in datasets.get_dataset_config_names(repository):
+            return records, None
+        documents = datasets.load_dataset(repository, f"{subset}_corpus", split="train")
+        metadata = _metadata(repository, subset)
+    except Exception as error:  # of any class: no network, no such name, no permission
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} cannot be fetched from the hub ({type(error).__name__}: {reason}): without a network give a folder"
+        ) from error
+    corpus_id = metadata.get("corpus_id") or subset
+    prefixes = {f"{role}_prefix": metadata.get(f"{role}_instruction") for role in ("query", "passage")}
+    corpora[corpus_id] = Corpus(
+        documents=open_corpus(documents),
+        **{key: f"{text} " if text else None for key, text in prefixes.items()},
+    )
+    return records, corpus_id
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    parts = name.removeprefix(PREFIX).strip("/").split("/")
+    if len(parts) < 2 or not all(parts):
+        raise ValueError(f"{name}: expected hf://owner/name, or hf://owner/name/subset")
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def _metadata(repository: str, subset: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    return json.loads(
+        Path(hf_hub_download(repository, f"{subset}/dataset_metadata.json", repo_type="dataset")).read_text()
+    )
