@@ -4,7 +4,7 @@ import hashlib
 
 
 def stable_id(namespace: str, key: str) -> int:
-    """A signed 64-bit id of ``key`` within ``namespace``: the same in every process and on every machine.
+    """Return a signed 64-bit id of ``key`` within ``namespace``: the same in every process and on every machine.
 
     The first 8 bytes of BLAKE2b over both parts (length-prefixed, so that ("ab", "c") and ("a", "bc") differ).
     Never -1, which means "unknown". Two of ten million keys collide with probability 3e-6.

@@ -48,7 +48,7 @@ The same command again goes on with a run that was interrupted. On several machi
 
 
 def main() -> None:
-    """The command `inbatch`: runs `sys.argv` and ends the process."""
+    """Run the command `inbatch` with `sys.argv`, and end the process."""
     stop_on_signals()
     try:
         status = run(sys.argv[1:])
@@ -140,7 +140,7 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") -> Generator["torch.device"]:
-    """The process group of torchrun's environment, if any, and this process's device; ended only after success."""
+    """Hold the process group of torchrun's environment, if any, and this process's device; ended only after success."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -208,7 +208,7 @@ def _check(known: argparse.Namespace) -> int:
 
 
 def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
-    """The model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
+    """Return the model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
     import torch
 
     from inbatch import collectives
@@ -237,7 +237,7 @@ def _embedding(known: argparse.Namespace, device: "torch.device", **options: Any
 
 
 def _open_towers(name: str, device: "torch.device") -> "tuple[BiEncoderModel, BiEncoderModel | None]":
-    """The encoder of the documents, and that of the queries where the folder holds two."""
+    """Return the encoder of the documents, and that of the queries where the folder holds two."""
     towers = [Path(name) / tower for tower in ("passage", "query")]
     if all(tower.is_dir() for tower in towers):
         return _open_model(str(towers[0]), device), _open_model(str(towers[1]), device)

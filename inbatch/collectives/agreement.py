@@ -86,7 +86,7 @@ def agree(
 
 @contextmanager
 def agreeing_on(**values: int | bool) -> Iterator[None]:
-    """Inside, every agreement is about these values too: a rank that skipped a step is noticed at no cost."""
+    """Make every agreement inside be about these values too: a rank that skipped a step is noticed at no cost."""
     global _circumstances
     before = _circumstances
     _circumstances = {**before, **values}

@@ -51,17 +51,17 @@ def world_size(group: ProcessGroup | None = None) -> int:
 
 
 def rank(group: ProcessGroup | None = None) -> int:
-    """This process's position in the group; 0 without a process group."""
+    """Return this process's position in the group; 0 without a process group."""
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
 def global_rank(group_rank: int, group: ProcessGroup | None) -> int:
-    """The position in the default group of the group's rank `group_rank`."""
+    """Return the position in the default group of the group's rank `group_rank`."""
     return group_rank if group is None else dist.get_global_rank(group, group_rank)
 
 
 def device_types(group: ProcessGroup | None = None) -> list[str]:
-    """The types of device whose tensors the group can send."""
+    """Return the types of device whose tensors the group can send."""
     return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
@@ -110,7 +110,7 @@ def start(
 
 @contextmanager
 def group_of_one(device: torch.device) -> Iterator[None]:
-    """A process group around this process alone, where there is none: FSDP2 does not go without."""
+    """Hold a process group around this process alone, where there is none: FSDP2 does not go without."""
     if dist.is_initialized():
         yield
         return
@@ -148,7 +148,7 @@ def stop() -> None:
 
 
 def device() -> torch.device:
-    """This process's device: the one that `start` bound, else the current GPU, else the CPU."""
+    """Return this process's device: the one that `start` bound, else the current GPU, else the CPU."""
     if _bound_device is not None:
         return _bound_device
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

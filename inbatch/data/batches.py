@@ -46,7 +46,7 @@ class Batches(Dataset):
         self._rank, self._world_size, self._parts = rank, world_size, accumulation_steps
 
     def step(self, step: int) -> list[Part]:
-        """The parts of optimizer step `step` (from 0), those without any query on any rank left out."""
+        """Return the parts of optimizer step `step` (from 0), those without any query on any rank left out."""
         rows = self._plan.rows(step)
         size, parts = len(rows.examples), []
         sources = [self._collators[source] for source in np.unique(rows.sources)]  # the same on every rank
@@ -62,7 +62,7 @@ class Batches(Dataset):
         return parts
 
     def ahead_from(self, first: int, last: int, *, num_workers: int | None = None) -> Iterator[list[Part]]:
-        """The steps first, first + 1, ..., last - 1 in order, each worker two steps ahead; None: as cores allow.
+        """Yield the steps first, first + 1, ..., last - 1 in order, each worker two steps ahead; None: as cores allow.
 
         Processes, not threads: a tokenizer that holds the interpreter keeps the GPU waiting for its next kernel.
         """
@@ -91,7 +91,7 @@ class Batches(Dataset):
 
 
 def start_worker(number: int) -> None:
-    """One thread a worker, and the cores first to the process that launches kernels: the GPU waits for it alone."""
+    """Leave a worker one thread, and the cores first to the process that launches kernels: the GPU waits for it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.nice(10)
     # Schedulers signal every process of a job; the rank needs its batches for as long as it goes on.
@@ -100,7 +100,7 @@ def start_worker(number: int) -> None:
 
 
 def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:
-    """The same, one ahead: megabytes come through a worker's pipe while the step before runs, not between the two."""
+    """Yield the same, received one step ahead: megabytes come through a worker's pipe while another step runs."""
     with ThreadPoolExecutor(1) as receiver:
         coming = receiver.submit(next, steps, None)
         while (parts := coming.result()) is not None:
@@ -109,7 +109,7 @@ def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:
 
 
 def _workers_that_fit() -> int:
-    """Up to 8, and a core less than this machine has for each of its ranks; at least 1."""
+    """Return up to 8, and a core less than this machine has for each of its ranks; at least 1."""
     cores_per_rank = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, cores_per_rank - 1))
 
@@ -119,7 +119,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _packed(tensors: dict[str, Any]) -> dict[str, Any]:
-    """As arrays: tensors would travel through shared memory, of which containers often have too little."""
+    """Return it as arrays: tensors would travel through shared memory, of which containers often have too little."""
     return {
         name: {key: tokens.numpy().astype(bool if key == _MASK else np.int32) for key, tokens in value.items()}
         if isinstance(value, dict)

@@ -45,7 +45,7 @@ class Documents(Rows[Passage]):
 
     @property
     def texts(self) -> Rows[str]:
-        """The full texts, title and text joined, read on access."""
+        """Return the full texts, title and text joined, read on access."""
         return Rows(len(self), lambda row: self[row].full_text, self.where, files=self.files, nbytes=self.nbytes)
 
     def ids(self) -> Iterator[str]:

@@ -281,7 +281,7 @@ class Lines(Rows[Any]):
             first = last
 
     def _place(self, index: int) -> str:
-        """The place of record `index`, as in "data/train.jsonl, line 3" (lines count from 1)."""
+        """Return the place of record `index`, as in "data/train.jsonl, line 3" (lines count from 1)."""
         index = range(len(self))[index]
         before = index
         if self._unit == "line":

@@ -66,11 +66,11 @@ class BatchPlan:
         return _batches(self.num_examples, self.global_batch_size, self.drop_last)
 
     def epoch(self, step: int) -> int:
-        """The epoch (from 0) that ``step`` belongs to."""
+        """Return the epoch (from 0) that ``step`` belongs to."""
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> np.ndarray:
-        """The example indices of the global batch of ``step``: int64 [G], G smaller in an epoch's last batch."""
+        """Return the example indices of the global batch of ``step``: int64 [G], G smaller in an epoch's last batch."""
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -94,7 +94,7 @@ class BatchPlan:
         )
 
     def rows(self, step: int) -> Rows:
-        """The rows of the global batch of ``step``, of the one source."""
+        """Return the rows of the global batch of ``step``, of the one source."""
         examples = self.batch(step)
         return Rows(examples, np.zeros_like(examples), np.full_like(examples, self.epoch(step)))
 
@@ -126,7 +126,7 @@ class Mixture:
 
     @property
     def plans(self) -> list[BatchPlan]:
-        """The passes over each source, in steps of what is drawn at once: a batch, or with ``mixed`` an example."""
+        """Return the passes over each source, in steps of what is drawn at once: a batch, or if ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last}
         keys = self.keys or [None] * len(self.sizes)
@@ -153,19 +153,19 @@ class Mixture:
         )
 
     def epoch(self, step: int) -> int:
-        """The epoch (from 0) that ``step`` belongs to."""
+        """Return the epoch (from 0) that ``step`` belongs to."""
         return step // self.steps_per_epoch
 
     def draws(self, epoch: int) -> np.ndarray:
-        """How many batches (if mixed, examples) the epoch draws of each source: int64 [S]."""
+        """Return how many batches (if mixed, examples) the epoch draws of each source: int64 [S]."""
         return _apportioned(self._shares(), self.draws_per_epoch, epoch)[1]
 
     def batch(self, step: int) -> np.ndarray:
-        """The example indices of the global batch of ``step``, counted over all sources: int64 [G]."""
+        """Return the example indices of the global batch of ``step``, counted over all sources: int64 [G]."""
         return self.rows(step).examples
 
     def rows(self, step: int) -> Rows:
-        """The rows of the global batch of ``step``."""
+        """Return the rows of the global batch of ``step``."""
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)

@@ -74,7 +74,7 @@ class TrainBatch:
         return torch.equal(self.positives, torch.arange(num_queries) * (num_passages // num_queries))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
-        """The same batch with every tensor on ``device``."""
+        """Return the same batch with every tensor on ``device``."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)

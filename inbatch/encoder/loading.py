@@ -40,7 +40,7 @@ BIDIRECTIONAL_DECODERS = ("llama", "ministral3", "qwen3")
 
 
 def local_folder(name: str) -> Path:
-    """The folder itself, or the snapshot of a hub model (downloaded where needed); ValueError where there is none."""
+    """Return the folder itself, or the snapshot of a hub model, downloaded if needed; ValueError if there is none."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
@@ -141,7 +141,7 @@ def _refuse_custom_code(path: Path, values: dict[str, Any], *, known: bool) -> N
 
 
 def _weights_of(place: Path) -> tuple[int | None, int]:
-    """(number of tensors, or None where they are not in safetensors; bytes) of the weights in a folder."""
+    """Return (number of tensors, or None where they are not in safetensors; bytes) of the weights in a folder."""
     files = sorted(place.glob("*.safetensors"))
     tensors = 0
     for file in files:
@@ -287,7 +287,7 @@ def _require_bidirectional(backbone: PreTrainedModel) -> None:
 
 
 def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
-    """(positions that a learned table offers, number of its first one); (None, 0) without such a table."""
+    """Return (positions that a learned table offers, number of its first one); (None, 0) without such a table."""
     for module in backbone.modules():
         table = getattr(module, "position_embeddings", getattr(module, "wpe", None))
         if isinstance(table, nn.Embedding):

@@ -176,7 +176,7 @@ class BiEncoderModel(nn.Module):
 
     @property
     def way(self) -> str:
-        """A line that says by whose code, and whether padding is encoded, and why."""
+        """Return a line that says by whose code, and whether padding is encoded, and why."""
         if self.backend_because is not None:
             return f"opened by sentence-transformers: {self.backend_because}"
         if self.padded_because is None:
@@ -185,7 +185,7 @@ class BiEncoderModel(nn.Module):
 
     @property
     def kind(self) -> str:
-        """What it is made of, in words for its card."""
+        """Say what it is made of, in words for its card."""
         return f"{self.pooling} pooling of {self.backbone.config.model_type}"
 
     @property
@@ -247,7 +247,7 @@ class BiEncoderModel(nn.Module):
         prefix: str | None = None,
         max_length: int | None = None,
     ) -> dict[str, Tensor]:
-        """Texts to padded int64 `input_ids` and `attention_mask` [B, T], T the longest text's length.
+        """Turn texts into padded int64 `input_ids` and `attention_mask` [B, T], T the longest text's length.
 
         Args:
             prompt: the name of one of `prompts`, put in front of every text; None is none.
@@ -365,7 +365,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def attended(mask_BT: Tensor) -> Tensor:
-    """The real tokens, and the first of a text that has none: its softmax would have no terms. It pools to 0."""
+    """Return the real tokens, and the first of a text that has none: its softmax would have no terms. It pools to 0."""
     attend_BT = mask_BT.clone()
     attend_BT[:, 0] |= ~mask_BT.any(1)
     return attend_BT

@@ -25,14 +25,14 @@ PACKABLE = ("bert", "llama", "ministral3", "modernbert", "qwen3", "roberta")
 
 
 def token_slots(mask_BT: Tensor) -> Tensor:
-    """[N] the places of the real tokens among all M slots. On a GPU the CPU waits for it, since N sizes the result."""
+    """Return the places [N] of the real tokens among all M slots. On a GPU the CPU waits for N."""
     return mask_BT.flatten().nonzero().squeeze(1)
 
 
 def packed_states(
     backbone: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, slots_N: Tensor, **options
 ) -> Tensor:
-    """The backbone's last states [B, T, D] of the real tokens, 0 at padding; every text needs a real token."""
+    """Return the backbone's last states [B, T, D] of the real tokens, 0 at padding; every text needs a real token."""
     starts = pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
     # T instead of the longest text: it only sizes the launch, and asking the device would wait for it.
     longest = mask_BT.shape[1]
@@ -96,7 +96,7 @@ def _try_packing(backbone: PreTrainedModel) -> str | None:
 
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
-    """transformers' attention interface: query [1, H, N, E] to [1, N, H, E]; without boundaries, plain SDPA."""
+    """Serve transformers' attention interface: query [1, H, N, E] to [1, N, H, E]; without boundaries, plain SDPA."""
     starts = options.pop("cu_seq_lens_q", None)
     if starts is None:
         return sdpa_attention_forward(

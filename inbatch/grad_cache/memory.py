@@ -23,7 +23,7 @@ def on_cuda() -> bool:
 
 @contextmanager
 def shared_casts() -> Iterator[None]:
-    """Inside, what autocast made of a weight serves every pass until the cache is cleared, not one pass alone.
+    """Let what autocast made of a weight inside serve every pass until the cache is cleared, not one pass alone.
 
     Autocast forgets its casts where the outermost of its contexts ends; this counts as one further out.
     """
@@ -53,7 +53,7 @@ class PassState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, a pass draws what it drew and casts as it did, also in a backward thread and outside autocast."""
+        """Let a pass inside draw what it drew and cast as it did, also in a backward thread and outside autocast."""
         self.restore()
         with ExitStack() as stack:
             for kind, dtype, enabled, cached in self._autocast:

@@ -132,7 +132,7 @@ def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[
 
 
 def placeholder(width: int) -> MicroBatch:
-    """A row of zero weight, so that every rank encodes equally often."""
+    """Return a row of zero weight, so that every rank encodes equally often."""
     return MicroBatch(pieces=(), rows=0, width=width)
 
 

@@ -89,7 +89,7 @@ class GradCache:
 
     @property
     def micro_batch_tokens(self) -> int | str | None:
-        """The token budget in use: what was given, or what "auto" found in the first step."""
+        """Return the token budget in use: what was given, or what "auto" found in the first step."""
         return self._passes.budget
 
     def __call__(self, *batches: Batch, loss_kwargs: Mapping[str, Any] | None = None, reduce: bool = True) -> Tensor:

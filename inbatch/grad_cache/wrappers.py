@@ -140,7 +140,7 @@ def unreduced(leaves: Iterable[Tensor], reduced: set[int]) -> str | None:
 
 @contextmanager
 def local_gradients(modules: Sequence[nn.Module], *, reshard: bool) -> Iterator[None]:
-    """Inside, forward and backward passes of the modules add to local gradients and start no reduction."""
+    """Let forward and backward passes of the modules inside add to local gradients and start no reduction."""
     with ExitStack() as stack:
         for module in modules:
             if is_ddp(module):

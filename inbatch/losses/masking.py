@@ -110,7 +110,7 @@ def sharing(positives: Tensor) -> int:
 
 
 def _position_in_run(ordered: Tensor) -> Tensor:
-    """[0, 1, 2, 0, 0, 1] for [3, 3, 3, 5, 7, 7]."""
+    """Return [0, 1, 2, 0, 0, 1] for [3, 3, 3, 5, 7, 7]."""
     positions = torch.arange(ordered.numel(), device=ordered.device)
     return positions - torch.searchsorted(ordered, ordered)
 

@@ -72,7 +72,7 @@ class InfoNCELoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature in use: a float, or a 0-d tensor that requires grad if it is learnable."""
+        """Return the temperature in use: a float, or a 0-d tensor that requires grad if it is learnable."""
         return self._fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
 
     @collectives.uncompiled
@@ -88,7 +88,7 @@ class InfoNCELoss(nn.Module):
         query_mask: Tensor | None = None,
         passage_mask: Tensor | None = None,
     ) -> Tensor:
-        """The loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
+        """Return the loss of queries [B, D] and passages [M, D], 0-d: `info_nce` with what the module holds."""
         temperature = self.temperature
         if isinstance(temperature, Tensor) and collectives.world_size(self.group) > 1:
             temperature = _Averaged.apply(temperature, self.group)

@@ -88,7 +88,7 @@ def max_similarities(queries: Sequence[Tensor], passages: Sequence[Tensor], *, m
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:
-    """The first `dim` dimensions, renormalised; the full dimension unchanged."""
+    """Return the first `dim` dimensions, renormalised; the full dimension unchanged."""
     if dim == embeddings.shape[1]:
         return embeddings
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32

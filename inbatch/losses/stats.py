@@ -39,7 +39,7 @@ class LossStats:
         return other
 
     def add(self, counts_B: Tensor, others: int, group: ProcessGroup | None) -> None:
-        """counts [B, 2]: masked columns, columns that beat the positive; others: columns besides the positive."""
+        """Add counts [B, 2]: masked columns, columns that beat the positive; others: columns besides the positive."""
         masked, beaten = counts_B[:, 0].sum(), (counts_B[:, 1] > 0).sum()
         rows = counts_B.shape[0]
         new = torch.stack([torch.full_like(masked, rows), torch.full_like(masked, rows * others), masked, beaten])
@@ -47,7 +47,7 @@ class LossStats:
         self._group = group
 
     def result(self) -> dict[str, float]:
-        """The figures so far, from every rank of the group together; ValueError if there are none."""
+        """Return the figures so far, from every rank of the group together; ValueError if there are none."""
         if self._totals is None:
             raise ValueError("LossStats has collected nothing yet: pass it to info_nce(..., stats=...) first")
         rows, others, masked, beaten = collectives.all_reduce(self._totals.clone(), "sum", self._group).tolist()

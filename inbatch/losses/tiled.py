@@ -63,7 +63,7 @@ def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Ten
 
 
 def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
-    """Scores, -inf where a column is left out, and which columns the masks leave out (None: no masks)."""
+    """Return scores, -inf where a column is left out, and which columns the masks leave out (None: no masks)."""
     scaled_RD = block.rows.to(torch.promote_types(block.columns.dtype, torch.float32)) * block.scale[:, None]
     num_columns = block.columns.shape[0]
     scores_RC = scaled_RD.new_empty(scaled_RD.shape[0], num_columns)
@@ -102,7 +102,7 @@ def _by_group(groups: Groups, scores_RC: Tensor, masked_RC: Tensor | None) -> Te
 
 
 def _widened(columns: Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
-    """The columns in the dtype of the products: all at once if they have it, else tile by tile."""
+    """Return the columns in the dtype of the products: all at once if they have it, else tile by tile."""
     num_columns = columns.shape[0]
     if columns.dtype == dtype or num_columns == 0:
         return ((slice(0, num_columns), columns.to(dtype)),)

@@ -116,7 +116,7 @@ def embed_windows(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, module by module: a frozen tower may have been in it within a model that trains."""
+    """Switch to evaluation mode, module by module: a frozen tower may have been in it within a model that trains."""
     before = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -138,7 +138,7 @@ def _batches(lengths: Tensor, batch_tokens: int) -> Iterator[Tensor]:
 
 
 def _without_padding(tokens: dict[str, Tensor], some: Tensor) -> dict[str, Tensor]:
-    """Some rows, less the columns that are padding in all of them, on whichever side."""
+    """Return some rows, less the columns that are padding in all of them, on whichever side."""
     batch = {name: value[some] for name, value in tokens.items()}
     used = batch["attention_mask"].any(0).nonzero().squeeze(1)
     if not len(used):

@@ -196,7 +196,7 @@ def _nemo(preserve_grad: bool, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _theirs(module: str, name: str, options: dict[str, Any], model: Any, batch: Batch) -> Tensor:
-    """A loss that takes the model and columns of features, as those of sentence-transformers and PyLate do."""
+    """Return a loss that takes the model and columns of features, as those of sentence-transformers and PyLate do."""
     loss = getattr(import_module(module), name)(model.module, **options)
     loss.model = model  # as their trainer does
     return _backward(loss(_columns(batch), None))

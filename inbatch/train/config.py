@@ -169,7 +169,7 @@ class DataConfig:
 
     @property
     def sources(self) -> list[TrainSource]:
-        """The sources of `train`, each with what is set for it alone."""
+        """Return the sources of `train`, each with what is set for it alone."""
         listed = self.train if isinstance(self.train, list) else [self.train]
         return [{"path": source} if isinstance(source, str) else source for source in listed]
 
@@ -402,7 +402,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """Every field, defaults included, as YAML that `config_file.load` reads back to an equal configuration."""
+    """Return every field, defaults included, as YAML that `config_file.load` reads back to an equal configuration."""
     tree: dict[str, dict[str, Any]] = {}
     for key, value in flatten(config).items():
         group, name = key.split(".")
@@ -411,7 +411,7 @@ def dump(config: Config) -> str:
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys that make two configurations different runs, with both values; what a resume may change is left out."""
+    """Return the keys that make two configurations different runs, with both values; a resume may change the rest."""
     ours, theirs = flatten(config), flatten(other)
     return {
         key: (ours[key], theirs[key])

@@ -235,7 +235,7 @@ def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives:
 
 
 def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The figures of a step as numbers, over all ranks; waits for the device, so only logged steps call it."""
+    """Return the figures of a step as numbers, over all ranks; waits for the device, so only logged steps call it."""
     mean = float(collectives.all_reduce(loss.clone())) / collectives.world_size()
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean}: {_REMEDY}")
@@ -249,7 +249,7 @@ def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) 
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: of tensors on its GPU, of the process on the CPU."""
+    """Return the most memory this rank has held: of tensors on its GPU, of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -29,7 +29,7 @@ def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The rate of optimizer step `step` (from 0): linear up to `lr`, then down to `min_lr` by `schedule`."""
+    """Return the rate of optimizer step `step` (from 0): linear up to `lr`, then down to `min_lr` by `schedule`."""
     warmup = round(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         if config.init_lr is None:

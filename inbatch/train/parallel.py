@@ -29,7 +29,7 @@ def on_rank_0(function: Callable[[], T]) -> T:
 
 
 def replicate(model: BiEncoderModel, device: torch.device) -> nn.Module:
-    """The model on its device, in DDP where several ranks train it; GradCache starts its one reduction a step."""
+    """Return the model on its device, in DDP where several ranks train it; GradCache starts its reduction."""
     model.to(device)
     if collectives.world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
@@ -39,7 +39,7 @@ def replicate(model: BiEncoderModel, device: torch.device) -> nn.Module:
 
 
 def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Module:
-    """The model itself, made an FSDP2 module: each transformer layer is a unit, all the rest is the root's.
+    """Make the model an FSDP2 module: each transformer layer is a unit, all the rest is the root's.
 
     The model comes on the CPU, so that a device never holds more of it than its share and one layer. Needs a process
     group, if only of one process (`collectives.group_of_one`).
@@ -62,7 +62,7 @@ def is_spread(network: nn.Module) -> bool:
 
 
 def transformer_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The elements of the backbone's largest module list, which are its layers in every encoder and decoder."""
+    """Return the elements of the backbone's largest module list, which are its layers in every encoder and decoder."""
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"{type(backbone).__name__} keeps its layers in no ModuleList: use train.parallel ddp")
@@ -71,7 +71,7 @@ def transformer_layers(backbone: nn.Module) -> list[nn.Module]:
 
 
 def compile_layers(model: BiEncoderModel) -> None:
-    """torch.compile for each transformer layer, for any batch size and length. Call it before `shard`.
+    """Compile each transformer layer (torch.compile), for any batch size and length. Call it before `shard`.
 
     Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it.
     """
@@ -81,7 +81,7 @@ def compile_layers(model: BiEncoderModel) -> None:
 
 @contextmanager
 def gathered(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, sharded networks hold all their parameters (as bfloat16 where they compute so), for forward passes only.
+    """Let sharded networks hold all their parameters inside (as bfloat16 where they compute so), for forward passes.
 
     Ranks may then encode unequally often, as evaluation does: a pass communicates no more.
     """
@@ -103,6 +103,6 @@ def gathered(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with every tensor whole and on the CPU, on rank 0; empty on other ranks. All ranks call it."""
+    """Return the state with every tensor whole and on the CPU, on rank 0; empty on other ranks. All ranks call it."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state if collectives.rank() == 0 else {}  # type: ignore[return-value]

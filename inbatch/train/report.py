@@ -165,12 +165,12 @@ class Stopwatch:
         self.turn_to(before)
 
     def count(self, *, pairs: int) -> None:
-        """One step with so many pairs over all ranks is done."""
+        """Note that one step with so many pairs over all ranks is done."""
         self._steps += 1
         self._pairs += pairs
 
     def read(self) -> dict[str, float]:
-        """The speed of the steps since the last reading, and the seconds of training so far."""
+        """Return the speed of the steps since the last reading, and the seconds of training so far."""
         self.turn_to(self._activity)
         train_s = self.seconds["training"]
         seconds, self._read_s = train_s - self._read_s, train_s
@@ -179,7 +179,7 @@ class Stopwatch:
         return figures
 
     def summary(self) -> str:
-        """One line: the seconds of every activity so far."""
+        """Return one line: the seconds of every activity so far."""
         self.turn_to(self._activity)
         return ", ".join(f"{activity} {seconds:.1f} s" for activity, seconds in self.seconds.items())
 

@@ -52,7 +52,7 @@ class Learner:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """All that is trained, by its name in checkpoints."""
+        """Return all that is trained, by its name in checkpoints."""
         return {**self.towers, "loss": self.loss}
 
     @property

@@ -49,7 +49,7 @@ def _handle(handler: Callable[[int, object], None]) -> dict[signal.Signals, Any]
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], int]]:
-    """Inside, SIGTERM and SIGHUP only set what the yielded function returns: the signal's number, 0 before it came."""
+    """Let SIGTERM and SIGHUP only set what the yielded function returns: the signal's number, 0 before one came."""
     came = [0]
 
     def note(number: int, frame: object) -> None:

@@ -80,7 +80,7 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
 def spread(
     towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool, compiled: bool
 ) -> dict[str, nn.Module]:
-    """The towers as they are called in training: see `inbatch.train.parallel`."""
+    """Return the towers as they are called in training: see `inbatch.train.parallel`."""
     networks = {}
     for name, tower in towers.items():
         if compiled:
@@ -93,7 +93,7 @@ def spread(
 
 
 def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Path) -> None:
-    """Rank 0 writes the whole models, LoRA merged into their weights or apart; every rank calls it."""
+    """Write the whole models on rank 0, LoRA merged into their weights or apart; every rank calls it."""
     states = {name: whole_state(tower) for name, tower in towers.items()}
 
     def write() -> None:

@@ -82,7 +82,7 @@ def _quarters(values, M: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _first_keys(keys, i, j, R, C):
-    """The first key of each row and of each column."""
+    """Return the first key of each row and of each column."""
     row_keys, column_keys, _K, _L, row_step, column_step = keys
     row_key = gl.load(row_keys + i.to(gl.int64) * row_step, mask=i < R, other=-1)
     return row_key, gl.load(column_keys + j.to(gl.int64) * column_step, mask=j < C, other=-1)

@@ -123,7 +123,7 @@ def close_kernel(
 
 @triton.jit
 def _rivals(dot_ptr, ids_ptr, j, at, positive_id, C, IDS: tl.constexpr):
-    """The products with columns j, -inf for the positive and, with IDS, for those of its id."""
+    """Return the products with columns j, -inf for the positive and, with IDS, for those of its id."""
     dot = tl.load(dot_ptr + j, mask=(j < C) & (j != at), other=float("-inf"))
     if IDS:
         same = tl.load(ids_ptr + j, mask=j < C, other=-1) == positive_id

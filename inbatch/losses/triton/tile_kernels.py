@@ -149,7 +149,7 @@ def _scores(dot, scale, groups, i, j, R, C):
 
 @triton.jit
 def _in_base_2(pivot, scale):
-    """The pivot in the units of dot * (scale * LOG2E), that product's rounding included: pivot * rounded / scale.
+    """Return the pivot in the units of dot * (scale * LOG2E), its rounding included: pivot * rounded / scale.
 
     The same relative error on both sides of the subtraction leaves one relative to the difference, not to the score.
     """
