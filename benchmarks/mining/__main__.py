@@ -26,6 +26,7 @@ import torch
 
 from inbatch.data import load_retrieval
 from inbatch.encoder.model import BiEncoderModel
+from inbatch.encoder.packing import wish
 from inbatch.retrieval.embed import EmbedOptions
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.retrieval.mine import MineOptions, mine, open_mining_set
@@ -59,8 +60,8 @@ def options(args: argparse.Namespace) -> RetrieveOptions:
 
 
 def opened(folder: Path) -> BiEncoderModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return BiEncoderModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return BiEncoderModel.from_pretrained(folder, dtype=torch.float32, packed=wish(None, device)).to(device).eval()
 
 
 def one_seed(args: argparse.Namespace, folder: str, seed: int, root: Path) -> dict[str, dict[str, float]]:

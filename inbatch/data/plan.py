@@ -126,7 +126,7 @@ class Mixture:
 
     @property
     def plans(self) -> list[BatchPlan]:
-        """Return the passes over each source, in steps of what is drawn at once: a batch, or if ``mixed`` an example."""
+        """Return the passes over each source, by what is drawn at once: a batch, or if ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last}
         keys = self.keys or [None] * len(self.sizes)
