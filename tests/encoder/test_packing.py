@@ -78,8 +78,9 @@ class Waits(TorchDispatchMode):
 def test_from_host_memory_no_pass_waits_for_the_device(folders, kind):
     kind, _, causal = kind.partition("-")
     _, packed = both(folders[kind], bidirectional=False if causal else None)
+    batch = tokens(packed, MORE_TEXTS)  # by a tokenizer, on the host
     with Waits() as waits:
-        expected_BD = packed(tokens(packed, MORE_TEXTS))
+        expected_BD = packed(batch)
     assert waits.seen == ["aten.nonzero.default"]
     ready = packed.to_device(packed.tokenize(MORE_TEXTS))
     with Waits() as waits:
