@@ -19,7 +19,7 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{name} is on the hub, from where `datasets` fetches it: pip install datasets") from None
+        raise ValueError(f"{name} needs `datasets`, which fetches it: pip install 'inbatch[hub]'") from None
     try:
         records = datasets.load_dataset(repository, subset, split=split)
         if subset is None or f"{subset}_corpus" not in datasets.get_dataset_config_names(repository):
