@@ -1,4 +1,4 @@
-"""The command line: `inbatch train | check | evaluate | encode | mine | data | audit | export | push`.
+"""The command line: `inbatch train | check | evaluate | encode | mine | group | data | audit | export | push`.
 
 A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
@@ -293,6 +293,21 @@ def _mine(known: argparse.Namespace) -> None:
         )  # fmt: skip
         if collectives.rank() == 0:
             print(f"{known.output}: {json.dumps(report['counts'])}")
+
+
+def _group(known: argparse.Namespace) -> None:
+    with _processes(known.device, known.timeout_minutes) as device:
+        from inbatch import collectives
+        from inbatch.data import open_examples
+        from inbatch.retrieval.grouping import GroupOptions, group_examples, save_groups
+
+        options = GroupOptions(size=known.size, range_min=known.range_min, range_max=known.range_max)
+        examples = collectives.together(lambda: open_examples(known.source, split=known.split))
+        model, query_model = _open_towers(known.model, device)
+        groups = group_examples(model, examples, options, _retrieving(known, device), query_model=query_model)
+        if collectives.rank() == 0:
+            save_groups(known.output, groups, examples)
+            print(f"{known.output}: {len(examples)} examples in {int(groups.of.max()) + 1} groups")
 
 
 def _open_teacher(name: str, device: "torch.device") -> Any:

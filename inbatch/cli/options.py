@@ -12,7 +12,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
-    for add in (_add_check, _add_evaluate, _add_encode, _add_data, _add_mine, _add_audit, _add_export, _add_push):
+    for add in (
+        _add_check,
+        _add_evaluate,
+        _add_encode,
+        _add_data,
+        _add_mine,
+        _add_group,
+        _add_audit,
+        _add_export,
+        _add_push,
+    ):
         add(commands)
     return parser
 
@@ -121,6 +131,23 @@ def _add_mine(commands: Any) -> None:
         help="scores positives and candidates anew: an encoder, or a CrossEncoder of sentence-transformers",
     )  # fmt: skip
     mine.add_argument("--kept", metavar="FOLDER", help="where the documents' embeddings stay for later runs")
+
+
+def _add_group(commands: Any) -> None:
+    group = commands.add_parser(
+        "group", parents=[common_options(), _encoding_options(), _retrieval_options()], allow_abbrev=False,
+        help="group similar training examples", description="Write groups of examples whose documents are near one "
+        "another's queries, for batches with hard negatives: `groups` of a source of data.train names the file.",
+    )  # fmt: skip
+    group.add_argument("source", metavar="SOURCE", help="training records, or a BEIR folder")
+    group.add_argument("output", metavar="OUTPUT", help="a .npz file")
+    group.add_argument("--split", default="train", help="of a folder (default: %(default)s)")
+    for name, default, text in (
+        ("size", 32, "examples of a group, at most"),
+        ("range-min", 5, "skip this many of the best documents"),
+        ("range-max", 50, "look at this many of the best documents"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
 
 
 def _add_audit(commands: Any) -> None:

@@ -5,8 +5,8 @@ Shapes: G rows of a global batch, S sources.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,18 @@ def _batches(rows: int, size: int, drop_last: bool) -> int:
     return rows // size if drop_last else -(-rows // size)
 
 
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The number of each example's group, from 0 on: int32 [n]. Examples of a group follow one another in an epoch."""
+
+    of: np.ndarray
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the examples, int64 [n], group after group in an order seeded by (seed, epoch)."""
+        places = np.argsort(Shuffled(int(self.of.max()) + 1, seed, epoch)[:])
+        return np.argsort(places[self.of], kind="stable")
+
+
 class Rows(NamedTuple):
     """The rows of a global batch, int64 [G]: examples (over all sources), their sources, how often each was read."""
 
@@ -37,8 +49,9 @@ class Rows(NamedTuple):
 class BatchPlan:
     """The global batches of a training run, in epochs that visit every example once.
 
-    Epoch e is a permutation seeded by (seed, e), cut into ``steps_per_epoch`` batches of ``global_batch_size``; the
-    last one holds what is left. Nothing depends on the number of ranks: they only share each batch out.
+    Epoch e is a permutation seeded by (seed, e), with ``groups`` one of the groups, cut into ``steps_per_epoch``
+    batches of ``global_batch_size``; the last one holds what is left. Nothing depends on the number of ranks: they only
+    share each batch out.
     Steps count from 0 over all epochs. A step costs O(batch); a new epoch O(n), once.
     shuffle: False keeps the order of the examples. drop_last: leaves out a last batch that is not full. keys: no two
     rows of a batch share one (see ``DistinctBatches``); a step then costs what those of the epoch before it do, once.
@@ -50,6 +63,7 @@ class BatchPlan:
     shuffle: bool = True
     drop_last: bool = False
     keys: Keys | None = None
+    groups: Groups | None = None
 
     def __post_init__(self):
         if self.num_examples < 1 or self.global_batch_size < 1:
@@ -77,10 +91,7 @@ class BatchPlan:
         if self.keys is not None:
             return self._distinct(epoch).batch(place)
         start = place * self.global_batch_size
-        stop = min(start + self.global_batch_size, self.num_examples)
-        if not self.shuffle:
-            return np.arange(start, stop)
-        return _permutations(self.num_examples, self.seed)(epoch)[start:stop]
+        return self._orders(epoch)[start : start + self.global_batch_size].copy()
 
     def left_out(self, step: int) -> int:
         """Return how many examples of the epoch that ends with ``step`` no batch had room for; 0 for other steps."""
@@ -89,9 +100,11 @@ class BatchPlan:
 
     def _distinct(self, epoch: int) -> DistinctBatches:
         assert self.keys is not None
-        return _distinct(self.keys, self.num_examples, self.global_batch_size, self.seed if self.shuffle else None)(
-            epoch
-        )
+        return _distinct(self.keys, self.global_batch_size, self._orders)(epoch)
+
+    @property
+    def _orders(self) -> Callable[[int], Shuffled | np.ndarray]:
+        return _orders(self.num_examples, self.seed if self.shuffle else None, self.groups)
 
     def rows(self, step: int) -> Rows:
         """Return the rows of the global batch of ``step``, of the one source."""
@@ -116,6 +129,7 @@ class Mixture:
     shuffle: bool = True
     drop_last: bool = False
     keys: tuple[Keys, ...] | None = None
+    groups: tuple[Groups | None, ...] | None = None
 
     def __post_init__(self):
         assert len(self.sizes) > 0
@@ -129,9 +143,9 @@ class Mixture:
         """Return the passes over each source, by what is drawn at once: a batch, or if ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last}
-        keys = self.keys or [None] * len(self.sizes)
+        keys, groups = (given or [None] * len(self.sizes) for given in (self.keys, self.groups))
         return [
-            BatchPlan(size, drawn, self.seed + source, **options, keys=keys[source])
+            BatchPlan(size, drawn, self.seed + source, **options, keys=keys[source], groups=groups[source])
             for source, size in enumerate(self.sizes)
         ]
 
@@ -231,16 +245,18 @@ def _order(shares: tuple[float, ...], number: int, seed: int | None, epoch: int)
 
 
 @lru_cache(maxsize=1024)
-def _permutations(n: int, seed: int) -> Callable[[int], Shuffled]:
-    """Return the function from epochs to permutations. It remembers two: a run may be between two epochs."""
-    return lru_cache(maxsize=2)(partial(Shuffled, n, seed))
+def _orders(n: int, seed: int | None, groups: Groups | None) -> Callable[[int], Shuffled | np.ndarray]:
+    """Return the function from epochs to orders. It remembers two: a run may be between two epochs."""
+
+    def order(epoch: int) -> Shuffled | np.ndarray:
+        if seed is None:
+            return np.arange(n)
+        return Shuffled(n, seed, epoch) if groups is None else groups.order(seed, epoch)
+
+    return lru_cache(maxsize=2)(order)
 
 
 @lru_cache(maxsize=1024)
-def _distinct(keys: Keys, n: int, size: int, seed: int | None) -> Callable[[int], DistinctBatches]:
+def _distinct(keys: Keys, size: int, order: Callable[[int], Any]) -> Callable[[int], DistinctBatches]:
     """Return the function from epochs to their batches."""
-
-    def made(epoch: int) -> DistinctBatches:
-        return DistinctBatches(keys, np.arange(n) if seed is None else Shuffled(n, seed, epoch), size)
-
-    return lru_cache(maxsize=2)(made)
+    return lru_cache(maxsize=2)(lambda epoch: DistinctBatches(keys, order(epoch), size))

@@ -94,6 +94,7 @@ class TrainSource(TypedDict, total=False):
     weight: its share of the batches, against the other sources' weights. negatives: which passages its queries are
     compared with: all, positives (the other queries' positives and its own hard negatives) or own (those alone).
     mask_own_negatives: false keeps a query's own hard negatives whatever the masks say. loss_weight: of its losses.
+    groups: file of `inbatch group`, whose groups of similar examples its batches are made of.
     """
 
     path: Required[str]
@@ -110,6 +111,7 @@ class TrainSource(TypedDict, total=False):
     negatives: Literal["all", "positives", "own"]
     mask_own_negatives: bool
     loss_weight: Annotated[Number, Field(ge=0)]
+    groups: str
 
 
 @settings("data")
@@ -156,6 +158,8 @@ class DataConfig:
     def __post_init__(self):
         if isinstance(self.source_weights, (int, float)) and self.source_weights <= 0:
             raise ValueError(f"data.source_weights is {self.source_weights}: expected a positive number, or a name")
+        if (self.mixed_batches or not self.shuffle) and any("groups" in source for source in self.sources):
+            raise ValueError("a source's groups need data.mixed_batches false and data.shuffle true: set these")
         for name in ("mixed_batches", "drop_last"):
             if self.no_duplicates and getattr(self, name):
                 raise ValueError(f"data.no_duplicates does not go with data.{name}: set one of them to false")

@@ -18,6 +18,7 @@ from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.encoder.packing import wish
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
+from inbatch.retrieval.grouping import load_groups
 from inbatch.retrieval.metrics import check_evaluation
 from inbatch.train import checkpoint
 from inbatch.train.boards import check_loggers
@@ -217,6 +218,10 @@ def plan_mixture(config: Config, examples: Examples) -> Mixture:
         keys=tuple(keys_of(source.examples, examples.same, source.also, data.columns) for source in examples.sources)
         if data.no_duplicates
         else None,
+        groups=tuple(
+            load_groups(given["groups"], source.examples) if "groups" in given else None
+            for given, source in zip(data.sources, examples.sources, strict=True)
+        ),
     )
 
 
