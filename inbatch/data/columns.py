@@ -25,11 +25,31 @@ EXAMPLE: Roles = {
     "query_id": ("query_id", "question_id", "qid"),
     "positive": (f"pos(itive)?s?(_({_DOCS}|ctxs?|contexts?|texts?|messages|list))?(_?[0-9]+)?|response",),
     "positive_ids": (f"pos(itive)?_(({_DOCS})_?)?ids?",),
-    "negative": (f"(hard|mined)_{_NEGATIVE}", f"{_NEGATIVE}|(bm25|dense|random|easy)_{_NEGATIVE}|rejected_response"),
+    "negative": (
+        f"(hard|mined)_{_NEGATIVE}",
+        f"{_NEGATIVE}|(bm25|dense|random|easy)_{_NEGATIVE}|rejected_(response|messages)",
+    ),
     "negative_ids": (f"(hard_)?neg(ative)?_(({_DOCS})_?)?ids?",),
     "prompt": ("prompt",),
     "corpus": ("corpus_id",),
 }
+# Names of a query and its positive where a record has no column of the names above: (query, positive). The usual names
+# of a query come first.
+_PAIRS = tuple(
+    (re.compile(query), re.compile(positive))
+    for query, positive in (
+        (EXAMPLE["query"][0], "answer|document|doc|passage|context"),
+        ("sentence_?1", "sentence_?2"),
+        ("sentence_?a", "sentence_?b"),
+        ("text_?1", "text_?2"),
+        ("question_?1", "question_?2"),
+        ("premise", "hypothesis"),
+    )
+)
+# Beside a pair these say whether its second text is a positive at all.
+_LABEL = re.compile(
+    "(gold_|(relatedness|similarity)_)?(labels?|scores?)|similarity|(is_)?duplicate|relevance|rel|grade"
+)
 DOCUMENT: Roles = {
     "id": (
         "_id",
@@ -114,9 +134,9 @@ class Columns:
         self.leave(rest)
         return [name for name in names if name not in rest]
 
-    def knows(self, name: str) -> bool:
-        """Return True for a column that has a role by its usual or by its given name."""
-        return any(name in names for names in self.given.values()) or self._usual(name) is not None
+    def knows(self, names: Sequence[str]) -> bool:
+        """Return True where some column has a role by its usual or by its given name."""
+        return len(self._arrange(tuple(names))[""]) < len(names)
 
     def nested(self, name: Any) -> "Columns":
         """Return the columns of the objects {id, title, text} within a column."""
@@ -150,6 +170,12 @@ class Columns:
         full = [name for name in names if not empty(record.get(name))]
         if full and role in self.given and self.given[role] != full:
             self._instead.setdefault(role, where())
+        if labels := self.layout(record)["label"]:
+            pair = "query: <column>, positive: <column>"
+            raise ValueError(
+                f"{where()}: {listed(labels)} may say that a pair is no positive one. Keep the positive pairs alone, "
+                f"without that column, or name the columns yourself, by columns: {{{pair}}}, and all pairs count."
+            )
         if not names or len({re.sub(r"_?[0-9]+$", "", str(name)) for name in full}) > 1:
             problem = f"several could be the {role}: {listed(full)}" if names else f"none is known to be the {role}"
             raise ValueError(
@@ -188,7 +214,7 @@ class Columns:
 
     def _usual(self, name: Any) -> tuple[int, str] | None:
         """Return the first pattern, as (its place in the table, its role), that a name matches."""
-        plain = re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", str(name).strip()).lower()
+        plain = _plain(name)
         return next(((place, role) for place, (role, p) in enumerate(self._patterns) if p.fullmatch(plain)), None)
 
     def _arrange(self, names: tuple) -> dict[str, list[Any]]:
@@ -203,9 +229,28 @@ class Columns:
             if not given.get(role) and (not by_role[role] or role in ("query", "positive", "negative")):
                 by_role[role].append(name)
                 named.add(name)
+        if "positive" in by_role and not (by_role["positive"] or by_role["positive_ids"]):
+            _pair(names, by_role)
+            named.update(name for present in by_role.values() for name in present)
         if len(self.roles) < _MOST:
             self.roles |= {str(name): role for role, present in by_role.items() for name in present}
-        return by_role | {"": [name for name in names if name not in named]}
+        return {"label": []} | by_role | {"": [name for name in names if name not in named]}
+
+
+def _pair(names: tuple, by_role: dict[str, list[Any]]) -> None:
+    """Find a query and its positive by names of pairs, and the labels beside them."""
+    for query, positive in _PAIRS:
+        first = [name for name in by_role["query"] or names if query.fullmatch(_plain(name))]
+        second = [name for name in names if positive.fullmatch(_plain(name))]
+        if first and second:
+            labels = [name for name in names if _LABEL.fullmatch(_plain(name))]
+            by_role.update({"query": first, "positive": second, "label": labels})
+            return
+
+
+def _plain(name: Any) -> str:
+    """Return a name in lower case, with _ for spaces, hyphens and the joints of camelCase."""
+    return re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", str(name).strip()).lower()
 
 
 def _number(name: Any) -> int:

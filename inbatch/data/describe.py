@@ -33,10 +33,13 @@ def describe(
         except ValueError as error:
             if columns or corpus is not None or is_judged(Path(str(source))) or _has_positives(source, split):
                 raise
+            opened = len(caught)
             try:
                 lines = list(_documents(source, first))
             except ValueError:
                 raise error from None
+            if len(caught) > opened:  # something is not read: it may be training data by other names
+                warnings.warn(f"shown as documents, since it is no training data: {error}", stacklevel=1)
     notes = dict.fromkeys(str(warning.message) for warning in caught)
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from inbatch.data.columns import JUDGEMENT, Columns, notice, show
+from inbatch.data.columns import JUDGEMENT, Columns, not_read, notice, show
 from inbatch.data.corpus import CORPUS_NAMES, Documents, open_corpus
 from inbatch.data.identity import without_positives
 from inbatch.data.lines import Lines, Rows, text_value
@@ -27,6 +27,7 @@ from inbatch.ids import stable_id
 Qrels = dict[str, dict[str, int]]
 SHAPE = "a corpus (corpus.jsonl), queries (queries.jsonl) and qrels/<split>.tsv, or MTEB's or MS MARCO's names of these"
 _TEXT = (".tsv", ".txt", ".trec")
+_NOT_READ = ("top_ranked", "instruction", "qrel_diff")  # MTEB's tasks that rerank, or follow instructions
 _SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")
 _SCORE = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?", re.ASCII)
 
@@ -169,9 +170,14 @@ def open_judged(folder: Path, split: str) -> Judged:
     if split not in files:
         raise ValueError(f"{folder} has no qrels split {split!r}: it has {sorted(files)}")
     assert queries is not None
+    kind = suffix(max(files[split], key=lambda file: suffix(file) == ".tsv"))
+    chosen = [file for file in files[split] if suffix(file) == kind]
+    rest = [file for file in files[split] if file not in chosen]  # the same judgements, in other kinds of file
+    extra = [path for name in _NOT_READ for path in sorted(folder.glob(f"{name}*"))]
+    not_read(str(folder), [str(path.relative_to(folder)) for path in (*rest, *extra)])
     documents = open_corpus(corpus)
     asked = open_corpus(queries, split=split if queries.is_dir() and has_split(queries, split) else None)
-    return Judged(documents, asked, read_qrels(files[split], asked, documents))
+    return Judged(documents, asked, read_qrels(chosen, asked, documents))
 
 
 def read_qrels(paths: list[Path], queries: Documents, corpus: Documents) -> Qrels:
@@ -216,6 +222,7 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int, Callable[[], str]]]
     """Yield query id, document id, score and place."""
     columns = Columns(JUDGEMENT)
     rows = Lines(path, text_value) if suffix(path) in _TEXT else open_file(path, columns)
+    order = [0, 1, 2]
     for index, record in enumerate(rows):
         where = partial(rows.where, index)
         cells = _cells(record, columns)
@@ -225,13 +232,18 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int, Callable[[], str]]]
             and len(cells) == 3
             and re.fullmatch("[A-Za-z][A-Za-z_ -]*", cells[2])
         ):
-            continue  # the header
+            roles = columns.layout(dict.fromkeys(cells))
+            if all(roles[role] for role in JUDGEMENT):  # else they say nothing, and stand in the usual order
+                order = [cells.index(roles[role][0]) for role in JUDGEMENT]
+            continue
+        cells = [cells[place] for place in order] if len(cells) == 3 else cells
         if len(cells) != 3 or not _SCORE.fullmatch(cells[2]):
             raise ValueError(
                 f"{where()}: expected query-id, corpus-id and an integer score (in three tab-separated cells, or under "
                 f"these names), found {show(record)}"
             )
         yield cells[0], cells[1], int(cells[2].split(".")[0]), where
+    not_read(str(path), columns.all_unread(), ". What is read: query-id, corpus-id and score")
 
 
 def _cells(record: object, columns: Columns) -> list[str]:
@@ -243,5 +255,6 @@ def _cells(record: object, columns: Columns) -> list[str]:
         return [*cells[:1], *cells[2:]] if len(cells) == 4 else cells  # TREC's second of four says nothing
     if not isinstance(record, dict):
         return []
-    values = [record[name] for names in columns.layout(record).values() for name in names[:1]]
+    layout = columns.layout(record)
+    values = [record[name] for role in JUDGEMENT for name in layout[role][:1]]
     return [str(value) for value in values if isinstance(value, (str, int, float)) and not isinstance(value, bool)]

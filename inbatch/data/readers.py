@@ -16,6 +16,7 @@ from inbatch.data.columns import (
     GivenColumns,
     empty,
     id_text,
+    is_conversation,
     listed,
     not_read,
     notice,
@@ -271,7 +272,7 @@ def _is_plain(record: Any, columns: Columns) -> bool:
         len(queries) == len(positives) == 1 >= len(negatives)
         and columns.given.get("query", queries) == queries
         and columns.given.get("positive", positives) == positives
-        and not (layout["query_id"] or layout["positive_ids"] or layout["negative_ids"] or layout["corpus"])
+        and not any(layout[role] for role in ("query_id", "positive_ids", "negative_ids", "corpus", "label"))
     ):
         return False
     for column in layout["prompt"]:
@@ -301,7 +302,8 @@ def _query(
     column = columns.one_of(record, "query", where)[0]
     text = text_of(record.get(column))
     if text is None or not text.strip():
-        raise ValueError(f"{where()}: expected the query's text in {column!r}, found {show(record.get(column))}")
+        why = ": one message is read, not a conversation of several" if is_conversation(record.get(column)) else ""
+        raise ValueError(f"{where()}: expected the query's text in {column!r}, found {show(record.get(column))}{why}")
     return text
 
 

@@ -278,7 +278,7 @@ def _delimited(path: Path, columns: Columns) -> Lines:
         if not tabs:
             raise ValueError(f"{lines.where(0)} is not CSV: {error}") from None
         names = first.split(delimiter)
-    if not any(map(columns.knows, names)):
+    if not columns.knows(names):
         names = _usual_names(path, first.split("\t")) if tabs else None
         if names is None:
             raise ValueError(
@@ -286,17 +286,24 @@ def _delimited(path: Path, columns: Columns) -> Lines:
                 "columns yourself: columns: {<field>: <name>}"
             )
         return Lines(path, partial(_plain_row, names), content=lines.content)
-    columns.wanted(names, str(path))
+    wanted = columns.wanted(names, str(path))
     try:
         settings = (delimiter, names)
         bounds = arrays_made_once([path], "csv", settings, lambda: _csv_bounds(lines, delimiter, names))
-        return Lines(path, partial(_csv_row, names, delimiter), content=lines.content, bounds=bounds)
+        rows = Lines(path, partial(_csv_row, names, delimiter), content=lines.content, bounds=bounds)
     except ValueError:
         if not tabs:
             raise
         starts, stops = lines.bounds
         bounds = {"starts": starts[1:], "stops": stops[1:]}
-        return Lines(path, partial(_plain_row, names), content=lines.content, bounds=bounds)
+        rows = Lines(path, partial(_plain_row, names), content=lines.content, bounds=bounds)
+    for cell in (rows[0][name] or "" for name in wanted if len(rows)):
+        if re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", cell, re.DOTALL):  # as Python and JSON write it
+            raise ValueError(
+                f"{rows.where(0)}: the cell {show(cell)} is a list, where a cell is one text: give each text a column "
+                "(negative_1, negative_2), or write JSONL or Parquet"
+            )
+    return rows
 
 
 def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:

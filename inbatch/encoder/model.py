@@ -286,12 +286,21 @@ class BiEncoderModel(nn.Module):
         tokenizer = self.tokenizer
         options = {"truncation": max_length is not None, "max_length": max_length}
         options |= {"return_attention_mask": False, "return_token_type_ids": False}
-        if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-            return tokenizer(texts, **options)["input_ids"]
-        # One text sets the length in the tokenizer's core, which saves a third of the time where no offsets are asked.
-        tokenizer(texts[:1], **options)
-        core = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
-        return [encoding.ids for encoding in core.encode_batch_fast(texts)]
+        try:
+            if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+                return tokenizer(texts, **options)["input_ids"]
+            # One text sets the length in the tokenizer's core, which saves a third of the time where no offsets are
+            # asked.
+            tokenizer(texts[:1], **options)
+            core = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+            return [encoding.ids for encoding in core.encode_batch_fast(texts)]
+        except (KeyboardInterrupt, SystemExit, TypeError):  # TypeError: what was given is no text
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            raise ValueError(
+                f"{self.base_model}: its tokenizer fails on one of {len(texts)} texts, the first of which is "
+                f"{texts[0][:40]!r} ({in_one_line(error)}): look at its tokenizer.json"
+            ) from error
 
     @torch.no_grad()
     def _require_finite(self, home: Path) -> None:

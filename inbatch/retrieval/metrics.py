@@ -28,8 +28,10 @@ DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 TOP_K = 100  # documents retrieved for a query
 # What users of other tools write, in lower case. ir-measures' own names are found in any case, but Accuracy: in lower
 # case that is sentence-transformers' name of another measure.
-_ALIASES = {"accuracy": "Success", "hit": "Success", "hits": "Success", "hitrate": "Success", "reciprocal_rank": "RR"}
-_NAME = re.compile(r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:@\s*(?P<cutoff>\d+(?:\.\d+)?))?\s*", re.ASCII)
+_ALIASES = {"reciprocal_rank": "RR"} | dict.fromkeys(("accuracy", "hit", "hits", "hitrate", "hit_rate"), "Success")
+_NAME = re.compile(
+    r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:(?:@|_at_)\s*(?P<cutoff>\d+(?:\.\d+)?))?\s*", re.ASCII
+)
 
 
 def parse_measure(name: str) -> Measure:

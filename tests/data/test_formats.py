@@ -346,6 +346,7 @@ def test_a_csv_with_semicolons_and_crlf(tmp_path):
         ("a.tsv", "query\tpositive\na\n", r"a\.tsv, line 2 has 1 cells, expected 2"),
         ("a.csv", "query,positive,query\na,b,c\n", r"a\.csv: the columns \['query'\] stand there twice"),
         ("a.tsv", "one\ttwo\nthree\tfour\n", r"a\.tsv: no cell of the first line names .*column: str 'one\\ttwo'"),
+        ("a.csv", "query,neg\nq,\"['n', 'm']\"\n", r"a\.csv, line 2: the cell str .* is a list, where a cell is one t"),
         ("a.csv", "", r"a\.csv is empty"),
         ("a.csv", "query,positive\n", r"a\.csv is empty"),
         ("a.jsonl", '{"query": "a", "query": "b"}', r"a\.jsonl, line 1 is not JSON \(the key 'query' stands twice"),
@@ -370,6 +371,37 @@ def test_a_byte_order_mark_belongs_to_no_text(tmp_path, suffix):
     path.write_text(BOM + (f"id{mark}text\n1{mark}t\n" if mark else '{"_id": "1", "text": "t"}'), encoding="utf-8")
     if suffix != "json":
         assert list(open_corpus(path)) == [Passage("t", "", "1")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("query", "document"), ("Query", "Passage"), ("question", "answer"), ("question", "context"),
+        ("sentence1", "sentence2"), ("sentence_A", "sentence_B"), ("text 1", "text 2"), ("question1", "question2"),
+        ("premise", "hypothesis"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "tsv"])
+def test_pairs_are_read_unless_a_label_says_that_some_are_none(tmp_path, names, suffix):
+    record = dict(zip(names, ("q", "p"), strict=True))
+    pair = write_table(tmp_path / f"pair.{suffix}", [record | {"negative": "n"}])
+    assert parts(open_examples(pair)[0]) == ("q", ["p"], ["n"])
+    for label in ("label", "is_duplicate", "similarity_score"):
+        labelled = write_table(tmp_path / f"{label}.{suffix}", [record | {label: "1"}])
+        with pytest.raises(
+            ValueError, match=rf"\['{label}'\] may say that a pair is no positive .*\{{query: "
+        ) as error:
+            open_examples(labelled)
+        one_line(error)
+        with pytest.warns(UserWarning, match=f"not read: '{label}'"):
+            named = open_examples(labelled, columns={"query": names[0], "positive": names[1]})
+        assert parts(named[0]) == ("q", ["p"], [])
+
+
+def test_other_columns_come_before_those_of_pairs(tmp_path):
+    record = {"query": "q", "answer": "a", "positive": "p", "score": 0.5}
+    with pytest.warns(UserWarning, match="not read: 'answer', 'score'"):
+        assert parts(open_examples(write_jsonl(tmp_path / "a.jsonl", [record]))[0]) == ("q", ["p"], [])
 
 
 # ---------------------------------------------------------------------------------------------------- folders and globs
@@ -550,6 +582,24 @@ def test_layouts_of_qrels(tmp_path, layout, headed):
     data = text.encode()
     (folder / "qrels" / name).write_bytes(gzip.compress(data) if layout == "gzip" else data)
     assert load_retrieval(folder, "train").qrels == {"q0": {"d0": 1}, "q1": {"d2": 0, "d3": 2}}
+
+
+def test_the_header_of_qrels_names_their_columns(tmp_path):
+    folder = write_beir(tmp_path / "set")
+    (folder / "qrels" / "test.tsv").write_text("corpus-id\tscore\tquery-id\nd1\t2\tq0\n")
+    assert load_retrieval(folder).qrels == {"q0": {"d1": 2}}
+
+
+def test_other_kinds_of_the_same_qrels_and_what_reranking_has_are_named(tmp_path):
+    folder = write_beir(tmp_path / "set", qrels={"test": [("q0", "d1", 2)]})
+    row = {"query-id": "q0", "corpus-id": "d2", "score": 1}
+    write_jsonl(folder / "qrels" / "test.jsonl", [row | {"iteration": 3}])
+    write_jsonl(folder / "top_ranked.jsonl", [{"query-id": "q0", "corpus-ids": ["d1"]}])
+    with pytest.warns(UserWarning, match=r"not read: 'qrels/test\.jsonl', 'top_ranked\.jsonl'"):
+        assert load_retrieval(folder).qrels == {"q0": {"d1": 2}}
+    (folder / "qrels" / "test.tsv").unlink()
+    with pytest.warns(UserWarning, match=r"test\.jsonl: not read: 'iteration'\. What is read: query-id"):
+        assert load_retrieval(folder).qrels == {"q0": {"d2": 1}}
 
 
 def test_a_judged_document_that_is_in_no_corpus_counts_as_never_found(tmp_path):

@@ -1,9 +1,11 @@
 """Mutated model folders: each opens as a model that embeds, or ends in one ValueError line."""
 
+import base64
 import json
 import os
 import random
 import shutil
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,27 @@ def test_absurd_settings_end_at_once(base, tmp_path, name, changes, message):
     folder = shutil.copytree(base, tmp_path / "model")
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
     with pytest.raises(ValueError, match=message) as error:
+        BiEncoderModel.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_panics_at_a_text_ends_in_one_line(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    # The trie of its normalizer leads out of itself at the letter z alone, which is found where a text has one.
+    units = [0] * 256
+    units[ord("z")] = ord("z") | 1 << 8 | 0xFFFFF << 10
+    trie = struct.pack("<257I", 4 * len(units), *units) + b"a\0"
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(trie).decode()}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    model = BiEncoderModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match="its tokenizer fails on one of 2 texts, the first of which is 'a'") as error:
+        model.tokenize(["a", "zoo"])
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    settings["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="its tokenizer takes no text: PanicException") as error:
         BiEncoderModel.from_pretrained(folder)
     assert "\n" not in str(error.value)
 

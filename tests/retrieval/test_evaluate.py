@@ -165,6 +165,8 @@ def test_ties_keep_the_order_given_in_every_measure_and_in_the_file(tmp_path):
         ("MAP", "AP"),
         ("precision@3", "P@3"),
         ("Hit@3", "Success@3"),
+        ("hit_rate@3", "Success@3"),
+        ("ndcg_at_10", "nDCG@10"),
         ("accuracy@3", "Success@3"),
         ("Accuracy@3", "Accuracy@3"),
         ("P(rel=2)@5", "P(rel=2)@5"),
