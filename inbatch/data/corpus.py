@@ -1,6 +1,7 @@
 """Texts with ids that stay on disk: a corpus, or the queries of a retrieval set; in any format."""
 
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 
 from inbatch.data.columns import DOCUMENT, Columns, GivenColumns, document, empty, not_read, show
 from inbatch.data.index import Arrays
-from inbatch.data.lines import Lines, Rows, Where, json_value, scanned, text_value
+from inbatch.data.lines import Lines, Rows, Where, json_value, places_dtype, scanned, text_value
 from inbatch.data.records import Passage
 from inbatch.data.tables import BY_ID, find_part, name_of, open_table, suffix
 from inbatch.ids import stable_id
@@ -51,7 +52,7 @@ class Documents(Rows[Passage]):
     def ids(self) -> Iterator[str]:
         """Yield every document's id, in row order."""
         start = 0
-        for stop in self._id_ends.tolist():
+        for stop in map(int, self._id_ends):
             yield self._ids[start:stop].tobytes().decode()
             start = stop
 
@@ -70,18 +71,23 @@ class Documents(Rows[Passage]):
 
     def _facts(self, records: Iterator[tuple[object, Where]]) -> Arrays:
         """Return what is kept of some documents: their ids, hashed and as written, and the columns that they have."""
-        ids = [self._parse(record, where).doc_id or "" for record, where in records]
-        encoded = [doc_id.encode() for doc_id in ids]
+        keys, lengths, ids = array("q"), array("I"), bytearray()
+        for record, where in records:
+            doc_id = self._parse(record, where).doc_id or ""
+            encoded = doc_id.encode()
+            keys.append(stable_id("", doc_id))
+            lengths.append(len(encoded))
+            ids += encoded
         return {
-            "keys": np.array([stable_id("", doc_id) for doc_id in ids], np.int64),
-            "ids": np.frombuffer(b"".join(encoded), np.uint8),
-            "id_lengths": np.array(list(map(len, encoded)), np.int64),
+            "keys": np.array(keys, np.int64),
+            "ids": np.array(ids, np.uint8),
+            "id_lengths": np.array(lengths, np.uint32),
             "columns": self._columns.seen(),
         }
 
     def _index(self, found: Arrays) -> Arrays:
         """Order the keys, and check that no two documents have one id."""
-        rows_by_key = np.argsort(found["keys"], kind="stable")
+        rows_by_key = np.argsort(found["keys"], kind="stable").astype(places_dtype(len(self)))
         sorted_keys = found["keys"][rows_by_key]
         repeats = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])
         if self.has_ids and len(repeats):
@@ -94,7 +100,7 @@ class Documents(Rows[Passage]):
             "rows_by_key": rows_by_key,
             "sorted_keys": sorted_keys,
             "ids": found["ids"],
-            "id_ends": np.cumsum(found["id_lengths"]),
+            "id_ends": np.cumsum(found["id_lengths"], dtype=places_dtype(len(found["ids"]))),
             "columns": found["columns"],
         }
 

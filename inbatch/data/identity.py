@@ -5,7 +5,9 @@ comes with several texts: `merged` finds those, and gives all of them one key.
 """
 
 import unicodedata
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -80,18 +82,23 @@ def keys_of(rows: Rows[Example], same: Mapping[int, int], also: Sequence[Path] |
 
 def id_texts(examples: Iterable[Example]) -> np.ndarray:
     """Return the different (key of an id within its corpus, key of a text that it comes with): int64 [n, 2]."""
-    pairs: list[tuple[int, int]] = []
-    for example in examples:
-        if example.query_id is not None:
-            pairs.append((stable_id(f"queries of {example.corpus}", example.query_id), query_key(example)))
-        for passage in (*example.positives, *example.negatives):
-            if passage.doc_id is not None:
-                pairs.append((stable_id(f"documents of {example.corpus}", passage.doc_id), passage_key(passage)))
-    return distinct(np.array(pairs, np.int64).reshape(-1, 2))
+    return distinct(array("q", chain.from_iterable(map(id_pairs, examples))))
 
 
-def distinct(pairs: np.ndarray) -> np.ndarray:
-    """Return the different rows of [n, 2], sorted."""
+def id_pairs(example: Example) -> Iterator[int]:
+    """Yield the key of an id within its corpus, the key of the text that it comes with, and so on."""
+    if example.query_id is not None:
+        yield stable_id(f"queries of {example.corpus}", example.query_id)
+        yield query_key(example)
+    for passage in (*example.positives, *example.negatives):
+        if passage.doc_id is not None:
+            yield stable_id(f"documents of {example.corpus}", passage.doc_id)
+            yield passage_key(passage)
+
+
+def distinct(pairs: np.ndarray | array) -> np.ndarray:
+    """Return the different rows of what is int64 [n, 2], or the same in one row, sorted."""
+    pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
     pairs = pairs[np.lexsort(pairs.T[::-1])]
     return pairs[np.append(True, (pairs[1:] != pairs[:-1]).any(1))[: len(pairs)]]
 

@@ -77,7 +77,9 @@ def arrays_made_once(files: Sequence[Path], kind: str, settings: object, make: C
     def write(file: IO[bytes]) -> None:
         arrays = make()
         for array in (np.array(list(arrays)), *arrays.values()):
-            np.save(file, array)
+            # As np.save does, which would copy the array on its way to such a file.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(np.ascontiguousarray(array).data)
 
     with made_once(files, kind, settings, write) as file:
         file.seek(HEADER)

@@ -7,6 +7,7 @@ import os
 import shutil
 import weakref
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 from inbatch.data.index import HEADER, Arrays, arrays_made_once, made_once, spread
 
 _BLOCK_BYTES = 1 << 22
-_BLOCK_ROWS = 1 << 15
+_BLOCK_ROWS = 1 << 13
+_SCAN_BYTES = 1 << 18
+_LONG = 9  # bytes: shorter lines may be blank
 _BLANK = b" \t\r\v\f\xef\xbb\xbf"  # white space, and a byte-order mark
 
 T = TypeVar("T")
@@ -115,8 +118,9 @@ def scanned(
         return visit((item, partial(rows.where, row)) for row, item in zip(some, rows.through(some), strict=True))
 
     def make() -> Arrays:
-        parts = spread(visit_some, len(rows), rows.nbytes)
-        return finish({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        parts = [dict(part) for part in spread(visit_some, len(rows), rows.nbytes)]
+        # Parts are let go as they are joined, so that no two copies of all are held.
+        return finish({name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])})
 
     return arrays_made_once([*rows.files, *also] if rows.files else [], kind, settings, make)
 
@@ -232,8 +236,9 @@ def text_value(line: bytes) -> str:
 class Lines(Rows[Any]):
     """The records of a file, a line each unless `bounds` says otherwise, parsed on access. Blank lines are no records.
 
-    bounds: `starts` and `stops` of the records, int64. `parse(bytes)` raises ValueError with what is wrong, which is
-    reported with the record's place.
+    bounds: `stops` of the records and, where one does not begin behind the one before it, `starts`. skip: how many
+    lines at the top are no records. `parse(bytes)` raises ValueError with what is wrong, which is reported with the
+    record's place.
     """
 
     def __init__(
@@ -244,24 +249,28 @@ class Lines(Rows[Any]):
         content: Content | None = None,
         bounds: Arrays | None = None,
         unit: str = "line",
+        skip: int = 0,
     ):
         self.path, self._parse, self._unit = Path(path), parse, unit
         self.content = content or Content(self.path)
-        bounds = bounds or arrays_made_once([self.path], f"{unit}s", None, lambda: line_bounds(self.content))
-        self._starts, self._stops = bounds["starts"], bounds["stops"]
-        super().__init__(len(self._starts), self._line, self._place, files=[self.path], nbytes=len(self.content))
+        bounds = bounds or arrays_made_once([self.path], "lines", None, lambda: {"stops": line_stops(self.content)})
+        self._quick = parse is json_value and "starts" not in bounds
+        self._starts, self.stops = bounds.get("starts"), bounds["stops"][skip:]
+        self._zero = int(bounds["stops"][skip - 1]) + 1 if skip else 0
+        super().__init__(len(self.stops), self._line, self._place, files=[self.path], nbytes=len(self.content))
 
-    @property
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and stops of the records in the content."""
-        return self._starts, self._stops
+    def _start(self, index: int) -> int:
+        """Return where the record begins, or the blank lines before it."""
+        if self._starts is not None:
+            return int(self._starts[index])
+        return int(self.stops[index - 1]) + 1 if index else self._zero
 
     def _line(self, index: int) -> Any:
-        return self._value(self.content[int(self._starts[index]) : int(self._stops[index])], index)
+        return self._value(self.content[self._start(index) : int(self.stops[index])], index)
 
     def _value(self, line: bytes, index: int) -> Any:
         try:
-            return self._parse(line)
+            return self._parse(line[_blank_lines(line) :])
         except ValueError as error:
             raise ValueError(f"{self.where(index)} {error}") from None
 
@@ -271,13 +280,19 @@ class Lines(Rows[Any]):
             return
         first = rows.start
         while first < rows.stop:
-            zero = int(self._starts[first])
-            fitting = int(np.searchsorted(self._stops, zero + _BLOCK_BYTES, side="right"))
-            last = max(first + 1, min(fitting, first + _BLOCK_ROWS, rows.stop))
-            block = self.content[zero : int(self._stops[last - 1])]
-            starts, stops = ((bounds[first:last] - zero).tolist() for bounds in (self._starts, self._stops))
-            for row, start, stop in zip(range(first, last), starts, stops, strict=True):
-                yield self._value(block[start:stop], row)
+            zero = self._start(first)
+            most = min(first + _BLOCK_ROWS, rows.stop)
+            last = max(first + 1, bisect_right(self.stops, zero + _BLOCK_BYTES, first, most))
+            block = self.content[zero : int(self.stops[last - 1])]
+            for value in _json_lines(block) if self._quick else ():
+                yield value
+                first += 1
+            stops = self.stops[first:last].tolist()
+            starts = [self._start(first), *(stop + 1 for stop in stops)] if first < last else []
+            if self._starts is not None:
+                starts = self._starts[first:last].tolist()
+            for row, start, stop in zip(range(first, last), starts, stops, strict=False):
+                yield self._value(block[start - zero : stop - zero], row)
             first = last
 
     def _place(self, index: int) -> str:
@@ -285,32 +300,49 @@ class Lines(Rows[Any]):
         index = range(len(self))[index]
         before = index
         if self._unit == "line":
-            before = sum(block.count(b"\n") for block in self.content.blocks(0, int(self._starts[index])))
+            start, stop = self._start(index), int(self.stops[index])
+            start += _blank_lines(self.content[start:stop])
+            before = sum(block.count(b"\n") for block in self.content.blocks(0, start))
         return f"{self.path}, {self._unit} {before + 1}"
 
 
-def line_bounds(content: Content) -> Arrays:
-    """Return `starts` and `stops` of every line that is not blank, int64."""
-    count = -(-len(content) // _BLOCK_BYTES)
+def _blank_lines(data: bytes) -> int:
+    """Return where the first line begins that is not blank."""
+    start = 0
+    while (stop := data.find(b"\n", start)) >= 0 and not data[start:stop].strip(_BLANK):
+        start = stop + 1
+    return start
 
-    def breaks(numbers: range) -> list[np.ndarray]:
-        """Return where the breaks lie within each block, in half the memory of places in the file."""
-        blocks = (content[number * _BLOCK_BYTES : (number + 1) * _BLOCK_BYTES] for number in numbers)
-        return [np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")).astype(np.uint32) for block in blocks]
 
-    parts = [found for some in spread(breaks, count, len(content)) for found in some]
-    ends = int(len(content) > 0 and content[len(content) - 1 : len(content)] != b"\n")
-    stops = np.full(sum(map(len, parts)) + ends, len(content), np.int64)
-    filled = 0
-    for number, found in enumerate(parts):
-        stops[filled : filled + len(found)] = found
-        stops[filled : filled + len(found)] += number * _BLOCK_BYTES
-        filled += len(found)
-    del parts
-    starts = np.empty_like(stops)
-    starts[:1], starts[1:] = 0, stops[:-1] + 1
-    # Short lines are the only ones that can be blank, so only they are looked at, one by one where they hold something.
-    kept = stops > starts
-    for i in np.flatnonzero(kept & (stops - starts <= 8)):
-        kept[i] = bool(content[int(starts[i]) : int(stops[i])].strip(_BLANK))
-    return {"starts": starts, "stops": stops} if kept.all() else {"starts": starts[kept], "stops": stops[kept]}
+def line_stops(content: Content) -> np.ndarray:
+    """Return where every line that is not blank ends, of `places_dtype`."""
+    dtype = places_dtype(len(content))
+
+    def scan(numbers: range) -> np.ndarray:
+        span = content.blocks(numbers.start * _SCAN_BYTES, min(len(content), numbers.stop * _SCAN_BYTES))
+        found = np.empty(1 + sum(block.count(b"\n") for block in span), dtype)
+        count = 0
+        for number in numbers:
+            zero = number * _SCAN_BYTES
+            before = min(zero, _LONG)
+            block = content[zero - before : zero + _SCAN_BYTES]
+            stops = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            if zero + _SCAN_BYTES >= len(content) and not block.endswith(b"\n"):
+                stops = np.append(stops, len(block))
+            starts = np.append(0, stops[:-1] + 1)[: len(stops)]
+            kept = (stops > starts) & (stops >= before)
+            # Short lines are the only ones that can be blank, so only they are looked at, one by one.
+            for i in np.flatnonzero(kept & (stops - starts < _LONG)):
+                kept[i] = bool(block[starts[i] : stops[i]].strip(_BLANK))
+            stops = stops[kept]
+            found[count : count + len(stops)] = stops + (zero - before)
+            count += len(stops)
+        return found[:count]
+
+    parts = spread(scan, -(-len(content) // _SCAN_BYTES), len(content))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def places_dtype(size: int) -> np.dtype:
+    """Return the dtype of places in so many bytes, in half the memory where they are below 4 GiB."""
+    return np.dtype(np.uint32 if size < 1 << 32 else np.int64)

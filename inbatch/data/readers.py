@@ -2,6 +2,7 @@
 
 import os
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +27,7 @@ from inbatch.data.columns import (
 )
 from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, key_of, open_corpora, open_once
 from inbatch.data.hub import PREFIX, open_hub
-from inbatch.data.identity import apart, id_texts, merged, without_positives
+from inbatch.data.identity import apart, distinct, id_pairs, merged, without_positives
 from inbatch.data.index import Arrays
 from inbatch.data.judged import is_judged, judged_examples, open_judged
 from inbatch.data.lines import Rows, Where, joined, scanned
@@ -80,7 +81,7 @@ def open_examples(
     `corpus`: where documents are that records name by id, unless it lies beside them. `num_samples` examples of a
     source are drawn by `seed`.
 
-    Examples are parsed on access; memory holds their places in the file (about 16 bytes each), not their texts. Opening
+    Examples are parsed on access; memory holds their places in the file (about 4 bytes each), not their texts. Opening
     reads everything once, so that whatever is wrong is said now: ValueError, naming file and place. What is not used is
     named in a warning: columns, files, negatives that equal a positive, judged documents that are in no corpus.
     """
@@ -326,20 +327,18 @@ def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> np
     """
 
     def visit(some: Iterator[tuple[Any, Where]]) -> Arrays:
-        examples = [
-            _example(record, columns, lookup, name, where)
-            for record, where in some
-            if lookup.by_id is not None or not _is_plain(record, columns)
-        ]
-        # The name of a file may change while what is kept of it stays.
-        own = [replace(example, corpus="") for example in examples if example.corpus == name]
-        other = [example for example in examples if example.corpus != name]
-        return {
-            "left_out": np.array([sum(example.left_out > 0 for example in examples)]),
-            "columns": columns.seen(),
-            "own": id_texts(own),
-            "other": id_texts(other),
-        }
+        left_out, own, other = 0, array("q"), array("q")
+        for record, where in some:
+            if lookup.by_id is None and _is_plain(record, columns):
+                continue
+            example = _example(record, columns, lookup, name, where)
+            left_out += example.left_out > 0
+            if example.corpus == name:  # the name of a file may change while what is kept of it stays
+                own.extend(id_pairs(replace(example, corpus="")))
+            else:
+                other.extend(id_pairs(example))
+        seen = columns.seen()
+        return {"left_out": np.array([left_out]), "columns": seen, "own": distinct(own), "other": distinct(other)}
 
     if lookup.files is None:  # documents that are no files: nothing can tell whether they are what they were
         rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)

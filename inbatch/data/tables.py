@@ -15,7 +15,7 @@ import numpy as np
 from inbatch.data.columns import Columns, listed, not_read, show
 from inbatch.data.index import Arrays, arrays_made_once
 from inbatch.data.json_spans import elements, members
-from inbatch.data.lines import Lines, Rows, joined, json_value, text_value
+from inbatch.data.lines import Lines, Rows, joined, json_value, places_dtype, text_value
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 KINDS = "*.jsonl, *.json, *.csv, *.tsv (each also .gz), *.parquet, a folder or a glob of these"
@@ -242,8 +242,12 @@ def _json_records(data: memoryview, num_lines: int) -> Arrays:
     if data[start] != ord("["):
         shown = bytes(data[start : start + 60])
         raise ValueError(f"expected {BY_ID}, a list of records or one record a line, found {shown!r}")
-    spans = np.fromiter((place for span in elements(data, start, stop) for place in span), np.int64).reshape(-1, 2)
-    return _texts(corpora, unread) | {"starts": spans[:, 0], "stops": spans[:, 1]}
+    dtype = places_dtype(len(data))
+    starts, stops = array(dtype.char), array(dtype.char)
+    for begin, end in elements(data, start, stop):
+        starts.append(begin)
+        stops.append(end)
+    return _texts(corpora, unread) | {"starts": np.frombuffer(starts, dtype), "stops": np.frombuffer(stops, dtype)}
 
 
 def _texts(corpora: bytes, unread: Sequence[str]) -> dict[str, np.ndarray]:
@@ -294,9 +298,7 @@ def _delimited(path: Path, columns: Columns) -> Lines:
     except ValueError:
         if not tabs:
             raise
-        starts, stops = lines.bounds
-        bounds = {"starts": starts[1:], "stops": stops[1:]}
-        rows = Lines(path, partial(_plain_row, names), content=lines.content, bounds=bounds)
+        rows = Lines(path, partial(_plain_row, names), content=lines.content, skip=1)
     for cell in (rows[0][name] or "" for name in wanted if len(rows)):
         if re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", cell, re.DOTALL):  # as Python and JSON write it
             raise ValueError(
@@ -320,20 +322,20 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
     """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
     reader = csv.reader(lines.through(range(len(lines))), delimiter=delimiter, strict=True)
-    firsts, afters = array("q"), array("q")
+    dtype, line_stops = places_dtype(lines.nbytes), memoryview(np.asarray(lines.stops))
+    starts, stops = array(dtype.char), array(dtype.char)
     after = 0
     try:
         for row in reader:  # it takes the lines of one row at a time
             if any(cell.strip() for cell in row):
                 if len(row) != len(names):
                     raise ValueError(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
-                firsts.append(after)
-                afters.append(reader.line_num)
+                starts.append(line_stops[after - 1] + 1 if after else 0)
+                stops.append(line_stops[reader.line_num - 1])
             after = reader.line_num
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{lines.where(after)} is not CSV: {error}") from None
-    starts, stops = lines.bounds
-    return {"starts": starts[np.array(firsts[1:])], "stops": stops[np.array(afters[1:]) - 1]}
+    return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
 
 
 def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str | None]:
