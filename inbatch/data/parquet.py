@@ -79,7 +79,7 @@ def _batches(path: Path, source: pq.ParquetFile, names: list[str], schema: pa.Sc
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:  # Unicode: pyarrow 17
         raise ValueError(f"{path} is not a Parquet file: {_one_line(error)}") from None
 
 
