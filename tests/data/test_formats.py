@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -31,6 +32,29 @@ def said(caught) -> list[str]:
     messages = [str(warning.message) for warning in caught]
     assert not any("\n" in message for message in messages)
     return messages
+
+
+def test_the_table_of_formats_says_what_is_read_and_what_is_not(tmp_path):
+    table = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| `(\{.*?\})` \| [^|]* \| ([^|]*) \|$", table, re.MULTILINE)
+    tried = []
+    for format_, record, unread in rows:
+        if '"n"' not in record and "ctxs" not in record and '"p"' not in record:
+            continue  # documents by id, which need a corpus
+        path = write_jsonl(tmp_path / f"{format_}.jsonl", [record := json.loads(record.replace("[[...]]", "[]"))])
+        query, positives, negatives = parts(open_examples(path)[0])
+        assert (query, negatives) == ("q", ["n"] if '"n"' in json.dumps(record) else []), format_
+        assert positives in (["p"], ["t p"]), format_
+        for name in re.findall("`([a-z_]+)`", unread):
+            write_jsonl(path, [record | {name: "x"}])
+            if format_ == "pairs":  # where only a label is named, and refused
+                continue
+            with pytest.warns(UserWarning, match=f"not read: .*'{name}'"):
+                open_examples(path)
+        tried.append(format_)
+    assert tried == [
+        "sentence-transformers", "pairs", "FlagEmbedding", "NeMo, inline", "Tevatron", "ms-swift", "DPR",
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- column names
