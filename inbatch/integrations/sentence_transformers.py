@@ -113,7 +113,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         if self.cosine:
             queries_BD, *passages = (F.normalize(one, dim=1) for one in (queries_BD, *passages))  # type: ignore[assignment]
         together = torch.stack(list(passages), dim=1).flatten(0, 1)
-        return self.loss(queries_BD, together, false_negatives=_ids(labels, len(queries_BD), len(passages)))
+        return self.loss(queries_BD, together, false_negatives=ids_of(labels, len(queries_BD), len(passages)))
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says of the loss."""
@@ -161,7 +161,7 @@ def _without_padding(features: Mapping[str, Any], first_position: int) -> dict[s
     }
 
 
-def _ids(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
+def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
     fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2 and len(labels) == rows
     if not fits or labels.shape[1] not in (passages, passages + 1):
         if labels is not None:
