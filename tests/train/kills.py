@@ -44,7 +44,11 @@ def result(config: Config) -> dict[str, bytes]:
     """What must be equal: the figures, the model and the checkpoints."""
     root = Path(config.train.output_dir)
     files = [root / "metrics.jsonl", *(root / "model").rglob("*"), *(root / "checkpoints").rglob("*")]
-    return {str(file.relative_to(root)): file.read_bytes() for file in files if file.is_file()}
+    return {
+        str(file.relative_to(root)): file.read_bytes().replace(root.name.encode(), b"")  # the card names the run
+        for file in files
+        if file.is_file()
+    }
 
 
 def kill(root: Path, kills: int, seed: int = 0) -> int:
@@ -67,7 +71,8 @@ def kill(root: Path, kills: int, seed: int = 0) -> int:
         assert code == 0, f"run {runs} ended with {code}"
         found = result(config)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-        assert not [name for name in found if found[name] != expected[name]], f"run {runs} differs"
+        differing = [name for name in found if found[name] != expected[name]]
+        assert not differing, f"run {runs} differs in {differing}"
         print(f"run {runs}: equal; {kills} kills are left", flush=True)
     return runs
 
