@@ -143,7 +143,8 @@ class Mixture:
         """Return the passes over each source, by what is drawn at once: a batch, or if ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last}
-        keys, groups = (given or [None] * len(self.sizes) for given in (self.keys, self.groups))
+        none = (None,) * len(self.sizes)
+        keys, groups = self.keys or none, self.groups or none
         return [
             BatchPlan(size, drawn, self.seed + source, **options, keys=keys[source], groups=groups[source])
             for source, size in enumerate(self.sizes)
