@@ -20,7 +20,7 @@ from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
 from inbatch.data.files import naming, partial, publish, remove, sync, write_json
 from inbatch.data.identity import normalised
-from inbatch.data.judged import Chosen
+from inbatch.data.judged import Chosen, is_judged
 from inbatch.ids import stable_id
 from inbatch.retrieval.embed import share
 from inbatch.retrieval.evaluate import RetrieveOptions, embed_documents, embed_queries, similarity_of
@@ -78,12 +78,12 @@ class MiningSet:
 
 
 def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSet:
-    """Return what to mine: the queries of a BEIR folder's split and its corpus, or training records and their passages.
+    """Return what to mine: queries and corpus of a judged folder's split, or training records and their passages.
 
     Queries without a positive are left out. Records with one query text are one query. Raises ValueError for what
     `open_examples` and `load_retrieval` refuse, and where nothing is left.
     """
-    if (Path(source) / "qrels").is_dir():
+    if Path(source).is_dir() and is_judged(Path(source)):
         data = load_retrieval(source, split)
         rows, keys, texts = _distinct(data.documents)
         row_of = dict(zip(data.doc_ids, rows, strict=True))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inbatch.data import Collator, Example, Passage, load_retrieval, open_corpus, open_examples
+from inbatch.retrieval.mine import open_mining_set
 from tests.data_files import one_line, texts, tokenize, write_beir, write_corpus_id, write_jsonl
 
 BOM = "\ufeff"
@@ -685,6 +686,7 @@ def ms_marco(folder: Path) -> Path:
 
 def test_ms_marco(tmp_path):
     folder = ms_marco(tmp_path / "msmarco")
+    assert len(open_mining_set(folder).documents) == 4  # the corpus, not what is judged of it
     examples = open_examples(folder)
     assert [parts(e)[:2] for e in examples] == [
         ("query ten", ['"The" passage 1']),
