@@ -1,9 +1,11 @@
 """This rank's training batches, made ahead by worker processes; what they hold is a function of the step alone."""
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from inbatch.data.collator import collate
 from inbatch.data.plan import Mixture, share
 
 _MASK = "attention_mask"
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2): the signal that comes when the parent ends
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ def start_worker(number: int) -> None:
     # Schedulers signal every process of a job; the rank needs its batches for as long as it goes on.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # Nor does a worker end with a rank that is killed, where it waits for the other end of a full pipe.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:

@@ -570,6 +570,23 @@ raise SystemExit(3)
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 3
 
 
+def test_workers_end_with_a_process_that_is_killed():
+    code = """
+import os, signal, time
+from torch.utils.data import DataLoader
+from inbatch.data.batches import start_worker
+options = {"num_workers": 2, "multiprocessing_context": "fork", "worker_init_fn": start_worker}
+large = [[bytes(1 << 22)] for _ in range(9)]  # more than a pipe holds: its writer waits for a reader
+steps = iter(DataLoader(large, batch_size=None, collate_fn=lambda value: value, **options))
+next(steps)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # The workers have the same standard output: it ends when the last of them does.
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+
+
 def test_an_error_while_reading_ahead_is_raised(folder):
     class Broken(list):
         def __getitem__(self, index):
