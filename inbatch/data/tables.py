@@ -322,7 +322,7 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
     """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
     reader = csv.reader(lines.through(range(len(lines))), delimiter=delimiter, strict=True)
-    dtype, line_stops = places_dtype(lines.nbytes), memoryview(np.asarray(lines.stops))
+    dtype, line_stops = places_dtype(lines.nbytes), np.asarray(lines.stops).data
     starts, stops = array(dtype.char), array(dtype.char)
     after = 0
     try:
