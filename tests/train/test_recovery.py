@@ -27,8 +27,8 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def config_of(data, output, timeout_s=TIMEOUT_S):
-    settings = {"max_steps": 60, "timeout_minutes": timeout_s / 60}
+def config_of(data, output):
+    settings = {"max_steps": 60, "timeout_minutes": TIMEOUT_S / 60}
     return make_config(data, output, train=settings, checkpoint={"every_steps": 5})
 
 
@@ -49,9 +49,8 @@ def start(folder, tmp_path):  # noqa: F811
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     started = []
 
-    def start_(launcher=None, **options):
-        config = config_of(folder, tmp_path / "run", **options)
-        started.append(Running(config, 2, launcher=launcher, python_path=tmp_path))
+    def start_(launcher=None):
+        started.append(Running(config_of(folder, tmp_path / "run"), 2, launcher=launcher, python_path=tmp_path))
         return started[-1]
 
     yield start_
@@ -96,12 +95,11 @@ def test_a_rank_that_ends_without_a_word_is_named(pool, start, undisturbed):
 
 
 def test_torchrun_restarts_it_to_the_same_figures(start, undisturbed):
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
-    running = start(torchrun, timeout_s=300)  # ranks that start at different times must not use the restart up
+    running = start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m"])
     running.wait_for(6)
     os.kill(running.ranks()[1], signal.SIGUSR2)
     status, errors = running.end()
-    assert status == 0
+    assert status == 0, errors
     assert all("another rank failed" in line for line in errors), errors
     assert metrics(running.settings) == undisturbed
 
