@@ -2,10 +2,12 @@
 
 import functools
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -95,8 +97,12 @@ def start(
         torch.cuda.set_device(_bound_device)
     if distributed and not dist.is_initialized():
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        prefix = "inbatch"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            prefix += f"/{_attempt(store, rank, size, timeout_s)}"
+        store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
         if say is not None and size > 1:
-            _watch = Watch(rank, size, timeout_s=timeout_s, setting=setting, say=say)
+            _watch = Watch(rank, size, timeout_s=timeout_s, setting=setting, say=say, prefix=prefix)
         dist.init_process_group(
             backend or ("cpu:gloo,cuda:nccl" if use_cuda else "gloo"),
             store=store,
@@ -106,6 +112,30 @@ def start(
             device_id=_bound_device if use_cuda else None,
         )
     return _bound_device
+
+
+def _attempt(store: Any, rank: int, world_size: int, timeout_s: float) -> int:
+    """Return a number that only the ranks of this start share; RuntimeError if some do not come within `timeout_s`.
+
+    torchrun's store outlives a restart, and holds the addresses of ranks that are dead. Rank 0 draws the number. The
+    others ask for it by a name that nobody had before; until one confirms it, what rank 0 hears may be a dead one's.
+    """
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"inbatch/asks/{rank}", name)
+        attempt = int(store.get(f"inbatch/answer/{name}"))
+        store.set(f"inbatch/has/{attempt}/{rank}", "")
+        return attempt
+    attempt, missing, start = store.add("inbatch/attempts", 1), [*range(1, world_size)], time.monotonic()
+    while missing:
+        for other in missing:
+            if store.check([f"inbatch/asks/{other}"]):
+                store.set(f"inbatch/answer/{store.get(f'inbatch/asks/{other}').decode()}", str(attempt))
+        missing = [other for other in missing if not store.check([f"inbatch/has/{attempt}/{other}"])]
+        if missing and time.monotonic() - start > timeout_s:
+            raise RuntimeError(f"ranks {missing} did not start within {timeout_s / 60:g} minutes")
+        time.sleep(0.01)
+    return attempt
 
 
 @contextmanager

@@ -52,7 +52,10 @@ class Watch:
     one, every rank that still can calls say(message) and ends with status 1.
     """
 
-    def __init__(self, rank: int, world_size: int, *, timeout_s: float, setting: str, say: Callable[[str], object]):
+    def __init__(
+        self, rank: int, world_size: int, *, timeout_s: float, setting: str, say: Callable[[str], object], prefix: str
+    ):
+        self._prefix = f"{prefix}/watch"
         self._rank, self._others = rank, [r for r in range(world_size) if r != rank]
         self._timeout_s, self._say = timeout_s, say
         self._limit = f"{timeout_s / 60:g} minutes ({setting})"
@@ -98,7 +101,7 @@ class Watch:
         """Return a connection of this thread's: on the main thread's a long wait would keep everybody waiting."""
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=self._timeout_s))
-        return PrefixStore(f"inbatch/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return PrefixStore(self._prefix, store)
 
     # ---- the verdict
 

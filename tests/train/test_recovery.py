@@ -94,7 +94,6 @@ def test_a_rank_that_ends_without_a_word_is_named(pool, start, undisturbed):
     goes_on(pool, running, undisturbed)
 
 
-@pytest.mark.xfail(reason="at times the restarted ranks do not connect: not understood yet", strict=False)
 def test_torchrun_restarts_it_to_the_same_figures(start, undisturbed):
     running = start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m"])
     running.wait_for(6)
