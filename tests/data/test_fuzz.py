@@ -201,7 +201,7 @@ HOSTILE = {
     "tabs.tsv": b"\t" * LONG,
     "columns.csv": b",".join(b"column %d" % i for i in range(LONG // 10)) + b"\na",
     "blank lines.jsonl": b"\n" * (LONG // 4),
-    "short lines.jsonl": b"1\n" * (LONG * 8),
+    "short lines.jsonl": b"1\n" * (LONG * 3),
 }
 
 

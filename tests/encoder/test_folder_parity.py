@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from inbatch import BiEncoderModel
 from tests.tiny_models import CONFIGS, TEXTS, save_tiny
 
-FOLDERS = int(os.environ.get("INBATCH_TEST_FOLDERS", "600"))
+FOLDERS = int(os.environ.get("INBATCH_TEST_FOLDERS", "500"))
 TRANSFORMER_FILES = [
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
