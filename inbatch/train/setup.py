@@ -18,6 +18,7 @@ from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.encoder.packing import wish
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
+from inbatch.retrieval.evaluate import RetrieveOptions, similarity_of
 from inbatch.retrieval.grouping import load_groups
 from inbatch.retrieval.metrics import check_evaluation
 from inbatch.train import checkpoint
@@ -105,6 +106,9 @@ def set_up(
     held_out = together(lambda: open_validation(config))
     check_data(examples, evaluation, held_out)
     learner = open_learner(config, device, total_steps)
+    if evaluation is not None:
+        how = RetrieveOptions(similarity=config.eval.similarity)
+        together(lambda: similarity_of(learner.network("passage"), how))
     first_step = 0
     if newest is not None:
         first_step = checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)

@@ -128,6 +128,17 @@ def test_what_cannot_be_measured_is_refused(values, message):
         EvalConfig(**values)
 
 
+def test_a_similarity_that_nothing_is_searched_by_is_refused_before_the_first_step(folder, tmp_path):  # noqa: F811
+    config = evaluating(folder, tmp_path / "run", steps=2)
+    model = BiEncoderModel.from_pretrained(folder / "model")
+    model.similarity = "euclidean"
+    model.save_pretrained(tmp_path / "euclidean")
+    config = replace(config, model=replace(config.model, name_or_path=str(tmp_path / "euclidean")))
+    with pytest.raises(ValueError, match="saved with similarity 'euclidean'; expected one of cosine, dot: say which"):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_warm_up_in_steps_and_a_least_rate():
     config = OptimConfig(lr=1.0, warmup_steps=2, min_lr=0.2)
     rates = [learning_rate(step, 10, config) for step in range(10)]
