@@ -86,7 +86,7 @@ def _but_of_tensorboard(hook: Callable[[Any], object]) -> Callable[[Any], None]:
 
 class _Wandb:
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(dir=str(folder), id=run_id, resume="allow", name=folder.name, config=config)
         self.run_id = self._run.id
@@ -102,7 +102,7 @@ class _Wandb:
 
 class _MLflow:
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         self._mlflow = mlflow
         self.run_id = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name).info.run_id
