@@ -5,7 +5,7 @@ import glob
 import os
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,8 +293,12 @@ def _delimited(path: Path, columns: Columns) -> Lines:
     wanted = columns.wanted(names, str(path))
     try:
         settings = (delimiter, names)
-        bounds = arrays_made_once([path], "csv", settings, lambda: _csv_bounds(lines, delimiter, names))
-        rows = Lines(path, partial(_csv_row, names, delimiter), content=lines.content, bounds=bounds)
+        bounds = arrays_made_once([path], "csv rows", settings, lambda: _csv_bounds(lines, delimiter, names))
+        parse = partial(_csv_row, names, delimiter)
+        if bounds["each_a_line"][0]:
+            rows = Lines(path, parse, content=lines.content, skip=1)
+        else:
+            rows = Lines(path, parse, content=lines.content, bounds=bounds)
     except ValueError:
         if not tabs:
             raise
@@ -320,22 +324,37 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 
 
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
-    """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
-    reader = csv.reader(lines.through(range(len(lines))), delimiter=delimiter, strict=True)
+    """Return where the rows after the header lie, unless each is a line; ValueError as `_csv_rows` raises it."""
     dtype, line_stops = places_dtype(lines.nbytes), np.asarray(lines.stops).data
     starts, stops = array(dtype.char), array(dtype.char)
+    each_a_line = all(after == first + 1 for first, after in _csv_rows(lines, delimiter, names))
+    if not each_a_line:
+        for first, after in _csv_rows(lines, delimiter, names):
+            if after > first:
+                starts.append(line_stops[first - 1] + 1 if first else 0)
+                stops.append(line_stops[after - 1])
+    bounds = {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
+    return {**bounds, "each_a_line": np.array([each_a_line])}
+
+
+def _csv_rows(lines: Lines, delimiter: str, names: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield each row's first line and the one after it, twice the same for a row without text.
+
+    ValueError for a row that is not CSV, or has other cells.
+    """
+    reader = csv.reader(lines.through(range(len(lines))), delimiter=delimiter, strict=True)
     after = 0
     try:
         for row in reader:  # it takes the lines of one row at a time
             if any(cell.strip() for cell in row):
                 if len(row) != len(names):
                     raise ValueError(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
-                starts.append(line_stops[after - 1] + 1 if after else 0)
-                stops.append(line_stops[reader.line_num - 1])
+                yield after, reader.line_num
+            else:
+                yield after, after
             after = reader.line_num
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{lines.where(after)} is not CSV: {error}") from None
-    return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
 
 
 def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str | None]:
