@@ -210,8 +210,13 @@ def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora, corpus
     def read(index: int) -> Example:
         return _example(rows[index], columns, lookup, name, partial(rows.where, index))
 
+    found, lacking = _survey(rows, name, columns, lookup)
     examples = Rows(len(rows), read, rows.where, files=rows.files, nbytes=rows.nbytes)
-    found = _survey(rows, name, columns, lookup)
+    if len(lacking):
+        notice(f"{name}: {len(lacking)} of {len(rows)} records have no positive, as DPR's may, and are left out")
+        examples = _chosen(examples, np.delete(np.arange(len(rows)), lacking))
+    if not len(examples):
+        raise ValueError(f"{name}: no record has a positive: expected at least one in positive_ctxs")
     return Source(name=name, examples=examples, columns=columns, also=lookup.files, id_texts=found)
 
 
@@ -257,6 +262,15 @@ def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: W
         query_prefix=prompt if prompt is not None or instructions is None else instructions.query_prefix,
         passage_prefix=None if instructions is None else instructions.passage_prefix,
         left_out=len(found["negative"]) - len(negatives),
+    )
+
+
+def _lacks_positive(record: Any, columns: Columns) -> bool:
+    """Return True for a DPR record whose search found no positive: its trainer leaves such records out."""
+    return (
+        isinstance(record, Mapping)
+        and record.get("positive_ctxs") == []
+        and columns.layout(record)["positive"] == ["positive_ctxs"]
     )
 
 
@@ -320,16 +334,19 @@ def _by_id(value: Any, column: str, documents: Documents, corpus: str, where: Wh
         yield passage
 
 
-def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> np.ndarray:
+def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> tuple[np.ndarray, np.ndarray]:
     """Parse every record once: what is broken must not wait for its step of a run, nor what is not read go unnamed.
 
-    Return the ids and the texts that they come with, int64 [n, 2].
+    Return the ids and the texts that they come with, int64 [n, 2], and the rows of records to be left out.
     """
 
     def visit(some: Iterator[tuple[Any, Where]]) -> Arrays:
-        left_out, own, other = 0, array("q"), array("q")
-        for record, where in some:
+        left_out, own, other, lacking, number = 0, array("q"), array("q"), array("q"), -1
+        for number, (record, where) in enumerate(some):
             if lookup.by_id is None and _is_plain(record, columns):
+                continue
+            if _lacks_positive(record, columns):
+                lacking.append(number)
                 continue
             example = _example(record, columns, lookup, name, where)
             left_out += example.left_out > 0
@@ -338,11 +355,14 @@ def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> np
             else:
                 other.extend(id_pairs(example))
         seen = columns.seen()
-        return {"left_out": np.array([left_out]), "columns": seen, "own": distinct(own), "other": distinct(other)}
+        return {
+            "left_out": np.array([left_out]), "columns": seen, "own": distinct(own), "other": distinct(other),
+            "lacking": np.array(lacking, np.int64), "counts": np.array([[number + 1, len(lacking)]]),
+        }  # fmt: skip
 
     if lookup.files is None:  # documents that are no files: nothing can tell whether they are what they were
         rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)
-    found = scanned(rows, "examples", (columns.given, lookup.by_id), visit, also=lookup.files or ())
+    found = scanned(rows, "training examples", (columns.given, lookup.by_id), visit, also=lookup.files or ())
     columns.learn(found["columns"])
     columns.check_given()
     if not len(found["own"]) and not len(found["other"]):  # then corpus_id says nothing, whatever it holds
@@ -354,7 +374,9 @@ def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> np
             "of their positives. Those negatives are left out; mine again with the known positives excluded."
         )
     own = found["own"] ^ np.array([stable_id("corpus", name), 0])
-    return np.concatenate([own, found["other"]])
+    counts, lacking_of_part = found["counts"].T  # of each part that was visited
+    first_of_part = np.cumsum(counts) - counts
+    return np.concatenate([own, found["other"]]), found["lacking"] + np.repeat(first_of_part, lacking_of_part)
 
 
 def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
@@ -363,9 +385,12 @@ def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
         if number is not None and number > len(examples):
             notice(f"{source.name}: num_samples is {number}, but there are {len(examples)}: all are taken")
         return examples
-    chosen = np.array(random.Random(seed).sample(range(len(examples)), number))
+    return _chosen(examples, np.array(random.Random(seed).sample(range(len(examples)), number)))
+
+
+def _chosen(examples: Rows[Example], chosen: np.ndarray) -> Rows[Example]:
     return Rows(
-        number,
+        len(chosen),
         lambda index: examples[int(chosen[index])],
         lambda index: examples.where(int(chosen[index])),
         files=examples.files,

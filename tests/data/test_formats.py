@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inbatch.data import Collator, Example, Passage, load_retrieval, open_corpus, open_examples
+from inbatch.data import Collator, Example, Passage, index, load_retrieval, open_corpus, open_examples
 from inbatch.retrieval.mine import open_mining_set
 from tests.data_files import one_line, texts, tokenize, write_beir, write_corpus_id, write_jsonl
 
@@ -191,6 +191,22 @@ def test_dpr(tmp_path):
     )
     (message,) = said(caught)
     assert "not read: 'dataset', 'answers', 'positive_ctxs.score', 'positive_ctxs.title_score'" in message
+
+
+def test_dpr_records_without_a_positive_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "_PART_BYTES", 1000)
+    path = tmp_path / "nq-train.json"
+    lacking = {**DPR, "positive_ctxs": []}
+    records = [{**(lacking if number % 5 in (0, 3) else DPR), "question": f"q{number}"} for number in range(40)]
+    path.write_text(json.dumps(records))
+    with pytest.warns(UserWarning, match="have no positive") as caught:
+        examples = open_examples(path)
+    assert any("16 of 40 records have no positive, as DPR's may, and are left out" in line for line in said(caught))
+    assert [e.query for e in examples] == [f"q{n}" for n in range(40) if n % 5 not in (0, 3)]
+    assert examples.where(1).endswith("record 3")
+    path.write_text(json.dumps([lacking]))
+    with pytest.raises(ValueError, match=r"nq-train.json: no record has a positive"):
+        open_examples(path)
 
 
 def test_ms_swift(tmp_path):
