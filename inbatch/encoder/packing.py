@@ -10,7 +10,7 @@ H heads, E dimension of a head.
 """
 
 import inspect
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "inbatch_packed"
+# The names that transformers has for where texts begin and how long the longest is.
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Backbones whose packed states equal the padded ones, each held by a test; any other one is tried when it is loaded.
 PACKABLE = ("bert", "llama", "ministral3", "modernbert", "qwen3", "roberta")
 
@@ -33,24 +35,24 @@ def packed_states(
     backbone: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, slots_N: Tensor, **options
 ) -> Tensor:
     """Return the backbone's last states [B, T, D] of the real tokens, 0 at padding; every text needs a real token."""
+    inputs = packed_inputs(mask_BT, slots_N, input_ids=ids_BT, position_ids=positions_BT)
+    states_ND = backbone(**inputs, return_dict=True, **options).last_hidden_state[0]
+    padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, slots_N, states_ND)
+    return padded_MD.unflatten(0, mask_BT.shape)
+
+
+def packed_inputs(mask_BT: Tensor, slots_N: Tensor, **tokens_BT: Tensor) -> dict[str, Any]:
+    """Return what a backbone takes of texts as one sequence: of each tensor the real tokens [1, N], and BOUNDS."""
     starts = pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
     # T instead of the longest text: it only sizes the launch, and asking the device would wait for it.
     longest = mask_BT.shape[1]
-    states_ND = backbone(
-        input_ids=ids_BT.flatten()[slots_N][None],
-        position_ids=positions_BT.flatten()[slots_N][None],
+    return {
+        **{name: value.flatten()[slots_N][None] for name, value in tokens_BT.items()},
         # Never read. transformers passes a mask of four dimensions on; without one it looks for texts in the positions
         # of a causal decoder, and waits for the device to say whether there are several.
-        attention_mask=mask_BT[None, None, :0, :0],
-        cu_seq_lens_q=starts,
-        cu_seq_lens_k=starts,
-        max_length_q=longest,
-        max_length_k=longest,
-        return_dict=True,
-        **options,
-    ).last_hidden_state[0]
-    padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, slots_N, states_ND)
-    return padded_MD.unflatten(0, mask_BT.shape)
+        "attention_mask": mask_BT[None, None, :0, :0],
+        **dict(zip(BOUNDS, (starts, starts, longest, longest), strict=True)),
+    }
 
 
 def wish(packed: bool | None, device: torch.device) -> bool | None:

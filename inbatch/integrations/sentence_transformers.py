@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from inbatch import collectives
 from inbatch.encoder.loading import padding_shifts, position_table
-from inbatch.encoder.packing import enable_packing, token_slots, wish
+from inbatch.encoder.packing import BOUNDS, enable_packing, packed_inputs, token_slots, wish
 from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
 from inbatch.losses import FalseNegatives, InfoNCELoss, Objective
@@ -133,32 +133,20 @@ def _enable_packing(model: SentenceTransformer) -> str | None:
         return f"its padding, on the left, shifts {shifted}"
     problem = enable_packing(first.model)
     if problem is None and first.model_forward_params is not None:
-        first.model_forward_params |= {"position_ids", *_BOUNDS}
+        first.model_forward_params |= {"position_ids", *BOUNDS}
     return problem
-
-
-_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _without_padding(features: Mapping[str, Any], first_position: int) -> dict[str, Any]:
     """Return the features with the real tokens of all texts as one sequence, which their Pooling takes as well."""
     mask_BT = features["attention_mask"] != 0
-    slots_N, longest = token_slots(mask_BT), mask_BT.shape[1]
-    starts = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
     per_token = {
-        name: value.flatten()[slots_N][None]
+        name: value
         for name, value in features.items()
-        if isinstance(value, Tensor) and value.shape == mask_BT.shape
+        if isinstance(value, Tensor) and value.shape == mask_BT.shape and name not in ("attention_mask", "position_ids")
     }
     positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0) + first_position
-    return {
-        **features,
-        **per_token,
-        "position_ids": positions_BT.flatten()[slots_N][None],
-        # Never read. With a mask of four dimensions transformers makes none.
-        "attention_mask": mask_BT[None, None, :0, :0],
-        **dict(zip(_BOUNDS, (starts, starts, longest, longest), strict=True)),
-    }
+    return {**features, **packed_inputs(mask_BT, token_slots(mask_BT), **per_token, position_ids=positions_BT)}
 
 
 def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
