@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCardData
 
+from inbatch.encoder.loading import in_one_line
+
 if TYPE_CHECKING:
     from inbatch.encoder.model import BiEncoderModel
 
@@ -67,5 +69,5 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, messa
         address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, repo_type="model")
     except (OSError, ValueError) as error:
-        raise ValueError(f"the hub takes no {repo_id}: {str(error).splitlines()[0][:300]}") from error
+        raise ValueError(f"the hub takes no {repo_id}: {in_one_line(error)[:300]}") from error
     return str(address)

@@ -19,8 +19,6 @@ from inbatch.encoder.st_folder import UnsupportedError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-BACKENDS = ("auto", "inbatch", "sentence-transformers")
-
 
 def open_encoder(name_or_path: str | Path, *, backend: str = "auto", **options: Any) -> BiEncoderModel:
     """Open a model by its folder or name, with the options of `BiEncoderModel.from_pretrained`.

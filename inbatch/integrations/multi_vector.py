@@ -3,6 +3,7 @@
 Shapes: B rows, N passages of a row (positive first), T token positions, D dimension.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,9 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
         super().__init__()
         if similarity_fct is not None:
             raise ValueError(f"similarity_fct {similarity_fct!r} is not supported: leave it out for MaxSim")
+        for name, given in (("mini_batch_size", mini_batch_size), ("score_mini_batch_size", score_mini_batch_size)):
+            if given is not None:
+                warnings.warn(f"{name} is not used: no grid of token pairs is held", stacklevel=2)
         self.model = model
         self.loss = InfoNCELoss(
             1 / scale if temperature is None else temperature,

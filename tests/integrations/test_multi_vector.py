@@ -38,6 +38,8 @@ def test_value_and_gradient_are_theirs(folder):
     (expected, their_gradient), (value, our_gradient) = results
     assert value == pytest.approx(expected, rel=1e-5)
     assert_equal(our_gradient, their_gradient)
+    with pytest.warns(UserWarning, match="mini_batch_size is not used: no grid"):
+        MultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=8)
     ids = torch.arange(12).reshape(6, 2)
     ids[1, 0] = ids[0, 0]
     loss = MultiVectorMultipleNegativesRankingLoss(model, scale=2.0)
