@@ -38,7 +38,9 @@ def main() -> None:
         errors[name] = max(
             float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, wanted, strict=True)
         )
-        if not errors[name] < (1e-5 if args.dtype == "float32" else 1e-2):
+        exact_enough = errors[name] < (1e-5 if args.dtype == "float32" else 1e-2)
+        assert exact_enough or name != "inbatch", errors[name]
+        if not exact_enough:  # a peer's row is timed all the same, beside its error
             print(f"{name} is off by {errors[name]:.1e}")
     grid_mib = args.queries * args.query_tokens * args.passages * args.passage_tokens * 4 / 2**20
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
