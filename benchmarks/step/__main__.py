@@ -7,9 +7,10 @@
 A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "st-inbatch" (our cached
 loss with their model, as their trainer calls it), "gradcache mini=64"
 (`pip install --no-deps GradCache==0.0.1`; Tevatron's trainer calls the same class), "inbatch", and for inbatch any of
-packed, padded (neither: as its trainer does), compile, liger, ckpt, weights=bf16 (float32 master weights, by FSDP2),
-tokens=N, keep=MIB. Every row trains the same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast
-unless weights=bf16. The last line compares the best row of inbatch with the best of the others.
+packed, padded (neither: as its trainer does), compile (as it does in a long run), liger, ckpt, weights=bf16 (float32
+master weights, by FSDP2), tokens=N, keep=MIB. Every row trains the same model on the same pairs, lengths and fused
+AdamW, in bfloat16 autocast unless weights=bf16. The last line compares the best row of inbatch with the
+best of the others.
 
 The step includes tokenising: ahead in worker processes for every row, but in line for one that says `inline`, as the
 trainer of sentence-transformers does by default. pairs/s is the slower of steps and workers. "share" is 6 operations

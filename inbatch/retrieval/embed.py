@@ -31,7 +31,7 @@ class EmbedOptions:
     max_length: int | None = None
     """tokens a text is cut to; None is the model's limit"""
     batch_tokens: int | None = None
-    """padded tokens of a batch of texts of similar length; None is what fills a GPU, or 16384 elsewhere"""
+    """padded tokens of a batch of texts of similar length; None is 65536 packed on a GPU, else 16384"""
     precision: str = "fp32"
     """"fp32", or "bf16" for autocast"""
     dtype: torch.dtype = torch.float32

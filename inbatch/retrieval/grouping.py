@@ -85,7 +85,7 @@ def _texts(examples: Examples, text) -> Rows[str]:
 
 
 class _Known:
-    """Which examples' documents a query knows: those of equal keys to one of its positives, or of its own query."""
+    """Find the examples whose documents a query knows: of equal keys to one of its positives, or of its own query."""
 
     def __init__(self, examples: Examples):
         source = examples.sources[0]

@@ -77,7 +77,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
-    """What a sample of a source holds. tokens: by side, of each text uncut; shares are of the sample's examples."""
+    """Hold what a sample of a source says. tokens: by side, of each text uncut; shares are of the sample's examples."""
 
     name: str
     examples: int
