@@ -219,11 +219,7 @@ def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
     model = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=packed))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
     if (packed is None or model.backend_because) and collectives.rank() == 0:
-        because = model.backend_because
-        print(
-            f"{name}: {model.way if because is None else f'opened by sentence-transformers: {because}'}",
-            file=sys.stderr,
-        )
+        print(f"{name}: {model.way}", file=sys.stderr)
     return model.to(device).eval()
 
 

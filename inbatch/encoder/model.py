@@ -271,7 +271,7 @@ class BiEncoderModel(nn.Module):
         self._check_length(max_length)
         if not texts:
             return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
-        rows = self._token_ids([prefix + text for text in texts], max_length)
+        rows = self.token_ids([prefix + text for text in texts], max_length)
         # Padded here: transformers takes as long for padding, masks and their tensors as for the tokens.
         lengths_B = torch.tensor([len(row) for row in rows])
         ids_N = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths_B.sum())))
@@ -282,10 +282,11 @@ class BiEncoderModel(nn.Module):
         ids_BT = torch.full(mask_BT.shape, cast(int, self.tokenizer.pad_token_id)).masked_scatter_(mask_BT, ids_N)
         return {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
 
-    def _token_ids(self, texts: list[str], max_length: int | None) -> list[list[int]]:
+    def token_ids(self, texts: list[str], max_length: int | None) -> list[list[int]]:
+        """Return the ids of the tokens of each text, special ones included; max_length None cuts nothing."""
         tokenizer = self.tokenizer
         options = {"truncation": max_length is not None, "max_length": max_length}
-        options |= {"return_attention_mask": False, "return_token_type_ids": False}
+        options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         try:
             if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
                 return tokenizer(texts, **options)["input_ids"]

@@ -113,11 +113,11 @@ class SentenceTransformerEncoder(BiEncoderModel):
     def kind(self) -> str:
         return self.pooling
 
-    def _token_ids(self, texts: list[str], max_length: int | None) -> list[list[int]]:
+    def token_ids(self, texts: list[str], max_length: int | None) -> list[list[int]]:
         if self._static:
             ids = [encoding.ids for encoding in self.tokenizer.core.encode_batch(texts, add_special_tokens=False)]
             return [row[:max_length] for row in ids]
-        return super()._token_ids([text.lower() for text in texts] if self.do_lower_case else texts, max_length)
+        return super().token_ids([text.lower() for text in texts] if self.do_lower_case else texts, max_length)
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Embed a tokenised batch into [B, D], as sentence-transformers' own encode does; see BiEncoderModel."""

@@ -180,9 +180,7 @@ def _source_facts(name: str, examples: Any, collator: Collator, model: BiEncoder
         examples=len(examples),
         sample=len(sample),
         tokens={
-            side: np.array(
-                [len(row) for row in model.tokenizer([prefixes[side] + t for t in some], verbose=False)["input_ids"]]
-            )
+            side: np.array([len(row) for row in model.token_ids([prefixes[side] + t for t in some], None)])
             for side, some in texts.items()
         },
         limits={"query": collator.query_max_len, "passage": collator.passage_max_len},
@@ -272,7 +270,8 @@ def _memory(config: Config, towers: Sequence[BiEncoderModel], first: FirstBatch,
     trained = sum(p.numel() for tower in towers for p in tower.parameters() if p.requires_grad)
     parts = ranks if config.train.parallel == "fsdp2" else 1
     texts = sum(first.passages) + sum(first.queries) if config.loss.negatives == "gather" else first.passages[0] * 2
-    shape = towers[0].backbone.config
+    shape = getattr(towers[0].backbone, "config", None)
+    width, layers = getattr(shape, "hidden_size", 0), getattr(shape, "num_hidden_layers", 0)  # 0: no transformer
     budget = config.train.micro_batch_tokens
     tokens = first.tokens if budget is None else min(first.tokens, 16384 if budget == "auto" else budget)
     # About 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al. 2022), attention's matrix apart.
@@ -282,7 +281,7 @@ def _memory(config: Config, towers: Sequence[BiEncoderModel], first: FirstBatch,
         "weights": 4 * weights / parts / GIB,
         "gradients and AdamW": 12 * trained / parts / GIB,
         "embeddings": 8 * texts * towers[0].embedding_dim / GIB,
-        "activations": wide * kept * shape.hidden_size * shape.num_hidden_layers / GIB,
+        "activations": wide * kept * width * layers / GIB,
     }
 
 

@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 from inbatch import BiEncoderModel, cli
 from inbatch.encoder.sentence_transformer import SentenceTransformerEncoder, open_encoder
+from inbatch.train.check import check
 from inbatch.train.loop import train
 from inbatch.train.run_folder import read_metrics
 from tests.helpers import device
@@ -106,3 +107,6 @@ def test_what_is_chosen_and_what_is_refused(folder, saved, tmp_path):  # noqa: F
     theirs[1].include_prompt = False
     with pytest.raises(ValueError, match="leaves out prompts"):
         SentenceTransformerEncoder(theirs)
+    checked = check(make_config(folder, tmp_path / "check", model={"name_or_path": str(saved["static"])}))
+    assert checked.memory["activations"] == 0
+    assert checked.sources[0].tokens["query"].min() > 0
