@@ -98,21 +98,25 @@ class Grid:
         mib = _CHUNK_MIB.get(device.type, _CHUNK_MIB["cpu"]) if chunk_mib is None else chunk_mib
         self._elements = int(mib * 2**20 / self.dtype.itemsize)
 
-    def scores(self, passages_mD: Tensor, lengths_C: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, passages_mD: Tensor, lengths_C: Tensor, *, keep_places: bool = True) -> tuple[Tensor, Tensor]:
         """Return the scores [B, C], and for each query token and passage the place of the maximum in it, int [n, C]."""
         num_tokens, num_passages = len(self.queries_nD), len(lengths_C)
         scores_BC = self.queries_nD.new_zeros(len(self.lengths), num_passages, dtype=self.dtype)
         longest = int(lengths_C.max()) if num_passages else 0
         place_dtype = torch.int16 if longest < 2**15 else torch.int32
-        places_nC = torch.empty(num_tokens, num_passages, dtype=place_dtype, device=self.queries_nD.device)
+        shape = (num_tokens if keep_places else 0, num_passages)
+        places_nC = torch.empty(shape, dtype=place_dtype, device=self.queries_nD.device)
         for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C):
             passages_D = passages_mD[tokens_cT.flatten()].to(self.dtype)
             for rows, tokens in self._query_chunks(tokens_cT.numel()):
                 grid_tcT = (self.queries_nD[tokens].to(self.dtype) @ passages_D.T).view(-1, *tokens_cT.shape)
                 if missing_cT is not None:
                     grid_tcT.masked_fill_(missing_cT, -torch.inf)
-                best_tc, place_tc = grid_tcT.max(2)
-                places_nC[tokens, columns_c] = place_tc.to(place_dtype)
+                if keep_places:
+                    best_tc, place_tc = grid_tcT.max(2)
+                    places_nC[tokens, columns_c] = place_tc.to(place_dtype)
+                else:
+                    best_tc = grid_tcT.amax(2)
                 scores_BC[rows, columns_c] = self._summed(best_tc, rows, tokens)
         return scores_BC.mul_(self.factor_B[:, None]), places_nC
 

@@ -10,6 +10,8 @@ score's bits above the index's, so that the best documents are the largest keys 
 Shapes: Q queries, N documents of this rank, C documents in a block, P pairs of a query and a document, D dimension.
 """
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +54,7 @@ def top_k(
     norms_N = norms_Q = torch.empty(0)
     if error is None:
         norms_N, norms_Q = (_norms(rows, document_chunk, queries.device) for rows in (documents, queries))
-        error = _unusable(norms_N, norms_Q)
+        error = unusable("top_k", {"documents": norms_N, "queries": norms_Q})
     fields, same = {}, {}
     if error is None:  # else they may not be tensors
         # Documents never travel, so they may be where the group does not communicate: agree on a view without columns.
@@ -69,12 +71,8 @@ def top_k(
         cosine=similarity == "cosine",
         chunk=document_chunk,
     )
-    exclude_E2 = queries.new_empty(0, 2, dtype=torch.int64) if exclude is None else exclude.to(queries.device)
-    k = min(k, sum(rows))
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        keys_Qk = _best_keys(queries, norms_Q, shard, k, exclude_E2, query_chunk)
-        every_Qk = collectives.all_gather(keys_Qk, group, rows=[len(queries)] * len(rows))
-        return _decoded(torch.cat(every_Qk.split(max(1, len(queries))), dim=1).topk(k).values)
+    tiles = _tiles(queries, norms_Q, shard, query_chunk)
+    return best_of(tiles, len(queries), min(k, sum(rows)), exclude, queries.device, group)
 
 
 @torch.no_grad()
@@ -115,21 +113,62 @@ def _norms(rows_ND: Tensor, chunk: int, device: torch.device) -> Tensor:
     return torch.cat([empty, *(block.to(device).double().norm(dim=1) for block in rows_ND.split(chunk) if len(block))])
 
 
-def _unusable(norms_N: Tensor, norms_Q: Tensor) -> str | None:
-    for name, norms in (("documents", norms_N), ("queries", norms_Q)):
+def unusable(what: str, norms: dict[str, Tensor]) -> str | None:
+    """Return the first mistake in the vectors of documents and queries, of which `norms` are the lengths, in words."""
+    for name, norms_N in norms.items():
         # isfinite of the norm and not of the elements: one pass serves both, and needs no mask of the matrix's size.
-        bad = (~norms.isfinite()).nonzero()
+        bad = (~norms_N.isfinite()).nonzero()
         if len(bad):
             return (
-                f"top_k: {len(bad)} of {len(norms)} {name} on this rank hold NaN or infinity, the first in row "
+                f"{what}: {len(bad)} of {len(norms_N)} {name} on this rank hold NaN or infinity, the first in row "
                 f"{int(bad[0])}; expected finite embeddings: look at the model (did the training diverge?)"
             )
-    if len(norms_N) and len(norms_Q) and float(norms_N.max() * norms_Q.max()) > torch.finfo(torch.float32).max / 2:
+    longest = {name: float(norms_N.max()) for name, norms_N in norms.items() if len(norms_N)}
+    if len(longest) == len(norms) and math.prod(longest.values()) > torch.finfo(torch.float32).max / 2:
+        lengths = " and ".join(f"{length:.1e} ({name})" for name, length in longest.items())
         return (
-            f"top_k: embeddings are as long as {float(norms_Q.max()):.1e} (queries) and {float(norms_N.max()):.1e} "
-            "(documents), so scores would overflow float32; expected smaller vectors, or scale them"
+            f"{what}: embeddings are as long as {lengths}, so scores would overflow float32; expected smaller vectors, "
+            "or scale them"
         )
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Rough scores of some queries for a block of documents, and the way to their exact scores."""
+
+    rows: slice  # of the queries
+    start: int  # global index of the block's first document
+    rough_QC: Tensor  # float32; it is written to
+    error_Q: Tensor  # bound on |rough score - score|
+    exact: Callable[[Tensor, Tensor], Tensor]  # rows and columns [P] of pairs of the tile -> scores [P]
+
+
+@torch.no_grad()
+def best_of(
+    tiles: Iterable[Tile], num_queries: int, k: int, exclude: Tensor | None, device: torch.device, group
+) -> tuple[Tensor, Tensor]:
+    """Return the scores and indices [Q, k] of the best documents in the tiles of all ranks, as `top_k` does."""
+    exclude_E2 = torch.empty(0, 2, dtype=torch.int64) if exclude is None else exclude
+    with torch.autocast(device.type, enabled=False):
+        keys_Qk = _best_keys(tiles, num_queries, k, exclude_E2.to(device))
+        every_Qk = collectives.all_gather(keys_Qk, group, rows=[num_queries] * collectives.world_size(group))
+        return _decoded(torch.cat(every_Qk.split(max(1, num_queries)), dim=1).topk(k).values)
+
+
+def _best_keys(tiles: Iterable[Tile], num_queries: int, k: int, exclude_E2: Tensor) -> Tensor:
+    """Return the keys [Q, k] of this rank's best documents in falling order; _keys(-inf, -1) where it has fewer."""
+    device = exclude_E2.device
+    best_Qk = _keys(torch.full((num_queries, k), -torch.inf, device=device), torch.tensor(-1, device=device))
+    for tile in tiles:
+        some, rough_QC = tile.rows, tile.rough_QC
+        inside_E2 = exclude_E2 - exclude_E2.new_tensor([some.start, tile.start])
+        inside_E2 = inside_E2[((inside_E2 >= 0) & (inside_E2 < exclude_E2.new_tensor(rough_QC.shape))).all(1)]
+        rough_QC[inside_E2[:, 0], inside_E2[:, 1]] = -torch.inf
+        rows_P, columns_P = _candidates(rough_QC, _decoded(best_Qk[some, -1])[0], tile.error_Q, k)
+        keys_P = _keys(tile.exact(rows_P, columns_P).float(), columns_P + tile.start)
+        best_Qk[some] = _merged(best_Qk[some], rows_P, keys_P)
+    return best_Qk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,30 +180,26 @@ class _Shard:
     chunk: int
 
 
-def _best_keys(
-    queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, k: int, exclude_E2: Tensor, query_chunk: int
-) -> Tensor:
-    """Return the keys [Q, k] of this rank's best documents in falling order; _keys(-inf, -1) where it has fewer."""
-    device = queries_QD.device
-    best_Qk = _keys(torch.full((len(queries_QD), k), -torch.inf, device=device), torch.tensor(-1, device=device))
+@torch.no_grad()
+def _tiles(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, query_chunk: int) -> Iterator[Tile]:
     rough_QD = _rough(queries_QD, norms_Q, shard.cosine)
     for first in range(0, len(shard.documents), shard.chunk):
-        start, norms_C = first + shard.offset, shard.norms_N[first : first + shard.chunk]
-        block_CD = shard.documents[first : first + shard.chunk].to(device)
+        norms_C = shard.norms_N[first : first + shard.chunk]
+        block_CD = shard.documents[first : first + shard.chunk].to(queries_QD.device)
         rough_CD = _rough(block_CD, norms_C, shard.cosine)
-        error_Q = _rough_error(norms_Q, norms_C, shard.cosine, queries_QD.shape[1])
+        if shard.cosine:
+            error_Q = torch.full_like(norms_Q, _relative_error(queries_QD.shape[1])).float()
+        else:
+            error_Q = product_error(norms_Q, norms_C.max(), queries_QD.shape[1])
         for row in range(0, len(queries_QD), query_chunk):
             some = slice(row, row + query_chunk)
+
+            def exact(rows_P: Tensor, columns_P: Tensor, some=some, block_CD=block_CD, norms_C=norms_C) -> Tensor:
+                scores_P = _products(queries_QD[some], block_CD, rows_P, columns_P)
+                return scores_P * _inverse(norms_Q[some][rows_P] * norms_C[columns_P]) if shard.cosine else scores_P
+
             rough_QC = rough_QD[some] @ rough_CD.T
-            inside_E2 = exclude_E2 - exclude_E2.new_tensor([row, start])
-            inside_E2 = inside_E2[((inside_E2 >= 0) & (inside_E2 < exclude_E2.new_tensor(rough_QC.shape))).all(1)]
-            rough_QC[inside_E2[:, 0], inside_E2[:, 1]] = -torch.inf
-            rows_P, columns_P = _candidates(rough_QC, _decoded(best_Qk[some, -1])[0], error_Q[some], k)
-            scores_P = _products(queries_QD[some], block_CD, rows_P, columns_P)
-            if shard.cosine:
-                scores_P *= _inverse(norms_Q[some][rows_P] * norms_C[columns_P])
-            best_Qk[some] = _merged(best_Qk[some], rows_P, _keys(scores_P.float(), columns_P + start))
-    return best_Qk
+            yield Tile(rows=some, start=first + shard.offset, rough_QC=rough_QC, error_Q=error_Q[some], exact=exact)
 
 
 def _rough(rows_ND: Tensor, norms_N: Tensor, cosine: bool) -> Tensor:
@@ -175,8 +210,13 @@ def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms.reciprocal(), 0.0)
 
 
-def _rough_error(norms_Q: Tensor, norms_C: Tensor, cosine: bool, dimension: int) -> Tensor:
-    """Return a bound [Q] on |rough score - score| in a block.
+def product_error(norms_Q: Tensor, longest: Tensor, terms: int) -> Tensor:
+    """Return a bound [Q] on |rough score - score|, for documents as long as `longest` and sums of so many terms."""
+    return (_relative_error(terms) * norms_Q * longest + terms * 2.0**-126 * (1 + norms_Q + longest)).float()
+
+
+def _relative_error(terms: int) -> float:
+    """Return a bound on the error of a sum of products of factors of length 1.
 
     A float32 sum of D products, in any order, is within D 2^-24 |q| |d| of the true one; twice that, and some, covers
     the roundings of the factors and of the score too. Torch may be set to round the factors to bfloat16 first: 2^-8.
@@ -185,11 +225,7 @@ def _rough_error(norms_Q: Tensor, norms_C: Tensor, cosine: bool, dimension: int)
         coarse = torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # set for each backend
         coarse = True
-    relative = (dimension + 8) * 2.0**-23 + (1.01 * 2.0**-8 if coarse else 0.0)
-    if cosine:
-        return torch.full_like(norms_Q, relative).float()
-    longest = norms_C.max()
-    return (relative * norms_Q * longest + dimension * 2.0**-126 * (1 + norms_Q + longest)).float()
+    return (terms + 8) * 2.0**-23 + (1.01 * 2.0**-8 if coarse else 0.0)
 
 
 def _candidates(rough_QC: Tensor, floor_Q: Tensor, error_Q: Tensor, k: int) -> tuple[Tensor, Tensor]:
