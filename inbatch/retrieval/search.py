@@ -45,7 +45,7 @@ def top_k(
 
     Returns (scores [Q, k] float32, indices [Q, k] int64) on the queries' device, the same on every rank, for any split
     and any chunks; min(k, all documents) columns. A query to which exclusion leaves fewer ends in (-inf, -1).
-    document_chunk: None is 65536 on a GPU, where a block's launches take as long as its products else, and 16384 on a CPU.
+    document_chunk: None is 65536 on a GPU, where launches take as long as the products of fewer, 16384 on a CPU.
     Memory beyond the inputs: about 32 * query_chunk * document_chunk bytes, and 8 * Q * k for each rank. No gradient.
 
     Raises ValueError, on every rank, for what is no float matrix, k < 1, no documents at all, NaN or infinity in an
