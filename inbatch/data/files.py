@@ -43,13 +43,11 @@ def publish(path: Path) -> None:
     filled = partial(path)
     for part in [*sorted(filled.rglob("*")), filled]:
         sync(part)
-    both_folders = path.is_dir() and filled.is_dir()
-    if both_folders:  # which a rename does not replace, unless the old one is empty
+    if path.is_dir() and filled.is_dir():  # which a rename does not replace, unless the old one is empty
         _set_aside(path)
     filled.replace(path)
     sync(path.parent)
-    if both_folders:
-        remove(_aside(path))
+    remove(_aside(path))  # also one of a process that was killed in between
 
 
 def remove(path: Path) -> None:

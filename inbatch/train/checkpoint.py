@@ -125,11 +125,15 @@ def save(
         for s, old in list_checkpoints(folder):
             if s not in kept:
                 remove(old)
-        for left in Path(folder).glob(".step-*.old"):  # by a process that was killed while it removed one
-            remove(left)
 
     on_rank_0(finish)
     return path
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a process that was killed left of checkpoints that it was writing or removing; rank 0 calls it."""
+    for left in Path(folder).glob(".step-*"):
+        remove(left)
 
 
 def _share(tensors: Mapping[str, _Local]) -> dict[str, _Local]:

@@ -25,6 +25,7 @@ from inbatch.train import checkpoint
 from inbatch.train.boards import check_loggers
 from inbatch.train.config import Config, EvalConfig, LossConfig, TrainSource
 from inbatch.train.optim import build_optimizer
+from inbatch.train.parallel import on_rank_0
 from inbatch.train.report import NoReport, OnFigures, Report
 from inbatch.train.run_folder import RunFolder
 from inbatch.train.same import check_data, check_towers
@@ -98,6 +99,7 @@ def set_up(
     plan = plan_mixture(config, examples)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
+    on_rank_0(lambda: checkpoint.sweep(folder.checkpoints))
     if is_finished(folder, config.eval, total_steps, can_go_on=newest is not None):
         return None
     if newest is not None:

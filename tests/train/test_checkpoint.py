@@ -136,6 +136,10 @@ def test_killed_while_writing_is_not_seen(tmp_path):
     assert killed.returncode == -9
     assert (tmp_path / ".step-00000009.partial" / "half").exists()
     assert checkpoint.newest_whole(tmp_path) == (5, tmp_path / "step-00000005")
+    for half in (".step-00000003.old", ".step-00000007.partial", ".step-00000009.old"):
+        (tmp_path / half).mkdir()
     _save(tmp_path, 9)
     assert checkpoint.newest_whole(tmp_path) == (9, tmp_path / "step-00000009")
-    assert not (tmp_path / ".step-00000009.partial").exists()
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".step-00000003.old", ".step-00000007.partial"]
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000009"]
