@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses.gathered import Softmax
@@ -64,8 +65,10 @@ def multi_vector(queries: Tokens, passages: Tokens, problem: Problem) -> Tensor:
     everyone = queries
     positives = _some(passages, own) if query_columns else passages
     if gathers:
-        passages = _gathered(passages, counts, group)
-        everyone = _gathered(queries, _by_rank(queries, problem, of_queries=True), group) if query_columns else queries
+        passages = gathered_texts(passages, counts, group)
+        everyone = (
+            gathered_texts(queries, _by_rank(queries, problem, of_queries=True), group) if query_columns else queries
+        )
 
     def scores(rows: Tokens, columns: Tokens) -> Tensor:
         if problem.kernels is None:
@@ -157,7 +160,8 @@ def _by_rank(texts: Tokens, problem: Problem, *, of_queries: bool = False) -> li
     return list(collectives.gather_rows(texts.lengths, counts, problem.group).split(counts))
 
 
-def _gathered(texts: Tokens, lengths: list[Tensor], group) -> Tokens:
+def gathered_texts(texts: Tokens, lengths: list[Tensor], group: ProcessGroup | None) -> Tokens:
+    """Return the texts of all ranks, with gradient; only real tokens travel. lengths: of the texts, by rank."""
     tokens = torch.stack([each.sum() for each in lengths]).tolist()
     return Tokens(collectives.all_gather(texts.vectors, group, rows=tokens), torch.cat(lengths))
 

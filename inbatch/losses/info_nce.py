@@ -122,7 +122,7 @@ def info_nce(
     )
     kernels, error = (
         None,
-        _find_error(queries, passages, asked, {"query_mask": query_mask, "passage_mask": passage_mask}),
+        find_error(queries, passages, asked, {"query_mask": query_mask, "passage_mask": passage_mask}),
     )
     if error is None:
         kernels, error = _choose(impl, queries)
@@ -267,7 +267,7 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
 # ---- checks
 
 
-def _find_error(queries: Tensor, passages: Tensor, asked: Problem, masks: dict[str, Any]) -> str | None:
+def find_error(queries: Tensor, passages: Tensor, asked: Problem, masks: dict[str, Any]) -> str | None:
     """Return the first mistake in this rank's arguments, in words; None if there is none."""
     return (
         _wrong_embeddings(queries, passages)
@@ -284,17 +284,17 @@ def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
         if not isinstance(tensor, Tensor) or tensor.ndim not in (2, 3) or tensor.dtype not in DTYPES:
             return (
                 f"{name} must be a floating-point tensor [rows, dimension] of float16, bfloat16, float32 or float64 "
-                f"(late interaction: [rows, tokens, dimension]), got {_describe(tensor)}"
+                f"(late interaction: [rows, tokens, dimension]), got {describe(tensor)}"
             )
     if queries.ndim != passages.ndim:
         return (
             "queries and passages must both be one vector a text, or both several, got "
-            f"{_describe(queries)} and {_describe(passages)}"
+            f"{describe(queries)} and {describe(passages)}"
         )
     if queries.shape[-1] != passages.shape[-1] or queries.dtype != passages.dtype or queries.device != passages.device:
         return (
             "queries and passages must have the same dimension, dtype and device, got "
-            f"{_describe(queries)} on {queries.device} and {_describe(passages)} on {passages.device}"
+            f"{describe(queries)} on {queries.device} and {describe(passages)} on {passages.device}"
         )
     return None
 
@@ -305,11 +305,11 @@ def _wrong_tokens(queries: Tensor, passages: Tensor, asked: Problem, masks: dict
     for (name, mask), vectors in zip(masks.items(), (queries, passages), strict=True):
         if vectors.ndim == 2:
             if mask is not None:
-                return f"{name} is for late interaction; these embeddings are one vector a text, {_describe(vectors)}"
+                return f"{name} is for late interaction; these embeddings are one vector a text, {describe(vectors)}"
             continue
         expected = list(vectors.shape[:2])
         if mask is not None and not (isinstance(mask, Tensor) and list(mask.shape) == expected):
-            return f"{name} must be a tensor {expected}, not 0 where a token is real, got {_describe(mask)}"
+            return f"{name} must be a tensor {expected}, not 0 where a token is real, got {describe(mask)}"
         empty = vectors.new_ones(expected[0]) * (expected[1] == 0) if mask is None else (mask == 0).all(1)
         if empty.any():
             return (
@@ -335,7 +335,7 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
         return None
     if not isinstance(positives, Tensor) or positives.dtype != torch.int64 or positives.shape != (num_queries,):
         return (
-            f"positives must be an int64 tensor [{num_queries}], one column for each query, got {_describe(positives)}"
+            f"positives must be an int64 tensor [{num_queries}], one column for each query, got {describe(positives)}"
         )
     if num_queries == 0:
         return None
@@ -359,7 +359,7 @@ _LEAST_TEMPERATURE = 1e-30  # whose inverse is a float32
 def _wrong_temperature(temperature: Any) -> str | None:
     if isinstance(temperature, Tensor):
         if temperature.ndim or temperature.dtype not in DTYPES:
-            return f"temperature must be a float or a 0-d floating-point tensor, got {_describe(temperature)}"
+            return f"temperature must be a float or a 0-d floating-point tensor, got {describe(temperature)}"
         if temperature.is_meta:
             return "temperature is on the meta device, where it has no value: pass a float or move it to the embeddings"
         if temperature.is_cuda:
@@ -372,7 +372,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
 
 def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
     if not isinstance(ids, FalseNegatives):
-        return f"false_negatives must be FalseNegatives(...), got {_describe(ids)}"
+        return f"false_negatives must be FalseNegatives(...), got {describe(ids)}"
     expected = (
         ("passage_ids", ids.passage_ids, (num_passages,), f"[{num_passages}], one for each local passage"),
         ("query_ids", ids.query_ids, (num_queries,), f"[{num_queries}], one for each local query"),
@@ -383,13 +383,11 @@ def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
             continue
         fits = isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.ndim == len(shape)
         if not fits or any(size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)):
-            return f"FalseNegatives.{name} must be an int64 tensor {words}, got {_describe(tensor)}"
+            return f"FalseNegatives.{name} must be an int64 tensor {words}, got {describe(tensor)}"
     if ids.positive_ids is not None and ids.passage_ids is None:
         return "FalseNegatives.positive_ids needs passage_ids, the ids of the passages that they are compared with"
     if ids.margin is not None and not (isinstance(ids.margin, Real) and math.isfinite(ids.margin)):
-        return (
-            f"FalseNegatives.margin must be a finite number in the units of q.p, or None, got {_describe(ids.margin)}"
-        )
+        return f"FalseNegatives.margin must be a finite number in the units of q.p, or None, got {describe(ids.margin)}"
     return _wrong_groups(ids, num_queries)
 
 
@@ -403,11 +401,11 @@ def _wrong_groups(ids: FalseNegatives, num_queries: int) -> str | None:
     if not right:
         return (
             f"FalseNegatives.candidates must be {one_of(CANDIDATES)}, or int64 [{num_queries}] of their places 0 to "
-            f"{len(CANDIDATES) - 1}, got {_describe(candidates)}"
+            f"{len(CANDIDATES) - 1}, got {describe(candidates)}"
         )
     by_row = isinstance(masked, Tensor) and masked.dtype == torch.bool and masked.shape == (num_queries,)
     if not by_row and not isinstance(masked, bool):
-        return f"FalseNegatives.mask_own_negatives must be a bool, or bool [{num_queries}], got {_describe(masked)}"
+        return f"FalseNegatives.mask_own_negatives must be a bool, or bool [{num_queries}], got {describe(masked)}"
     return None
 
 
@@ -415,7 +413,7 @@ def _wrong_options(asked: Problem, dim: int, num_queries: int) -> str | None:
     if asked.negatives not in NEGATIVES:
         return f"negatives must be {one_of(NEGATIVES)}, got {asked.negatives!r}"
     if not isinstance(asked.objective, Objective):
-        return f"objective must be an Objective(...) or None, got {_describe(asked.objective)}"
+        return f"objective must be an Objective(...) or None, got {describe(asked.objective)}"
     longest = max(asked.objective.matryoshka_dims or (0,))
     if longest > dim:
         return f"matryoshka_dims must not exceed the embeddings' dimension {dim}, got {asked.objective.matryoshka_dims}"
@@ -423,14 +421,14 @@ def _wrong_options(asked: Problem, dim: int, num_queries: int) -> str | None:
     if chunk_mib is not None and not (isinstance(chunk_mib, (int, float)) and 0 < chunk_mib < math.inf):
         return f"chunk_mib must be a positive number of MiB, or None for the default, got {chunk_mib!r}"
     if asked.stats is not None and not isinstance(asked.stats, LossStats):
-        return f"stats must be a LossStats() or None, got {_describe(asked.stats)}"
+        return f"stats must be a LossStats() or None, got {describe(asked.stats)}"
     weights = asked.weights
     if weights is not None:
         fits = isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == (num_queries,)
         if not fits or weights.requires_grad or not ((weights >= 0) & weights.isfinite()).all():
             return (
                 f"weights must be floating-point [{num_queries}], one for each query, finite, not negative and not "
-                f"requiring grad, got {_describe(weights)}"
+                f"requiring grad, got {describe(weights)}"
             )
     return None
 
@@ -441,7 +439,8 @@ def one_of(choices: tuple[str, ...]) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return shape and dtype of a tensor, or type and value of anything else, for messages."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"{type(value).__name__} {value!r}"[:80]

@@ -25,7 +25,6 @@ _KILLED = -signal.SIGKILL
 
 def _train(config: Config) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    tqdm.set_lock(threading.RLock())  # the default one is shared by forks, and a killed one may hold it
     train(config)
 
 
@@ -53,6 +52,9 @@ def result(config: Config) -> dict[str, bytes]:
 
 def kill(root: Path, kills: int, seed: int = 0) -> int:
     """Kill `kills` times, spread over as many runs as that takes, and return how many runs ended with equal bytes."""
+    # Before the first bar, since classes made of tqdm take the one that is there: the default one is shared by forks,
+    # and a killed one may hold it.
+    tqdm.set_lock(threading.RLock())
     chance = random.Random(seed)
     folder = write_folder(root)
     settings = {"train": {"max_steps": STEPS}, "checkpoint": {"every_steps": 3}, "eval": {"data": str(folder / "beir")}}
