@@ -1,5 +1,6 @@
 """From examples to the tensors of a training batch.  (B queries, M passages, K known positives)"""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -24,7 +25,8 @@ class Collator:
     are "title text" behind ``passage_prefix``, unless the example brings a prefix of its own and ``instructions`` heeds
     it; lengths are in tokens. Ids are keys of texts, or what ``same`` (see ``identity.merged``) gives for them.
     ``negatives`` and ``mask_own_negatives`` say which passages the queries are compared with, as in
-    ``FalseNegatives``; ``loss_weight`` multiplies their losses.
+    ``FalseNegatives``; ``loss_weight`` multiplies their losses. ``teacher_scores`` are
+    put into the batch where asked for.
 
     ``tokenize(texts, max_length)`` returns padded int64 tensors ``[len(texts), T]``. No examples give tensors of 0
     rows under the same names.
@@ -42,6 +44,7 @@ class Collator:
     negatives: str = "all"
     mask_own_negatives: bool = True
     loss_weight: float = 1.0
+    teacher_scores: bool = False
     same: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -59,13 +62,18 @@ class Collator:
 
     def passages(self, example: Example, epoch: int) -> list[Passage]:
         """Return the passages that the example brings in this epoch, its positive first."""
-        positives, negatives = example.positives, example.negatives
-        wanted = len(negatives) if self.train_n_passages is None else self.train_n_passages - 1
+        known = (*example.positives, *example.negatives)
+        return [known[place] for place in self.chosen(example, epoch)]
+
+    def chosen(self, example: Example, epoch: int) -> list[int]:
+        """Return the places of `passages` among the example's positives, then negatives."""
+        first, number = len(example.positives), len(example.negatives)
+        wanted = number if self.train_n_passages is None else self.train_n_passages - 1
         if not self.rotate_passages:
-            return [positives[0], *(negatives[i % len(negatives)] for i in range(wanted if negatives else 0))]
+            return [0, *(first + i % number for i in range(wanted if number else 0))]
         # A window that moves on by its own width each epoch, so that every negative gets its turn.
-        taken = [negatives[(epoch * wanted + i) % len(negatives)] for i in range(min(wanted, len(negatives)))]
-        return [positives[epoch % len(positives)], *taken]
+        taken = [first + (epoch * wanted + i) % number for i in range(min(wanted, number))]
+        return [epoch % first, *taken]
 
     def prefixed(self, given: str | None, usual: str) -> str:
         """Return the prefix of a text: what the example brings, or the usual one."""
@@ -110,7 +118,18 @@ def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[
         weights=torch.tensor([float(one.loss_weight) for one, _, _ in drawn])
         if any(one.loss_weight != 1 for one in collators)
         else None,
+        teacher_scores=_scores(drawn, max(sizes.tolist())) if first.teacher_scores else None,
     )
+
+
+def _scores(drawn: Sequence[tuple[Collator, Example, int]], width: int) -> Tensor:
+    """Return the teacher's scores of the passages of each query [B, G], NaN where there are none."""
+    scores_BG = torch.full((len(drawn), width), math.nan)
+    for row_G, (one, example, epoch) in zip(scores_BG, drawn, strict=True):
+        if example.scores:
+            chosen = [example.scores[place] for place in one.chosen(example, epoch)]
+            row_G[: len(chosen)] = torch.tensor(chosen)
+    return scores_BG
 
 
 def _int64(values: list) -> Tensor:

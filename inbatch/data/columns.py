@@ -30,6 +30,10 @@ EXAMPLE: Roles = {
         f"{_NEGATIVE}|(bm25|dense|random|easy)_{_NEGATIVE}|rejected_(response|messages)",
     ),
     "negative_ids": (f"(hard_)?neg(ative)?_(({_DOCS})_?)?ids?",),
+    # A teacher's, of the positives and the negatives: FlagEmbedding's lists, or one list of both.
+    "positive_scores": ("pos(itive)?s?_scores",),
+    "negative_scores": ("(hard_)?neg(ative)?s?_scores",),
+    "scores": ("(teacher_)?scores?|labels?",),
     "prompt": ("prompt",),
     "corpus": ("corpus_id",),
 }

@@ -35,6 +35,7 @@ from inbatch.data.records import Example, Passage
 from inbatch.data.tables import find_files, find_part, name_of, open_json, open_table, suffix
 from inbatch.ids import stable_id
 
+_SCORES = ("positive_scores", "negative_scores", "scores")
 SETTINGS = ("path", "num_samples", "split", "columns", "corpus")
 
 
@@ -252,7 +253,12 @@ def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: W
             f"{where()}: the record has no positive: its {positive!r} is missing or empty. Expected at least one: "
             "complete the record or delete it."
         )
+    scores = _scores(record, full, found, columns, where)
     negatives = without_positives(found["positive"], found["negative"])
+    if scores and len(negatives) < len(found["negative"]):
+        kept, of_positives = set(negatives), len(found["positive"])
+        others = zip(found["negative"], scores[of_positives:], strict=True)
+        scores = [*scores[:of_positives], *(score for passage, score in others if passage in kept)]
     return Example(
         query=query,
         query_id=query_id,
@@ -261,8 +267,43 @@ def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: W
         corpus=corpus or name,
         query_prefix=prompt if prompt is not None or instructions is None else instructions.query_prefix,
         passage_prefix=None if instructions is None else instructions.passage_prefix,
+        scores=tuple(scores),
         left_out=len(found["negative"]) - len(negatives),
     )
+
+
+def _scores(
+    record: Mapping, full: Mapping, found: Mapping[str, list[Passage]], columns: Columns, where: Where
+) -> list[float]:
+    """Return a teacher's scores of the positives, then of the negatives; where some lack none, and a note of it.
+
+    A list of labels may hold the margins between the positive's score and the negatives' instead: to a softmax over
+    the scores they are the same.
+    """
+    positives, negatives = (len(found[role]) for role in ("positive", "negative"))
+    names = {role: full[role][0] for role in _SCORES if full[role]}
+    of_positives, of_negatives, of_both = (_numbers(record.get(names.get(role))) for role in _SCORES)
+    if len(of_both) == positives + negatives:
+        columns.leave([name for role, name in names.items() if role != "scores"])
+        return of_both
+    if of_both and (positives, negatives) == (1, len(of_both)):
+        return [0.0, *(-margin for margin in of_both)]
+    fits = (len(of_positives), len(of_negatives)) == (positives, negatives)
+    for role, name in names.items():
+        if name in columns.given.get(role, ()) and not fits:
+            raise ValueError(
+                f"{where()}: expected in {name!r} a finite number for each passage, of {positives} positives and "
+                f"{negatives} negatives, found {show(record[name])}"
+            )
+    columns.leave([name for role, name in names.items() if role == "scores" or not fits])
+    return [*of_positives, *of_negatives] if fits else []
+
+
+def _numbers(value: Any) -> list[float]:
+    """Return the numbers of a list that are finite in float32; none for anything else."""
+    if type(value) is not list or not set(map(type, value)) <= {int, float}:
+        return []
+    return list(map(float, value)) if all(abs(number) < 1e30 for number in value) else []
 
 
 def _lacks_positive(record: Any, columns: Columns) -> bool:
@@ -287,7 +328,7 @@ def _is_plain(record: Any, columns: Columns) -> bool:
         len(queries) == len(positives) == 1 >= len(negatives)
         and columns.given.get("query", queries) == queries
         and columns.given.get("positive", positives) == positives
-        and not any(layout[role] for role in ("query_id", "positive_ids", "negative_ids", "corpus", "label"))
+        and not any(layout[role] for role in ("query_id", "positive_ids", "negative_ids", "corpus", "label", "scores"))
     ):
         return False
     for column in layout["prompt"]:
@@ -296,6 +337,9 @@ def _is_plain(record: Any, columns: Columns) -> bool:
     query, texts = record[queries[0]], _texts(record[positives[0]])
     others = _texts(record[negatives[0]]) if negatives else []
     if not texts or others is None or type(query) is not str or not query.strip():
+        return False
+    scores = [len(_numbers(record[column])) for role in _SCORES for column in layout[role]]
+    if scores and scores != [len(texts), len(others)]:
         return False
     return not others or apart(texts, others)
 

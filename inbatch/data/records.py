@@ -27,6 +27,7 @@ class Example:
 
     ``corpus`` names what the ids belong to: equal ids of two corpora are different documents. ``query_prefix`` and
     ``passage_prefix`` are the instructions that the data itself brings, instead of the collator's; None if it has none.
+    ``scores`` are a teacher's, of the positives and then of the negatives; empty if the record has none.
     ``left_out`` counts the negatives that were dropped because they equal a positive.
     """
 
@@ -37,6 +38,7 @@ class Example:
     corpus: str = ""
     query_prefix: str | None = None
     passage_prefix: str | None = None
+    scores: tuple[float, ...] = ()
     left_out: int = field(default=0, compare=False)
 
 
@@ -53,6 +55,8 @@ class TrainBatch:
         positive_ids: ``[B, K]`` int64, every known positive of each query, padded with -1; K >= 1.
         candidates, mask_own_negatives: ``[B]`` int64 and bool, as in ``FalseNegatives``; None where all are usual.
         weights: ``[B]`` float32, of the queries' losses; None where all are 1.
+        teacher_scores: ``[B, G]`` float32, of each query's passages in their order, NaN where there is no score; None
+            where nobody asked for them.
     """
 
     queries: dict[str, Tensor]
@@ -64,6 +68,7 @@ class TrainBatch:
     candidates: Tensor | None = None
     mask_own_negatives: Tensor | None = None
     weights: Tensor | None = None
+    teacher_scores: Tensor | None = None
 
     @property
     def regular(self) -> bool:
@@ -89,6 +94,7 @@ class TrainBatch:
             candidates=None if self.candidates is None else move(self.candidates),
             mask_own_negatives=None if self.mask_own_negatives is None else move(self.mask_own_negatives),
             weights=None if self.weights is None else move(self.weights),
+            teacher_scores=None if self.teacher_scores is None else move(self.teacher_scores),
         )
 
 

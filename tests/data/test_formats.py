@@ -160,12 +160,62 @@ def test_numbered_positives(tmp_path):
 def test_flag_embedding_prompt(tmp_path):
     record = {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1], "neg_scores": [0], "type": "normal"}
     path = write_jsonl(tmp_path / "a.jsonl", [record | {"prompt": "Find: "}, record, record | {"prompt": ""}])
-    with pytest.warns(UserWarning, match="not read: 'pos_scores', 'neg_scores', 'type'"):
+    with pytest.warns(UserWarning, match="not read: 'type'"):
         examples = open_examples(path)
-    assert [e.query for e in examples] == ["q"] * 3
+    assert [(e.query, e.scores) for e in examples] == [("q", (1.0, 0.0))] * 3
     batch = Collator(tokenize, query_max_len=50, passage_max_len=50, query_prefix="query: ")(list(examples), 0)
     decoded = ["".join(map(chr, row[row != 0])) for row in batch.queries["input_ids"]]
     assert decoded == ["Find: q", "query: q", "q"]  # it stands instead of the usual instruction, as its README says
+
+
+SCORES = [
+    ({"pos": ["p", "p2"], "neg": ["n", "p"], "pos_scores": [3, 2.5], "neg_scores": [1, 9]}, (3.0, 2.5, 1.0), []),
+    ({"pos": ["p"], "pos_scores": [3]}, (3.0,), []),
+    ({"positive": "p", "negative_1": "n", "negative_2": "m", "label": [5.0, 1.0, 0.5]}, (5.0, 1.0, 0.5), []),
+    ({"positive": "p", "negative_1": "n", "negative_2": "m", "score": [4.0, 4.5]}, (0.0, -4.0, -4.5), []),
+    ({"pos": ["p"], "neg": ["n"], "pos_scores": [3]}, (), ["pos_scores"]),
+    ({"pos": ["p"], "neg": ["n"], "pos_scores": [3], "neg_scores": [1, 2]}, (), ["pos_scores", "neg_scores"]),
+    (
+        {"pos": ["p"], "neg": ["n"], "pos_scores": [float("nan")], "neg_scores": [10**400]},
+        (),
+        ["pos_scores", "neg_scores"],
+    ),
+    ({"positive": "p", "negative": "n", "labels": [True, False]}, (), ["labels"]),
+]
+
+
+@pytest.mark.parametrize(("record", "scores", "unread"), SCORES)
+@pytest.mark.filterwarnings("ignore:.*have a negative that equals")
+def test_scores_of_a_teacher(tmp_path, record, scores, unread):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": "q", **record}])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        examples = open_examples(path)
+    assert examples[0].scores == scores
+    said = " ".join(str(one.message) for one in caught if "not read" in str(one.message))
+    assert re.findall("'(.*?)'", said) == unread
+    if unread == ["pos_scores"]:
+        with pytest.raises(
+            ValueError, match=r"in 'pos_scores' a finite number for each passage, of 1 positives and 1 neg"
+        ):
+            open_examples(path, columns={"positive_scores": "pos_scores"})
+
+
+def test_scores_follow_the_passages_of_a_batch(tmp_path):
+    records = [
+        {"query": "a", "pos": ["p", "r"], "neg": ["n", "m", "o"], "pos_scores": [9, 8], "neg_scores": [1, 2, 3]},
+        {"query": "b", "pos": ["p"], "neg": ["n"]},
+    ]
+    examples = list(open_examples(write_jsonl(tmp_path / "a.jsonl", records)))
+    options = {"query_max_len": 50, "passage_max_len": 50, "train_n_passages": 3, "teacher_scores": True}
+    for epoch, expected in ((0, [9.0, 1.0, 2.0]), (1, [8.0, 3.0, 1.0])):
+        scores = Collator(tokenize, **options)(examples, epoch).teacher_scores
+        assert scores[0].tolist() == expected
+        assert scores[1].isnan().all()
+        repeated = Collator(tokenize, **{**options, "train_n_passages": 5}, rotate_passages=False)(examples, epoch)
+        assert repeated.teacher_scores[0].tolist() == [9.0, 1.0, 2.0, 3.0, 1.0]
+    assert Collator(tokenize, **options)([], 0).teacher_scores.shape == (0, 0)
+    assert Collator(tokenize, **{**options, "teacher_scores": False})(examples, 0).teacher_scores is None
 
 
 DPR = {
