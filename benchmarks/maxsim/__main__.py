@@ -1,64 +1,69 @@
-"""What does the loss over several vectors a text cost, forward and backward, beside sentence-transformers' scoring?
+"""What does the loss over several vectors a text cost, forward and backward, beside others' scoring?
 
-    python -m benchmarks.maxsim --queries 128 --passages 1024 --query-tokens 32 --passage-tokens 180
+    python -m benchmarks.maxsim [--shape QUERIES PASSAGES QUERY_TOKENS PASSAGE_TOKENS]... [--sweep] [--output FILE]
 
-Ragged lengths: a half to all of the tokens given. First both losses and their gradients are compared with a float64
-loop over chunks of the grid; then each row runs in a process of its own, so that its peak of memory is its own. Memory
-is what the peak lies above the inputs and their gradients: of the allocator on a GPU, resident on a CPU. "grid" is the
-size of all token pairs in float32. Seconds are of the wall, the median of --repeats after one.
+Ragged lengths: a half to all of the tokens given. First every row's loss and gradients are compared with a float64 loop
+over the queries, and a second time with themselves, bit for bit. Then each row is measured; on a CPU in a process of
+its own, so that its peak of memory is its own. Memory is what the peak lies above the inputs and their gradients: of
+the allocator on a GPU, resident on a CPU. "grid" is the size of all token pairs in float32. Times are of the wall,
+medians of --repeats; host_ms is until all is launched. A row that fails is printed with its error, and the next begins.
+--sweep: then our kernels one by one on a GPU, with other tiles.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 from pathlib import Path
 
 import torch
 
-from benchmarks.maxsim.measure import ROWS, exact, inputs, measure, run
+from benchmarks.maxsim.measure import ROWS, check, grid_mib, measure, sweep
+
+SHAPES = [[128, 1024, 32, 180], [32, 64, 512, 1024]] if torch.cuda.is_available() else [[64, 512, 32, 180]]
+
+
+def write(line: dict, output: Path | None) -> None:
+    print(json.dumps(line), flush=True)
+    if output:
+        with output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"queries": 128, "passages": 1024, "query_tokens": 32, "passage_tokens": 180}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--shape", type=int, nargs=4, action="append", help="default: those of the documentation")
     parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10 if torch.cuda.is_available() else 3)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON lines to append the results to")
     args = parser.parse_args()
-    settings = {name: value for name, value in vars(args).items() if name not in ("output", "repeats")}
-    small = argparse.Namespace(**{**settings, "queries": min(args.queries, 8), "passages": 16})
-    small.queries = max(divisor for divisor in (1, 2, 4, 8) if divisor <= small.queries)
-    given = inputs(small)
-    wanted = run(exact, given)
-    errors = {}
-    for name, function in ROWS.items():
-        found = run(function, given)
-        errors[name] = max(
-            float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, wanted, strict=True)
-        )
-        exact_enough = errors[name] < (1e-5 if args.dtype == "float32" else 1e-2)
-        assert exact_enough or name != "inbatch", errors[name]
-        if not exact_enough:  # a peer's row is timed all the same, beside its error
-            print(f"{name} is off by {errors[name]:.1e}")
-    grid_mib = args.queries * args.query_tokens * args.passages * args.passage_tokens * 4 / 2**20
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    lines = []
-    for name in ROWS:
-        with multiprocessing.get_context("spawn").Pool(1) as alone:
-            figures = alone.apply(measure, (name, args))
-        lines.append(
-            {
-                "row": name, **settings, "device": device, "torch": torch.__version__, "grid_mib": round(grid_mib),
-                "largest_error": float(f"{errors[name]:.1e}"),
-                **{key: round(value, 3) for key, value in figures.items()},
-            }
-        )  # fmt: skip
-        print(json.dumps(lines[-1]))
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    about = {"dimension": args.dimension, "dtype": args.dtype, "device": device, "torch": torch.__version__}
+    shapes, failed = args.shape or SHAPES, []
+    for shape, name in itertools.product(shapes, args.rows):
+        line = {"row": name, "shape": shape, "grid_mib": round(grid_mib(shape)), **about}
+        try:
+            line |= check(name, shape, args)
+            if torch.cuda.is_available():
+                line |= measure(name, shape, args)
+            else:
+                with multiprocessing.get_context("spawn").Pool(1) as alone:
+                    line |= alone.apply(measure, (name, shape, args))
+        except Exception as error:  # a peer's, or one that a new machine brings: the other rows count all the same
+            line["error"] = f"{type(error).__name__}: {error}"[:500]
+        write(line, args.output)
+        exact = line.get("largest_error", 1.0) < (1e-5 if args.dtype == "float32" else 1e-2)
+        if name.startswith("inbatch") and not (exact and line.get("repeats")):
+            failed.append(name)
+    if args.sweep:
+        for shape in shapes:
+            for line in sweep(shape, args):
+                write({"shape": shape, **line}, args.output)
+    if failed:
+        raise SystemExit(f"not exact, not repeated or failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from inbatch import collectives
+from inbatch.losses import tiled
 from inbatch.losses.gathered import Softmax
-from inbatch.losses.max_sim import Tokens, max_sim, ring_max_sim
+from inbatch.losses.max_sim import Tokens, in_place, max_sim, packed, ring_max_sim
 from inbatch.losses.objective import terms
 from inbatch.losses.reference import dense_loss, dot_products, max_similarities
 from inbatch.losses.softmax import Problem
@@ -50,15 +52,22 @@ def composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
     return total
 
 
-def multi_vector(queries: Tokens, passages: Tokens, problem: Problem) -> Tensor:
+def multi_vector(
+    queries_BTD: Tensor, passages_MTD: Tensor, masks: tuple[Tensor | None, Tensor | None], problem: Problem
+) -> Tensor:
     """Return the loss of texts of several vectors, whose scores alone, [B, N], are held whole.
 
-    Only real tokens travel. The softmax over the scores is the reference's: they are a small part of the grid.
+    Only real tokens travel; what does not is read where it lies. The softmax over the scores is the reference's: they
+    are a small part of the grid.
     """
-    softmaxes, group, own = terms(problem.objective, queries.vectors.shape[1]), problem.group, problem.positives
+    softmaxes, group, own = terms(problem.objective, queries_BTD.shape[2]), problem.group, problem.positives
     travels = problem.negatives == "ring" and problem.kernels is not None and len(problem.passage_counts) > 1
     gathers = _gathers(problem) and not travels
-    mean, query_columns = problem.token_reduction == "mean", any(term.query_columns for term in softmaxes)
+    query_columns = any(term.query_columns for term in softmaxes)
+    stays = problem.kernels is not None and not (gathers or travels or query_columns)
+    queries, passages = packed(queries_BTD, masks[0]), (in_place if stays else packed)(passages_MTD, masks[1])
+    options: dict[str, Any] = {"mean": problem.token_reduction == "mean", "chunk_mib": problem.chunk_mib}
+    options["fused"] = problem.kernels is not tiled
     if gathers or travels:
         problem = _at_hand(problem, query_columns=query_columns)
     counts = _by_rank(passages, problem) if gathers or travels else []
@@ -76,10 +85,10 @@ def multi_vector(queries: Tokens, passages: Tokens, problem: Problem) -> Tensor:
                 nothing = rows.vectors.new_zeros(len(rows.lengths), len(columns.lengths))
                 return nothing * (rows.vectors.sum() + columns.vectors.sum())
             texts = (side.vectors.split(side.lengths.tolist()) for side in (rows, columns))
-            return max_similarities(*texts, mean=mean)
+            return max_similarities(*texts, mean=options["mean"])
         if travels:
-            return ring_max_sim(rows, columns, counts, problem.rank, group, mean=mean, chunk_mib=problem.chunk_mib)
-        return max_sim(rows, columns, mean=mean, chunk_mib=problem.chunk_mib)
+            return ring_max_sim(rows, columns, counts, problem.rank, group, **options)
+        return max_sim(rows, columns, **options)
 
     parts = []
     for term in softmaxes:
@@ -168,7 +177,7 @@ def gathered_texts(texts: Tokens, lengths: list[Tensor], group: ProcessGroup | N
 
 def _some(texts: Tokens, rows: slice | Tensor) -> Tokens:
     """Return some of the texts, in the order of `rows`."""
-    lengths = texts.lengths[rows]
+    lengths = texts.lengths[rows].contiguous()
     first = (texts.lengths.cumsum(0) - texts.lengths)[rows]
     text_n = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     place_n = torch.arange(len(text_n), device=lengths.device) - (lengths.cumsum(0) - lengths)[text_n]

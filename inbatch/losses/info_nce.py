@@ -30,7 +30,6 @@ from inbatch.losses.masking import (
     row_keys,
     sharing,
 )
-from inbatch.losses.max_sim import packed
 from inbatch.losses.objective import Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
@@ -82,7 +81,7 @@ def info_nce(
     the tokens of q (their mean with token_reduction="mean") of the maximum over the tokens of p of their products.
     query_mask, passage_mask [B, Tq], [M, Tp]: not 0 where a token is real, as attention masks; None: all are. What is
     masked neither wins nor counts, whatever its sign, and does not travel. Equal maxima: the first token gets the
-    gradient. Directions: query_to_passage and passage_to_query. Not "fused".
+    gradient. Directions: query_to_passage and passage_to_query. "fused": up to 256 dimensions.
 
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process. They are
@@ -129,7 +128,7 @@ def info_nce(
     problem = _agree(queries, passages, asked, kernels, error)
     if queries.ndim == 3:
         with torch.autocast(queries.device.type, enabled=False):
-            return multi_vector(packed(queries, query_mask), packed(passages, passage_mask), problem)
+            return multi_vector(queries, passages, (query_mask, passage_mask), problem)
     softmaxes = terms(problem.objective, queries.shape[1])
     if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
         return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
@@ -150,10 +149,8 @@ def _choose(impl: str, queries: Tensor) -> tuple[Kernels | None, str | None]:
         return None, None
     if impl not in IMPLEMENTATIONS:
         return None, f"impl must be {one_of(IMPLEMENTATIONS)}, got {impl!r}"
-    if impl == "tiled" or (impl == "auto" and (queries.ndim == 3 or not queries.is_cuda)):
+    if impl == "tiled" or (impl == "auto" and not queries.is_cuda):
         return tiled, None
-    if queries.ndim == 3:
-        return None, 'impl="fused" has no kernels for several vectors a text: use impl="auto"'
     from inbatch.losses.triton import host as fused  # here, since it imports triton
 
     reason = fused.why_not(queries)

@@ -13,7 +13,7 @@ gradient goes through the places, chunk by chunk in a fixed order; nothing is ad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,20 @@ _CHUNK_MIB = {"cpu": 16.0, "cuda": 256.0}
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Texts of several vectors: `vectors` [n, D], text after text, and how many each has: `lengths` int64 [texts]."""
+    """Texts of several vectors: `vectors` [n, D], and how many each has: `lengths` int64 [texts].
+
+    Packed, text after text, or each text from `starts` [texts] on, with padding between them.
+    """
 
     vectors: Tensor
     lengths: Tensor
+    starts: Tensor | None = None
 
     def prefix(self, dim: int) -> Tokens:
         """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
         if dim == self.vectors.shape[1]:
             return self
-        return Tokens(F.normalize(self.vectors[:, :dim], dim=1), self.lengths)
+        return replace(self, vectors=F.normalize(self.vectors[:, :dim], dim=1))
 
 
 def packed(vectors: Tensor, mask: Tensor | None) -> Tokens:
@@ -46,45 +50,76 @@ def packed(vectors: Tensor, mask: Tensor | None) -> Tokens:
         lengths = torch.full((vectors.shape[0],), vectors.shape[1], device=vectors.device)
         return Tokens(vectors.flatten(0, 1), lengths)
     mask = mask.to(vectors.device) != 0
-    return Tokens(vectors[mask], mask.sum(1))
+    # Rather than vectors[mask], whose backward pass sorts.
+    return Tokens(vectors.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0]), mask.sum(1))
 
 
-def max_sim(queries: Tokens, passages: Tokens, *, mean: bool = False, chunk_mib: float | None = None) -> Tensor:
+def in_place(vectors: Tensor, mask: Tensor | None) -> Tokens:
+    """Return the real tokens as `packed` does, but where they lie, if those of each text follow one another."""
+    rows, longest, _ = vectors.shape
+    if mask is None or not rows or not vectors.is_contiguous():
+        return packed(vectors, mask)
+    real = mask.to(vectors.device) != 0
+    first, lengths = real.int().argmax(1, keepdim=True), real.sum(1, keepdim=True)
+    place_T = torch.arange(longest, device=vectors.device)
+    if not torch.equal(real, (place_T >= first) & (place_T < first + lengths)):
+        return packed(vectors, mask)
+    starts = torch.arange(0, rows * longest, longest, device=vectors.device) + first[:, 0]
+    return Tokens(vectors.flatten(0, 1), lengths[:, 0], starts)
+
+
+def max_sim(
+    queries: Tokens, passages: Tokens, *, mean: bool = False, chunk_mib: float | None = None, fused: bool = False
+) -> Tensor:
     """Return the scores [B, C], float32 (float64 for float64), with gradient (once).
 
-    chunk_mib: bound on the part of the grid that is held at once.
+    queries: packed. chunk_mib: bound on the part of the grid that is held at once, or of its maxima if `fused`.
     """
-    return _MaxSim.apply(queries.vectors, passages.vectors, queries.lengths, passages.lengths, mean, chunk_mib)
+    starts_C = passages.lengths.cumsum(0) - passages.lengths if passages.starts is None else passages.starts
+    sides = queries.vectors, passages.vectors, queries.lengths, passages.lengths, starts_C
+    return _MaxSim.apply(*sides, (mean, chunk_mib, fused))
 
 
 def ring_max_sim(
     queries: Tokens, passages: Tokens, lengths: list[Tensor], rank: int, group: ProcessGroup | None,
-    *, mean: bool, chunk_mib: float | None,
+    *, mean: bool, chunk_mib: float | None, fused: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the scores [B, N] against the passages of all ranks, of which only a few ranks' vectors are ever held.
 
-    lengths: of the passages, by rank.
+    queries, passages: packed. lengths: of the passages, by rank.
     """
-    return _RingMaxSim.apply(queries.vectors, passages.vectors, queries.lengths, lengths, rank, group, mean, chunk_mib)
+    options = mean, chunk_mib, fused
+    return _RingMaxSim.apply(queries.vectors, passages.vectors, queries.lengths, lengths, rank, group, options)
+
+
+def make_grid(queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None, fused: bool):
+    """Return a `Grid`, or its like in Triton."""
+    if fused:
+        from inbatch.losses.triton.max_sim import FusedGrid  # here, since it imports triton
+
+        return FusedGrid(queries_nD, lengths_B, mean, chunk_mib)
+    return Grid(queries_nD, lengths_B, mean, chunk_mib)
 
 
 class _MaxSim(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries_nD, passages_mD, lengths_B, lengths_C, mean, chunk_mib):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grid = Grid(queries_nD, lengths_B, mean, chunk_mib)
-        scores_BC, places_nC = grid.scores(passages_mD, lengths_C)
-        ctx.save_for_backward(queries_nD, passages_mD, lengths_B, lengths_C, places_nC)
-        ctx.options = mean, chunk_mib
+    def forward(ctx, queries_nD, passages_mD, lengths_B, lengths_C, starts_C, options):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grid = make_grid(queries_nD, lengths_B, *options)
+        scores_BC, places = grid.scores(passages_mD, lengths_C, starts_C)
+        ctx.save_for_backward(queries_nD, passages_mD, lengths_B, lengths_C, starts_C, places)
+        ctx.options = options
         return scores_BC
 
     @staticmethod
     def backward(ctx, d_scores_BC):  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_second_derivatives()
-        queries_nD, passages_mD, lengths_B, lengths_C, places_nC = ctx.saved_tensors
-        grid = Grid(queries_nD, lengths_B, *ctx.options)
+        queries_nD, passages_mD, lengths_B, lengths_C, starts_C, places = ctx.saved_tensors
+        grid = make_grid(queries_nD, lengths_B, *ctx.options)
         d_queries_nD = torch.zeros_like(queries_nD, dtype=grid.dtype)
-        d_passages_mD = grid.add_gradients(d_scores_BC, passages_mD, lengths_C, places_nC, d_queries_nD)
-        return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), None, None, None, None
+        d_passages_mD = grid.add_gradients(
+            d_scores_BC, passages_mD, lengths_C, starts_C, places, d_queries_nD, passages_mD.dtype
+        )
+        return d_queries_nD.to(queries_nD.dtype), d_passages_mD, None, None, None, None
 
 
 class Grid:
@@ -98,7 +133,9 @@ class Grid:
         mib = _CHUNK_MIB.get(device.type, _CHUNK_MIB["cpu"]) if chunk_mib is None else chunk_mib
         self._elements = int(mib * 2**20 / self.dtype.itemsize)
 
-    def scores(self, passages_mD: Tensor, lengths_C: Tensor, *, keep_places: bool = True) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, passages_mD: Tensor, lengths_C: Tensor, starts_C: Tensor, *, keep_places: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Return the scores [B, C], and for each query token and passage the place of the maximum in it, int [n, C]."""
         num_tokens, num_passages = len(self.queries_nD), len(lengths_C)
         scores_BC = self.queries_nD.new_zeros(len(self.lengths), num_passages, dtype=self.dtype)
@@ -106,7 +143,7 @@ class Grid:
         place_dtype = torch.int16 if longest < 2**15 else torch.int32
         shape = (num_tokens if keep_places else 0, num_passages)
         places_nC = torch.empty(shape, dtype=place_dtype, device=self.queries_nD.device)
-        for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C):
+        for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C, starts_C):
             passages_D = passages_mD[tokens_cT.flatten()].to(self.dtype)
             for rows, tokens in self._query_chunks(tokens_cT.numel()):
                 grid_tcT = (self.queries_nD[tokens].to(self.dtype) @ passages_D.T).view(-1, *tokens_cT.shape)
@@ -121,14 +158,15 @@ class Grid:
         return scores_BC.mul_(self.factor_B[:, None]), places_nC
 
     def add_gradients(
-        self, d_scores_BC: Tensor, passages_mD: Tensor, lengths_C: Tensor, places_nC: Tensor, d_queries_nD: Tensor
-    ) -> Tensor:
-        """Add to the gradient of the query tokens, and return that of the passage tokens [m, D]."""
-        d_passages_mD = torch.zeros_like(passages_mD, dtype=self.dtype)
+        self, d_scores_BC: Tensor, passages_mD: Tensor, lengths_C: Tensor, starts_C: Tensor, places_nC: Tensor,
+        d_queries_nD: Tensor, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """Add to the gradient of the query tokens, and return that of the passage tokens [m, D] in `dtype`."""
+        d_passages_mD = torch.zeros_like(passages_mD, dtype=dtype)
         d_scores_BC = d_scores_BC * self.factor_B[:, None]
-        for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C):
+        for columns_c, tokens_cT, missing_cT in self._passage_chunks(lengths_C, starts_C):
             passages_D = passages_mD[tokens_cT.flatten()].to(self.dtype)
-            d_chunk_D = torch.zeros_like(passages_D)
+            d_chunk_D = torch.zeros_like(passages_D)  # each passage is in one chunk, whose sum is rounded once
             for _, tokens in self._query_chunks(tokens_cT.numel()):
                 # Each pair of a query token and a passage has one place, so that nothing is added up here.
                 d_grid_tcT = self.queries_nD.new_zeros(
@@ -141,16 +179,16 @@ class Grid:
                 d_grid_tP = d_grid_tcT.flatten(1)
                 d_queries_nD[tokens] += d_grid_tP @ passages_D
                 d_chunk_D += d_grid_tP.T @ self.queries_nD[tokens].to(self.dtype)
+            d_chunk_D = d_chunk_D.to(dtype)
             if missing_cT is None:
                 d_passages_mD[tokens_cT.flatten()] = d_chunk_D
             else:
                 d_passages_mD[tokens_cT[~missing_cT]] = d_chunk_D.view(*tokens_cT.shape, -1)[~missing_cT]
         return d_passages_mD
 
-    def _passage_chunks(self, lengths_C: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def _passage_chunks(self, lengths_C: Tensor, starts_C: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield passages of like length [c], the places of their tokens [c, T], and which of these are none [c, T]."""
         device, lengths = lengths_C.device, lengths_C.tolist()
-        first_C = lengths_C.cumsum(0) - lengths_C
         order = sorted(range(len(lengths)), key=lambda column: (-lengths[column], column))
         # As wide as the products want, as long as a text of the queries fits.
         width = max(1, self._elements // max(256, *self.lengths, 1))
@@ -161,7 +199,7 @@ class Grid:
             columns_c = torch.tensor(order[start:stop], device=device)
             place_T = torch.arange(longest, device=device)
             missing_cT = place_T >= lengths_C[columns_c, None]
-            tokens_cT = first_C[columns_c, None] + place_T
+            tokens_cT = starts_C[columns_c, None] + place_T
             uneven = lengths[order[min(stop, len(order)) - 1]] < longest
             yield (
                 columns_c,
@@ -197,38 +235,39 @@ class _RingMaxSim(torch.autograd.Function):
     """Scores against passages that travel from rank to rank in both passes and are never gathered."""
 
     @staticmethod
-    def forward(ctx, queries_nD, passages_mD, lengths_B, lengths_by_rank, rank, group, mean, chunk_mib):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grid, size = Grid(queries_nD, lengths_B, mean, chunk_mib), len(lengths_by_rank)
+    def forward(ctx, queries_nD, passages_mD, lengths_B, lengths_by_rank, rank, group, options):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grid, size = make_grid(queries_nD, lengths_B, *options), len(lengths_by_rank)
         token_counts = torch.stack([lengths.sum() for lengths in lengths_by_rank]).tolist()
         scores: list[Tensor] = [queries_nD] * size
         places: list[Tensor] = [queries_nD] * size
         for owner, vectors_mD in _around(passages_mD, token_counts, rank, group):
-            scores[owner], places[owner] = grid.scores(vectors_mD, lengths_by_rank[owner])
+            lengths_C = lengths_by_rank[owner]
+            scores[owner], places[owner] = grid.scores(vectors_mD, lengths_C, lengths_C.cumsum(0) - lengths_C)
         ctx.save_for_backward(queries_nD, passages_mD, lengths_B, *lengths_by_rank, *places)
-        ctx.options = token_counts, rank, group, mean, chunk_mib
+        ctx.options = token_counts, rank, group, options
         return torch.cat(scores, dim=1)
 
     @staticmethod
     def backward(ctx, d_scores_BC):  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_second_derivatives()
-        token_counts, rank, group, mean, chunk_mib = ctx.options
+        token_counts, rank, group, options = ctx.options
         queries_nD, passages_mD, lengths_B, *others = ctx.saved_tensors
         size = len(token_counts)
         lengths_by_rank, places = others[:size], others[size:]
-        grid = Grid(queries_nD, lengths_B, mean, chunk_mib)
+        grid = make_grid(queries_nD, lengths_B, *options)
         d_scores = d_scores_BC.split([len(lengths) for lengths in lengths_by_rank], dim=1)
         d_queries_nD = torch.zeros_like(queries_nD, dtype=grid.dtype)
         shift = None  # the gradient of the passages travels one hop behind them, and every rank adds its share
         for hop, (owner, vectors_mD) in enumerate(_around(passages_mD, token_counts, rank, group)):
-            gradient_mD = grid.add_gradients(
-                d_scores[owner], vectors_mD, lengths_by_rank[owner], places[owner], d_queries_nD
-            )
+            lengths_C = lengths_by_rank[owner]
+            of_passages = vectors_mD, lengths_C, lengths_C.cumsum(0) - lengths_C, places[owner]
+            gradient_mD = grid.add_gradients(d_scores[owner], *of_passages, d_queries_nD, grid.dtype)
             if shift is not None:
                 gradient_mD += shift.wait()[0]
             shift = collectives.ring_shift([gradient_mD], collectives.held(token_counts, hop), group)
         assert shift is not None
         (d_passages_mD,) = shift.wait()
-        return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), *[None] * 6
+        return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), *[None] * 5
 
 
 def _around(vectors_mD: Tensor, counts: list[int], rank: int, group) -> Iterator[tuple[int, Tensor]]:

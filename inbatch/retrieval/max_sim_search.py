@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inbatch import collectives
-from inbatch.losses.max_sim import Grid
+from inbatch.losses.max_sim import make_grid
 from inbatch.retrieval.search import Tile, best_of, product_error, unusable
 
 _BLOCK_TOKENS = 1 << 18  # of passages, and at most a 16th as many passages
@@ -101,18 +101,24 @@ def _tiles(
     query_vectors: Tensor, query_lengths: Tensor, passage_vectors: Tensor, passage_lengths: Tensor,
     norms_B: Tensor, norms_m: Tensor, offset: int, query_tokens: int, block_tokens: int,
 ) -> Iterator[Tile]:  # fmt: skip
-    device = query_vectors.device
-    query_lengths = query_lengths.to(device)
+    device, dtype = query_vectors.device, torch.promote_types(query_vectors.dtype, passage_vectors.dtype)
+    query_vectors, query_lengths = query_vectors.to(dtype), query_lengths.to(device)
+    fused = False
+    if query_vectors.is_cuda:
+        from inbatch.losses.triton import host  # here, since it imports triton
+
+        fused = host.why_not(query_vectors[None]) is None
     chunks = [
         (rows, query_vectors[tokens], query_lengths[rows]) for rows, tokens in _ranges(query_lengths, query_tokens)
     ]
-    grids = [Grid(vectors_nD, lengths, mean=False, chunk_mib=None) for _, vectors_nD, lengths in chunks]
+    grids = [make_grid(vectors_nD, lengths, False, None, fused) for _, vectors_nD, lengths in chunks]
     terms = query_vectors.shape[1] + (int(query_lengths.max()) if len(query_lengths) else 0)
     for columns, tokens in _ranges(passage_lengths, block_tokens):
-        block_mD, lengths_C = passage_vectors[tokens].to(device), passage_lengths[columns].to(device)
+        block_mD, lengths_C = passage_vectors[tokens].to(device, dtype), passage_lengths[columns].to(device)
+        starts_C = lengths_C.cumsum(0) - lengths_C
         error_B = product_error(norms_B, norms_m[tokens].max(), terms)
         for (rows, vectors_nD, lengths), grid in zip(chunks, grids, strict=True):
-            rough_BC, _ = grid.scores(block_mD, lengths_C, keep_places=False)
+            rough_BC, _ = grid.scores(block_mD, lengths_C, starts_C, keep_places=False)
 
             def exact(
                 rows_P: Tensor, columns_P: Tensor, vectors_nD=vectors_nD, lengths=lengths, block_mD=block_mD,

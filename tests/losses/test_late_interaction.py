@@ -253,7 +253,7 @@ def test_scores_alone():
         ({"query_mask": torch.ones(2, 4)}, r"query_mask must be a tensor \[2, 3\], not 0 where"),
         ({"passage_mask": torch.tensor([[1, 1], [0, 0]])}, "passage_mask: text 1 of 2 has no real token"),
         ({"token_reduction": "max"}, "token_reduction must be .* got 'max'"),
-        ({"impl": "fused"}, 'impl="fused" has no kernels for several vectors a text: use impl="auto"'),
+        ({"impl": "fused"}, 'impl="fused" cannot run here: it needs CUDA, the inputs are on cpu; use impl="auto"'),
         ({"objective": Objective(directions=("query_to_query",))}, "alone, got the directions query_to_query"),
         ({"objective": CLIP, "negatives": "ring"}, 'use negatives="gather" for passage_to_query'),
         ({"queries": torch.ones(2, 4), "passages": torch.ones(2, 4), "query_mask": torch.ones(2)}, "is for late inter"),

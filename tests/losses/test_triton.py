@@ -34,6 +34,7 @@ CUDA = torch.cuda.is_available() and not fused.INTERPRETED
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 HALVES = [torch.bfloat16, torch.float16] if CUDA else []
 DTYPES = [torch.float32, *HALVES]
+LIKE_THIS = [str(Path(__file__).parent / "test_triton_max_sim.py")]  # run by the interpreter, too
 on_device = pytest.mark.skipif(not CUDA and not fused.INTERPRETED, reason="no GPU here, and not in the interpreter")
 on_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here")
 
@@ -496,7 +497,7 @@ def test_the_interface_is_that_of_the_tiled_path():
 def test_in_the_interpreter():
     """The environment variable must be set before triton is imported, hence another process."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-vv", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-vv", "-x", "-p", "no:cacheprovider", __file__, *LIKE_THIS],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=REPOSITORY,
         capture_output=True,

@@ -72,6 +72,8 @@ def why_not(queries: Tensor) -> str | None:
         return "it computes in float32, the inputs are float64"
     if not queries.is_cuda and not INTERPRETED:
         return f"it needs CUDA, the inputs are on {queries.device}"
+    if queries.ndim == 3 and queries.shape[2] > 256:
+        return f"several vectors a text may have up to 256 dimensions, the inputs have {queries.shape[2]}"
     return None
 
 
