@@ -22,7 +22,14 @@ from inbatch.encoder.model import BiEncoderModel
 from inbatch.train import report
 from inbatch.train.config import Config
 from inbatch.train.report import FirstBatch
-from inbatch.train.setup import build_collators, open_evaluation, open_training_data, open_validation, plan_mixture
+from inbatch.train.setup import (
+    build_collators,
+    check_scores,
+    open_evaluation,
+    open_training_data,
+    open_validation,
+    plan_mixture,
+)
 from inbatch.train.towers import open_towers
 
 TEXTS, ROWS, LEAKS = 2000, 20_000, 100_000  # examples tokenised a source, put into batches, compared with held-out ones
@@ -129,6 +136,7 @@ def check(config: Config, *, ranks: int = 1) -> Check:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         examples = open_training_data(config)
+        check_scores(config, examples)
         held_out = open_validation(config)
         open_evaluation(config.eval)
     model = next(iter((towers := open_towers(config)).values()))

@@ -227,6 +227,26 @@ class LossConfig:
             )
 
 
+@settings("distill")
+class DistillConfig:
+    """Learn from a teacher's scores of a query's own passages, which the records bring (pos_scores, neg_scores)."""
+
+    weight: Number = Field(default=0.0, ge=0)
+    """of the divergence from the teacher, KL(teacher || student), that is added to the loss; 0 is off"""
+    contrastive_weight: Number = Field(default=1.0, ge=0)
+    """of the contrastive loss beside it; 0 learns from the teacher alone"""
+    student_temperature: Number | None = Field(default=None, ge=1e-6)
+    """the student's scores are divided by it; null takes loss.temperature"""
+    teacher_temperature: Number = Field(default=1.0, gt=0)
+    """the teacher's scores are divided by it"""
+
+    def __post_init__(self):
+        if self.weight == 0 and any(
+            (self.contrastive_weight != 1, self.student_temperature is not None, self.teacher_temperature != 1)
+        ):
+            raise ValueError("distill.weight is 0, so that nothing is distilled: give it, or leave distill out")
+
+
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -391,6 +411,7 @@ class Config:
     train: TrainConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -23,7 +23,7 @@ from inbatch.data import RetrievalData, TrainBatch
 from inbatch.data.batches import Batches, Part
 from inbatch.encoder.packing import wish
 from inbatch.grad_cache import GradCache
-from inbatch.losses import FalseNegatives, LossStats
+from inbatch.losses import FalseNegatives, LossStats, distill
 from inbatch.retrieval.embed import EmbedOptions, evaluating, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
@@ -139,6 +139,7 @@ class StepFunction:
     def __init__(self, learner: Learner, config: Config, total_steps: int):
         self._learner, self._config, self._total_steps = learner, config, total_steps
         self.stats = LossStats()
+        self._parts: dict[str, Tensor] = {}  # of the loss, by name, where it has several
         # A network that serves both sides is one callable, so that both share micro-batches.
         encode = {name: partial(self._encode, network) for name, network in learner.networks.items()}
         self._grad_cache = GradCache(
@@ -155,14 +156,15 @@ class StepFunction:
         learner, config = self._learner, self._config
         torch.manual_seed(seed_of(config.train.seed, step, collectives.rank()))
         learner.optimizer.zero_grad(set_to_none=True)
-        self.stats = stats = LossStats()
+        self.stats, self._parts = (stats := LossStats()), {}
         loss = self.loss(parts)
         norm = clip_gradients(learner.parameters, config.optim.max_grad_norm)
         rate = learning_rate(step, self._total_steps, config.optim)
         set_learning_rate(learner.optimizer, rate)
         others = {"grad_norm": norm, "lr": rate, "temperature": learner.loss.temperature}
         learner.optimizer.step()
-        return lambda: fetch(loss, stats, others)
+        losses = {"loss": loss, **self._parts}
+        return lambda: fetch(losses, stats, others)
 
     def loss(self, parts: list[Part]) -> Tensor:
         """Return the loss of a step's parts; gradients are added to the parameters', unless under no_grad."""
@@ -196,7 +198,28 @@ class StepFunction:
             stats=self.stats,
             weights=batch.weights,
         )
+        if batch.teacher_scores is not None:
+            loss = self._with_teacher(loss, queries_BD, passages_MD, batch, part.share_of_step)
         return loss * part.share_of_step
+
+    def _with_teacher(
+        self, loss: Tensor, queries_BD: Tensor, passages_MD: Tensor, batch: TrainBatch, share_of_step: float
+    ) -> Tensor:
+        """Return the weighted sum of the contrastive loss and the divergence from the teacher."""
+        config = self._config.distill
+        assert batch.teacher_scores is not None
+        divergence = distill(
+            queries_BD,
+            passages_MD,
+            batch.teacher_scores,
+            positives=batch.positives,
+            temperature=config.student_temperature or self._config.loss.temperature,
+            teacher_temperature=config.teacher_temperature,
+            weights=batch.weights,
+        )
+        for name, value in (("contrastive_loss", loss), ("distill_loss", divergence)):
+            self._parts[name] = self._parts.get(name, 0) + value.detach() * share_of_step
+        return config.contrastive_weight * loss + config.weight * divergence
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:
@@ -234,15 +257,17 @@ def false_negatives(config: LossConfig, batch: TrainBatch) -> FalseNegatives:
     )
 
 
-def fetch(loss: Tensor, stats: LossStats, others: Mapping[str, Tensor | float]) -> dict[str, float]:
+def fetch(losses: Mapping[str, Tensor], stats: LossStats, others: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Return the figures of a step as numbers, over all ranks; waits for the device, so only logged steps call it."""
-    mean = float(collectives.all_reduce(loss.clone())) / collectives.world_size()
+    total = collectives.all_reduce(torch.stack(list(losses.values())))
+    means = dict(zip(losses, (total / collectives.world_size()).tolist(), strict=True))
+    mean = means["loss"]
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean}: {_REMEDY}")
     counted = stats.result()
     return {
-        "loss": mean,
-        "loss_minus_log_candidates": mean - math.log(counted["candidates"]),
+        **means,
+        "loss_minus_log_candidates": means.get("contrastive_loss", mean) - math.log(counted["candidates"]),
         **counted,
         **{name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in others.items()},
     }

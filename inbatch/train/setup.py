@@ -1,5 +1,6 @@
 """Everything before the first step: the data, the model, the optimizer, and where to go on from."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def set_up(
     together(lambda: check_loggers(config.train.loggers))
     examples = together(lambda: open_training_data(config, data))
     together(lambda: check_candidates(config, examples))
+    together(lambda: check_scores(config, examples))
     plan = plan_mixture(config, examples)
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
@@ -178,6 +180,22 @@ def check_candidates(config: Config, examples: Examples) -> None:
                 f"{source.name}: negatives is own, and {why}, so that a query has no candidates but its positive: mine "
                 "negatives (inbatch mine), or set negatives to all"
             )
+
+
+def check_scores(config: Config, examples: Examples) -> None:
+    """Raise ValueError where a teacher's scores are wanted and no source has any; warn of sources without."""
+    lacking = []
+    for source in examples.sources if config.distill.weight else ():
+        some = source.examples[:: max(1, len(source.examples) // 1000)]
+        if not any(len(example.scores) > 1 for example in some):
+            lacking.append(f"{source.name} (of {len(some)} records looked at)")
+    if lacking and len(lacking) == len(examples.sources):
+        raise ValueError(
+            f"distill.weight is {config.distill.weight}, and no record has a teacher's scores: {', '.join(lacking)}. "
+            "inbatch mine --teacher MODEL writes them as pos_scores and neg_scores; data.columns names other columns"
+        )
+    if lacking:
+        warnings.warn(f"no scores of a teacher to distill in {', '.join(lacking)}", stacklevel=2)
 
 
 def _what_is_read(source: TrainSource) -> dict[str, object]:
@@ -337,6 +355,7 @@ def build_collators(
         train_n_passages=config.data.train_n_passages,
         rotate_passages=config.data.rotate_passages,
         instructions=config.data.instructions,
+        teacher_scores=config.distill.weight > 0,
         same=examples.same,
     )
     own = {field.name for field in fields(Collator)} - {"tokenize", "same"}

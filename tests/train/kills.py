@@ -67,7 +67,7 @@ def kill(root: Path, kills: int, seed: int = 0) -> int:
         config = make_config(folder, root / f"run-{runs}", **settings)
         since = time.monotonic()
         # The first run tells how long one takes whose caches are warm.
-        while (code := run(config, chance.uniform(0, duration_s) if kills > 0 and runs > 1 else None)) == _KILLED:
+        while (code := run(config, chance.uniform(0, 1.5 * duration_s) if kills > 0 and runs > 1 else None)) == _KILLED:
             kills -= 1
         duration_s = min(duration_s, time.monotonic() - since)
         assert code == 0, f"run {runs} ended with {code}"

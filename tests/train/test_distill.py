@@ -1,0 +1,72 @@
+"""Training beside a teacher: the same run on any number of ranks, its loss by hand, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from inbatch.data import BatchPlan, open_examples
+from inbatch.encoder.model import BiEncoderModel
+from inbatch.retrieval.mine import MineOptions, MiningSet, mine
+from inbatch.train.check import check
+from inbatch.train.run_folder import read_metrics
+from tests.train.test_loop import assert_close, folder, make_config, train_body, trained  # noqa: F401
+
+
+class Teacher:
+    """A cross-encoder's interface: words in common."""
+
+    def predict(self, texts, show_progress_bar=True):
+        return [len(set(query.split()) & set(passage.split())) for query, passage in texts]
+
+
+def test_mined_scores_are_distilled_alike_on_any_number_of_ranks(pool, folder, tmp_path):  # noqa: F811
+    model = BiEncoderModel.from_pretrained(folder / "model")
+    records = list(open_examples(folder / "records.jsonl"))
+    texts = list(dict.fromkeys(passage.text for record in records for passage in record.positives))
+    data = MiningSet(
+        queries=[record.query for record in records],
+        documents=texts,
+        positives=[[texts.index(record.positives[0].text)] for record in records],
+        same=[[]] * len(records),
+    )
+    mine(model, data, tmp_path / "mined.jsonl", MineOptions(num_negatives=2), teacher=Teacher())
+    distill = {"weight": 2.0, "contrastive_weight": 0.5, "student_temperature": 0.3, "teacher_temperature": 2.0}
+    source = {"train": [{"path": str(tmp_path / "mined.jsonl"), "loss_weight": 0.5}, str(folder / "records.jsonl")]}
+    config = make_config(folder, tmp_path / "one", data={**source, "mixed_batches": True}, distill=distill)
+    with pytest.warns(UserWarning, match=r"no scores of a teacher to distill in \S*records.jsonl"):
+        train_body(0, config)
+    two = replace(config, train=replace(config.train, output_dir=str(tmp_path / "two")))
+    pool.run(train_body, 2, two)
+    assert_close(trained(config), trained(two), atol=2e-6)
+    for ours, theirs in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours["loss"] == pytest.approx(0.5 * ours["contrastive_loss"] + 2 * ours["distill_loss"])
+        assert ours["distill_loss"] > 0
+
+    # The first step's, from the records' own lines.
+    config = make_config(folder, tmp_path / "hand", data={"train": str(tmp_path / "mined.jsonl")}, distill=distill)
+    config = replace(config, train=replace(config.train, max_steps=1))
+    figures = train_body(0, config)
+    lines = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    losses = []
+    for place in BatchPlan(len(lines), 8, config.train.seed).batch(0):
+        line = lines[int(place)]
+        texts = [[line["query"]], [line["pos"][0], *line["neg"]]]
+        (query,), passages = (model(model.tokenize(some, max_length=n)) for some, n in zip(texts, (8, 12), strict=True))
+        theirs = torch.tensor([line["pos_scores"][0], *line["neg_scores"]])
+        a, b = (theirs / 2).softmax(0), (passages @ query / 0.3).softmax(0)
+        losses.append(sum(a * (a / b).log()).item())
+    assert figures["distill_loss"] == pytest.approx(sum(losses) / 8, rel=1e-4)
+
+
+def test_records_without_scores_are_refused(folder, tmp_path):  # noqa: F811
+    config = make_config(folder, tmp_path / "run", distill={"weight": 1.0})
+    for refusing in (check, lambda config: train_body(0, config)):
+        with pytest.raises(
+            ValueError, match=r"no record has a teacher's scores: \S*records.jsonl \(of 26 records looked"
+        ):
+            refusing(config)
+    with pytest.raises(ValueError, match=r"distill\.weight is 0, so that nothing is distilled"):
+        make_config(folder, tmp_path / "run", distill={"student_temperature": 0.1})
