@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,11 +173,12 @@ def sweep(shape: list[int], args: argparse.Namespace) -> Iterator[dict[str, obje
         launch._launchable.clear()
 
 
-OTHER_TILES: dict[str, list[dict[str, int]]] = {
+OTHER_TILES: dict[str, list[dict[str, Any]]] = {
     "half": [
-        {"num_stages": 2}, {"GROUP": 4}, {"GROUP": 16}, {"BN": 32}, {"BN": 32, "num_stages": 4},
-        {"BN": 128, "num_warps": 8, "num_stages": 2}, {"BM": 64}, {"BM": 64, "num_stages": 2}, {"num_warps": 8},
-        {"BM": 256, "num_warps": 8}, {"BM": 256, "num_warps": 8, "num_stages": 2},
+        {"num_stages": 2}, {"GROUP": 16}, {"BN": 32, "num_stages": 4}, {"BM": 64}, {"num_warps": 8},
+        {"BN": 128, "num_warps": 8, "num_stages": 2}, {"BM": 256, "num_warps": 8, "num_stages": 2},
+        {"LANES": True}, {"LANES": True, "num_warps": 8}, {"LANES": True, "num_warps": 8, "num_stages": 2},
+        {"LANES": True, "BM": 64}, {"LANES": True, "BM": 64, "num_stages": 2}, {"LANES": True, "BN": 32},
     ],
     "queries": [{"BC": 8}, {"BC": 32, "num_warps": 2}, {"BC": 32, "num_warps": 1}],
     "order": [{"BK": 32, "num_warps": 2}, {"BK": 64, "num_warps": 2}, {"BK": 128, "num_warps": 8}],
