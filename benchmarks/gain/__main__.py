@@ -3,11 +3,12 @@
     python -m benchmarks.gain --model MINILM --data medquad fairytaleqa pystdlib --gpus 4 --output runs/gain
     python -m benchmarks.gain.report runs/gain/figures.jsonl --output runs/gain     charts and a table
 
-    negatives  passages of all processes as negatives, or of the process alone       (on all GPUs together)
-    gradient   exact gradients of other processes' passages, or none (detached)      (on all GPUs together)
-    clock      inbatch and sentence-transformers' cached loss, for equal seconds of training steps
-    masks      copies of positives left out of the negatives, or kept
-    batch      batch sizes at matched steps, each at several rates; report takes the rate that is best on the dev split
+    negatives    passages of all processes as negatives, or of the process alone       (on all GPUs together)
+    gradient     exact gradients of other processes' passages, or none (detached)      (on all GPUs together)
+    clock        inbatch and sentence-transformers' cached loss, for equal seconds of training steps
+    masks        copies of positives left out of the negatives, or kept
+    temperature  of the loss, at --batch and --lr
+    batch        batch sizes at matched steps, each at the rate that is best on the dev split
 
 Each cell trains --model for --steps steps and is measured on the splits dev and test over the whole corpus. A cell that
 figures.jsonl has is not repeated, and none is begun after --budget-s; seeds come one after the other, so that a run
@@ -114,6 +115,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 1.5e-4, 5e-4])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--clock-batch", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=15, help="of training steps, of question clock")
     parser.add_argument("--mini-batch-num-tokens", type=int, default=262144, help="of sentence-transformers' loss")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ALONE = ("clock", "masks", "batch")
+ALONE = ("clock", "masks", "temperature", "batch")
 TOGETHER = ("negatives", "gradient")
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 
@@ -26,6 +26,7 @@ class Cell:
     negatives: Literal["gather", "local"] = "gather"
     detach_remote: bool = False
     masks: bool | Literal["positive"] = True
+    temperature: float = 0.02
     library: str = "inbatch"
     seconds: float | None = None
 
@@ -48,6 +49,8 @@ def cells(args: argparse.Namespace, questions: tuple[str, ...]) -> list[Cell]:
                 yield cell(processes=args.gpus, masks="positive", **changes)
         elif question == "masks":
             yield from (cell(masks=masks) for masks in (True, "positive", False))
+        elif question == "temperature":
+            yield from (cell(temperature=temperature) for temperature in args.temperatures)
         elif question == "batch":
             yield from (cell(batch=batch, lr=lr) for batch in args.batches for lr in args.rates)
         else:

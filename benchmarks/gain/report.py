@@ -28,7 +28,7 @@ COMPARED: dict[str, dict[str, Callable[[Row], bool]]] = {
     "masks": {
         "none": lambda row: row["masks"] is False,
         "own positive": lambda row: row["processes"] == 1 and row["masks"] == "positive",
-        "all positives": lambda row: row["masked_like_none"],
+        "all positives": lambda row: row["usual"],
     },
     "clock": {
         "sentence-transformers": lambda row: row["library"] == "sentence-transformers",
@@ -40,19 +40,25 @@ TITLES = {
     "gradient": "Passages of other processes: detached, or with exact gradients",
     "masks": "Copies of positives among the negatives",
     "clock": "Equal seconds of training",
+    "temperature": "Temperature",
     "batch": "Batch size at matched steps, at its best rate",
 }
 
 
 def load(path: Path) -> list[Row]:
-    """Return the rows that have figures; those like the unmasked ones but for their masks are marked."""
+    """Return the rows that have figures; `usual` marks those at the batch and rate of the unmasked."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if "failed" not in row]
     unmasked = {(row["batch"], row["lr"]) for row in rows if row["masks"] is False}
     for row in rows:
-        alone = row["processes"] == 1 and row["seconds"] is None and row["masks"] is True
-        row["masked_like_none"] = alone and (row["batch"], row["lr"]) in unmasked
+        alone = plain(row)
+        row["usual"] = alone and (row["batch"], row["lr"]) in unmasked
     return rows
+
+
+def plain(row: Row) -> bool:
+    """Return True for a training of one process that only batch size and rate, and no other question, set apart."""
+    return row["processes"] == 1 and row["seconds"] is None and row["masks"] is True and row["temperature"] == 0.02
 
 
 def by_seed(rows: Sequence[Row], data: str, wanted: Callable[[Row], bool]) -> dict[int, float]:
@@ -63,7 +69,7 @@ def tuned(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, dict[int, flo
     """Return by data set and batch size the rate with the best mean on dev, and its figures on test by seed."""
     grouped: dict[tuple[str, int], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["processes"] == 1 and row["seconds"] is None and row["masks"] is True:
+        if plain(row):
             grouped[row["data"], row["batch"]][row["lr"]].append(row)
     found: dict[str, dict[int, tuple[float, dict[int, float]]]] = defaultdict(dict)
     for (data, batch), rates in sorted(grouped.items()):
@@ -92,6 +98,15 @@ def compared(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, dict[int, flo
         question: {data: {name: by_seed(rows, data, wanted) for name, wanted in settings.items()} for data in names}
         for question, settings in COMPARED.items()
     }
+    temperatures = sorted({row["temperature"] for row in rows})
+    found["temperature"] = {
+        data: {
+            f"{t:g}": by_seed(rows, data, lambda row, t=t: row["temperature"] == t and (t != 0.02 or row["usual"]))
+            for t in temperatures
+        }
+        for data in names
+        if len(temperatures) > 1
+    }
     found["batch"] = {
         data: {f"{batch} (rate {rate:g})": figures for batch, (rate, figures) in batches.items()}
         for data, batches in tuned(rows).items()
@@ -99,7 +114,7 @@ def compared(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, dict[int, flo
     return {
         question: whole
         for question, sets in found.items()
-        if (whole := {data: figures for data, figures in sets.items() if all(figures.values())})
+        if (whole := {data: figures for data, figures in sets.items() if figures and all(figures.values())})
     }
 
 

@@ -22,7 +22,6 @@ from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, Op
 from inbatch.train.loop import train
 
 QUERY_MAX_LEN = 64
-TEMPERATURE = 0.02
 PROBE = 12  # steps, the second half of which says how long a step takes
 
 
@@ -63,7 +62,7 @@ def config_of(cell: Cell, args: argparse.Namespace, output: Path, steps: int, lo
             token_cache=str(args.output / "tokens"), num_workers=None if cell.seconds else 0,
         ),
         loss=LossConfig(
-            temperature=TEMPERATURE, negatives=cell.negatives, detach_remote=cell.detach_remote,
+            temperature=cell.temperature, negatives=cell.negatives, detach_remote=cell.detach_remote,
             mask_duplicates=cell.masks,
         ),
         optim=OptimConfig(lr=cell.lr),
@@ -104,7 +103,7 @@ def train_peer(cell: Cell, args: argparse.Namespace, place: Path) -> tuple[Path,
         model = SentenceTransformer(args.model, device=str(collectives.device()))
         model.max_seq_length = args.passage_max_len
         loss = CachedMultipleNegativesRankingLoss(
-            model, scale=1 / TEMPERATURE, mini_batch_num_tokens=args.mini_batch_num_tokens
+            model, scale=1 / cell.temperature, mini_batch_num_tokens=args.mini_batch_num_tokens
         )
         how = Arguments(
             output_dir=str(place / "peer"), per_device_train_batch_size=cell.batch, max_steps=steps, bf16=gpu,
