@@ -105,12 +105,18 @@ def distill(
 
 @collectives.uncompiled
 def match_vectors(
-    embeddings: Tensor, teacher_vectors: Tensor, *, kind: str = "cosine", group: ProcessGroup | None = None
+    embeddings: Tensor,
+    teacher_vectors: Tensor,
+    *,
+    kind: str = "cosine",
+    weights: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mean over the texts of all ranks of  1 - cos(e_i, t_i)  ("cosine") or of  mean_d (e_id - t_id)^2  ("mse").
 
     embeddings, teacher_vectors [n, D]: of the same texts, such as a rank's queries and passages together; n may differ
-    by rank and may be 0. A teacher of another dimension needs a projection of the student's, which is trained too.
+    by rank and may be 0. weights [n] multiply the texts' terms. A teacher of another dimension needs a projection of
+    the student's vectors, which is trained too.
     Returns, and raises, as `distill`. No gradient goes to teacher_vectors.
     """
     error, both = None, (embeddings, teacher_vectors)
@@ -124,15 +130,18 @@ def match_vectors(
             f"embeddings {tuple(embeddings.shape)} and teacher_vectors {tuple(teacher_vectors.shape)} must be alike: "
             "project the embeddings to the teacher's dimension"
         )
+    elif weights is not None and weights.shape != (len(embeddings),):
+        error = f"weights must be [{len(embeddings)}], one for each text, got {describe(weights)}"
     fields = {"embeddings": embeddings} if error is None else {}
-    counts = collectives.agree("match_vectors", fields, group=group, same={"kind": kind}, error=error)["embeddings"]
+    counts = collectives.agree(
+        "match_vectors", fields, group=group, same={"kind": kind, "weights": weights is not None}, error=error
+    )["embeddings"]
     share = _share(counts, "match_vectors", "texts")
     wide = torch.promote_types(embeddings.dtype, torch.float32)
     with torch.autocast(embeddings.device.type, enabled=False):
         ours, theirs = embeddings.to(wide), teacher_vectors.detach().to(embeddings.device, wide, non_blocking=True)
-        if kind == "cosine":
-            return (1 - F.cosine_similarity(ours, theirs)).sum() * share
-        return (ours - theirs).square().mean(1).sum() * share
+        loss_n = 1 - F.cosine_similarity(ours, theirs) if kind == "cosine" else (ours - theirs).square().mean(1)
+        return (loss_n if weights is None else loss_n * weights.to(loss_n, non_blocking=True)).sum() * share
 
 
 def _share(counts: list[int], name: str, what: str) -> float:

@@ -171,7 +171,7 @@ def similarity_of(model: nn.Module, options: RetrieveOptions) -> str:
 
 def embed_queries(model: nn.Module, queries: Sequence[str], options: RetrieveOptions, *, group=None) -> Tensor:
     """Return the embeddings [Q, D] of all queries, which the ranks share out, on the model's device."""
-    how = replace(_embedding(model, "query", options, group), dtype=torch.float32)
+    how = replace(embedding_options(model, "query", options, group), dtype=torch.float32)
     rows = collectives.together(lambda: embed(model, queries, how, rows=share(len(queries), group)), group)
     rows = rows.to(next(model.parameters()).device)
     agreed = collectives.agree("the embeddings of the queries", {"queries": rows}, group=group)
@@ -182,14 +182,14 @@ def embed_documents(
     model: nn.Module, documents: Sequence[str], options: RetrieveOptions, *, kept: Path | None = None, group=None
 ) -> Tensor:
     """Return the embeddings of this rank's share of the documents, in host memory; kept: a folder that has them."""
-    how, rows = _embedding(model, "document", options, group), share(len(documents), group)
+    how, rows = embedding_options(model, "document", options, group), share(len(documents), group)
     if kept is not None:
         return embed_kept(model, documents, how, kept, rows=rows, group=group)
     return collectives.together(lambda: embed(model, documents, how, rows=rows), group)
 
 
-def _embedding(model: nn.Module, what: str, options: RetrieveOptions, group) -> EmbedOptions:
-    """Return how queries, or documents, are embedded: as asked, else as the model says."""
+def embedding_options(model: nn.Module, what: str, options: RetrieveOptions, group=None) -> EmbedOptions:
+    """Return how texts, "query" or "document", are embedded: as asked, else as the model says."""
     module, of_query = unwrap(model), what == "query"
     prefix = options.query_prefix if of_query else options.passage_prefix
     max_length = options.query_max_len if of_query else options.passage_max_len

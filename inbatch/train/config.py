@@ -229,10 +229,15 @@ class LossConfig:
 
 @settings("distill")
 class DistillConfig:
-    """Learn from a teacher's scores of a query's own passages, which the records bring (pos_scores, neg_scores)."""
+    """Learn from a teacher: its scores in the records (pos_scores, neg_scores), or an encoder's vectors."""
 
     weight: Number = Field(default=0.0, ge=0)
-    """of the divergence from the teacher, KL(teacher || student), that is added to the loss; 0 is off"""
+    """of the distance from the teacher that is added to the loss; 0 is off"""
+    kind: Literal["group", "pool", "cosine", "mse"] = "group"
+    """group: KL over a query's own passages, from the records' scores; with distill.teacher, pool: KL over all
+    passages, by its products; cosine, mse: the distance of the vectors themselves"""
+    teacher: str | None = None
+    """encoder whose vectors are learnt; it embeds every text once, before the first step, with its own prompts"""
     contrastive_weight: Number = Field(default=1.0, ge=0)
     """of the contrastive loss beside it; 0 learns from the teacher alone"""
     student_temperature: Number | None = Field(default=None, ge=1e-6)
@@ -241,8 +246,13 @@ class DistillConfig:
     """the teacher's scores are divided by it"""
 
     def __post_init__(self):
+        if (self.kind == "group") != (self.teacher is None):
+            raise ValueError(
+                f"distill.kind is {self.kind} and distill.teacher {self.teacher!r}: group takes the records' scores "
+                "and no teacher (inbatch mine --teacher writes them); pool, cosine and mse take a teacher"
+            )
         if self.weight == 0 and any(
-            (self.contrastive_weight != 1, self.student_temperature is not None, self.teacher_temperature != 1)
+            (self.teacher, self.contrastive_weight != 1, self.student_temperature, self.teacher_temperature != 1)
         ):
             raise ValueError("distill.weight is 0, so that nothing is distilled: give it, or leave distill out")
 

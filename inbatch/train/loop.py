@@ -23,7 +23,7 @@ from inbatch.data import RetrievalData, TrainBatch
 from inbatch.data.batches import Batches, Part
 from inbatch.encoder.packing import wish
 from inbatch.grad_cache import GradCache
-from inbatch.losses import FalseNegatives, LossStats, distill
+from inbatch.losses import FalseNegatives, LossStats, distill, match_vectors
 from inbatch.retrieval.embed import EmbedOptions, evaluating, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
@@ -186,6 +186,7 @@ class StepFunction:
         batch, regular = part.batch, part.batch.regular
         if queries_BD.is_cuda:
             batch = pinned(batch)
+        distance = self._distance(queries_BD, passages_MD, batch) if self._config.distill.weight else None
         if self._config.loss.detach_remote:
             regular = False
             passages_MD, passage_ids = with_remote(passages_MD, batch.passage_ids)
@@ -198,28 +199,39 @@ class StepFunction:
             stats=self.stats,
             weights=batch.weights,
         )
-        if batch.teacher_scores is not None:
-            loss = self._with_teacher(loss, queries_BD, passages_MD, batch, part.share_of_step)
+        if distance is not None:
+            for name, value in (("contrastive_loss", loss), ("distill_loss", distance)):
+                self._parts[name] = self._parts.get(name, 0) + value.detach() * part.share_of_step
+            loss = self._config.distill.contrastive_weight * loss + self._config.distill.weight * distance
         return loss * part.share_of_step
 
-    def _with_teacher(
-        self, loss: Tensor, queries_BD: Tensor, passages_MD: Tensor, batch: TrainBatch, share_of_step: float
-    ) -> Tensor:
-        """Return the weighted sum of the contrastive loss and the divergence from the teacher."""
-        config = self._config.distill
-        assert batch.teacher_scores is not None
-        divergence = distill(
+    def _distance(self, queries_BD: Tensor, passages_MD: Tensor, batch: TrainBatch) -> Tensor:
+        """Return the distance from the teacher."""
+        config, teacher, scores = self._config.distill, self._learner.teacher, batch.teacher_scores
+        if teacher is not None:
+            theirs = [
+                of_side.of(ids, queries_BD.device)
+                for of_side, ids in zip(teacher, (batch.query_ids, batch.passage_ids), strict=True)
+            ]
+            if config.kind != "pool":
+                weights = batch.weights
+                if weights is not None:  # a passage has its query's
+                    sizes_B = batch.positives.diff(append=torch.tensor([len(passages_MD)]))
+                    weights = torch.cat([weights, weights.repeat_interleave(sizes_B)])
+                ours = torch.cat([queries_BD, passages_MD])
+                return match_vectors(ours, torch.cat(theirs), kind=config.kind, weights=weights)
+            scores = theirs[0] @ collectives.all_gather(theirs[1]).T
+        assert scores is not None
+        return distill(
             queries_BD,
             passages_MD,
-            batch.teacher_scores,
+            scores,
+            over=config.kind,
             positives=batch.positives,
             temperature=config.student_temperature or self._config.loss.temperature,
             teacher_temperature=config.teacher_temperature,
             weights=batch.weights,
         )
-        for name, value in (("contrastive_loss", loss), ("distill_loss", divergence)):
-            self._parts[name] = self._parts.get(name, 0) + value.detach() * share_of_step
-        return config.contrastive_weight * loss + config.weight * divergence
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

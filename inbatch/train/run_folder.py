@@ -5,6 +5,7 @@
     metrics.jsonl  speed.jsonl        a line for each logged step and each evaluation
     tensorboard/  loggers.json        the same as curves; the run's names at other loggers
     checkpoints/                      see `inbatch.train.checkpoint`
+    teacher/                          with distill.teacher, its vectors
     best/                             with eval.keep_best, the model of the best evaluation
     model/  done.json                 written last
 

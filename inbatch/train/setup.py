@@ -19,6 +19,7 @@ from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.encoder.packing import wish
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
+from inbatch.retrieval.embed import unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, similarity_of
 from inbatch.retrieval.grouping import load_groups
 from inbatch.retrieval.metrics import check_evaluation
@@ -30,6 +31,7 @@ from inbatch.train.parallel import on_rank_0
 from inbatch.train.report import NoReport, OnFigures, Report
 from inbatch.train.run_folder import RunFolder
 from inbatch.train.same import check_data, check_towers
+from inbatch.train.teacher import Vectors, teacher_vectors
 from inbatch.train.towers import open_towers, spread
 
 # Compiling took 10 s (MiniLM) and 46 s (Qwen3-0.6B's size) on an H200, and saved a seventh and (on another host)
@@ -43,7 +45,8 @@ class Learner:
     """All that is trained: the towers, the loss with its temperature, and their optimizer.
 
     networks: the towers as they are called, in DDP or sharded where ranks share them. autocast: compute in bfloat16
-    from float32 weights. compiled: torch.compile has each transformer layer.
+    from float32 weights. compiled: torch.compile has each transformer layer. teacher: its vectors of queries and of
+    passages.
     """
 
     device: torch.device
@@ -53,6 +56,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     autocast: bool
     compiled: bool
+    teacher: tuple[Vectors, Vectors] | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -110,6 +114,10 @@ def set_up(
     held_out = together(lambda: open_validation(config))
     check_data(examples, evaluation, held_out)
     learner = open_learner(config, device, total_steps)
+    if config.distill.teacher is not None:
+        read = [one for one in (examples, held_out) if one is not None]
+        learner.teacher = teacher_vectors(config.distill.teacher, read, folder.path / "teacher", device)
+        check_vectors(config, learner)
     if evaluation is not None:
         how = RetrieveOptions(similarity=config.eval.similarity)
         together(lambda: similarity_of(learner.network("passage"), how))
@@ -182,10 +190,15 @@ def check_candidates(config: Config, examples: Examples) -> None:
             )
 
 
+def needs_scores(config: Config) -> bool:
+    """Return True where a run learns from scores in its records."""
+    return config.distill.weight > 0 and config.distill.kind == "group"
+
+
 def check_scores(config: Config, examples: Examples) -> None:
     """Raise ValueError where a teacher's scores are wanted and no source has any; warn of sources without."""
     lacking = []
-    for source in examples.sources if config.distill.weight else ():
+    for source in examples.sources if needs_scores(config) else ():
         some = source.examples[:: max(1, len(source.examples) // 1000)]
         if not any(len(example.scores) > 1 for example in some):
             lacking.append(f"{source.name} (of {len(some)} records looked at)")
@@ -311,6 +324,17 @@ def operations(towers: Mapping[str, BiEncoderModel], config: Config, total_steps
     return 6.0 * weights * tokens * rows
 
 
+def check_vectors(config: Config, learner: Learner) -> None:
+    """Raise ValueError where the student cannot have the teacher's vectors."""
+    assert learner.teacher is not None
+    ours, theirs = learner.network("query"), learner.teacher[0].vectors.shape[1]
+    if config.distill.kind != "pool" and (dimension := unwrap(ours).embedding_dim) != theirs:
+        raise ValueError(
+            f"distill.kind is {config.distill.kind}, and the teacher's vectors have {theirs} dimensions, the model's "
+            f"{dimension}: set it to pool, which compares products alone, or take a teacher of {dimension}"
+        )
+
+
 def build_loss(config: LossConfig) -> InfoNCELoss:
     return InfoNCELoss(
         config.temperature,
@@ -355,7 +379,7 @@ def build_collators(
         train_n_passages=config.data.train_n_passages,
         rotate_passages=config.data.rotate_passages,
         instructions=config.data.instructions,
-        teacher_scores=config.distill.weight > 0,
+        teacher_scores=needs_scores(config),
         same=examples.same,
     )
     own = {field.name for field in fields(Collator)} - {"tokenize", "same"}

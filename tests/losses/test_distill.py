@@ -114,14 +114,15 @@ def test_equals_a_loop(pool, world_size):
 def match_body(rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     counts = [2, 0, 3]
+    weights = torch.rand(5, dtype=torch.float64, generator=generator)
     ours, theirs = (torch.randn(5, DIM, dtype=torch.float64, generator=generator) for _ in range(2))
     some = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     for kind in ("cosine", "mse"):
         whole, mine = ours.clone().requires_grad_(), ours[some].clone().requires_grad_()
         losses = [1 - e @ t / e.norm() / t.norm() if kind == "cosine" else ((e - t) ** 2).mean()
                   for e, t in zip(whole, theirs, strict=True)]  # fmt: skip
-        (expected := sum(losses) / 5).backward()
-        loss = match_vectors(mine, theirs[some], kind=kind)
+        (expected := sum(w * one for w, one in zip(weights.tolist(), losses, strict=True)) / 5).backward()
+        loss = match_vectors(mine, theirs[some], kind=kind, weights=weights[some])
         loss.backward()
         dist.all_reduce(total := loss.detach().clone())
         torch.testing.assert_close(total / 3, expected.detach())

@@ -11,6 +11,7 @@ from inbatch.encoder.model import BiEncoderModel
 from inbatch.retrieval.mine import MineOptions, MiningSet, mine
 from inbatch.train.check import check
 from inbatch.train.run_folder import read_metrics
+from tests.tiny_models import save_tiny
 from tests.train.test_loop import assert_close, folder, make_config, train_body, trained  # noqa: F401
 
 
@@ -70,3 +71,36 @@ def test_records_without_scores_are_refused(folder, tmp_path):  # noqa: F811
             refusing(config)
     with pytest.raises(ValueError, match=r"distill\.weight is 0, so that nothing is distilled"):
         make_config(folder, tmp_path / "run", distill={"student_temperature": 0.1})
+
+
+@pytest.mark.parametrize("kind", ["pool", "cosine", "mse"])
+def test_a_teacher_s_vectors_are_learnt_alike_on_any_number_of_ranks(pool, folder, tmp_path, kind):  # noqa: F811
+    model = folder / ("dropout" if kind == "pool" else "model")  # in evaluation mode it is the same each time
+    distill = {"weight": 2.0, "kind": kind, "teacher": str(model), "student_temperature": 0.3}
+    source = [{"path": str(folder / "records.jsonl"), "loss_weight": 0.5}]
+    config = make_config(folder, tmp_path / "one", distill=distill, data={"train": source}, train={"max_steps": 3})
+    train_body(0, config)
+    two = replace(config, train=replace(config.train, output_dir=str(tmp_path / "two")))
+    pool.run(train_body, 2, two)
+    assert_close(trained(config), trained(two), atol=2e-6)
+    for ours, theirs in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    first, *_, last = (line["distill_loss"] for line in read_metrics(tmp_path / "one"))
+    if kind == "pool":
+        assert last < first
+    else:  # it is its own teacher, and has nothing to learn in the first step
+        assert first == pytest.approx(0, abs=1e-6)
+        assert last > 1e-6
+
+
+def test_a_teacher_that_does_not_fit_is_refused(folder, tmp_path):  # noqa: F811
+    for values, message in (
+        ({"kind": "pool"}, "kind is pool and distill.teacher None"),
+        ({"teacher": "x"}, "is group"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config(folder, tmp_path / "run", distill={"weight": 1.0, **values})
+    save_tiny("bert", tmp_path / "wide", hidden_size=48, num_attention_heads=4)
+    distill = {"weight": 1.0, "kind": "mse", "teacher": str(tmp_path / "wide")}
+    with pytest.raises(ValueError, match=r"teacher's vectors have 48 dimensions, the model's 32: set it to pool"):
+        train_body(0, make_config(folder, tmp_path / "run", distill=distill))
