@@ -143,7 +143,7 @@ def sweep(shape: list[int], args: argparse.Namespace) -> Iterator[dict[str, obje
     d_scores = torch.randn(shape[0], shape[1], device=queries.device)
 
     def grid() -> max_sim.FusedGrid:
-        return max_sim.FusedGrid(of_queries.vectors, of_queries.lengths, False, None)
+        return max_sim.FusedGrid(of_queries.vectors, of_queries.lengths, False, None, shape[3])
 
     _, places = grid().scores(*texts)
     d_queries = torch.zeros_like(of_queries.vectors, dtype=torch.float32)

@@ -181,7 +181,7 @@ def _some(texts: Tokens, rows: slice | Tensor) -> Tokens:
     first = (texts.lengths.cumsum(0) - texts.lengths)[rows]
     text_n = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     place_n = torch.arange(len(text_n), device=lengths.device) - (lengths.cumsum(0) - lengths)[text_n]
-    return Tokens(texts.vectors[first[text_n] + place_n], lengths)
+    return Tokens(texts.vectors[first[text_n] + place_n], lengths, longest=texts.longest)
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:

@@ -30,12 +30,19 @@ _CHUNK_MIB = {"cpu": 16.0, "cuda": 256.0}
 class Tokens:
     """Texts of several vectors: `vectors` [n, D], and how many each has: `lengths` int64 [texts].
 
-    Packed, text after text, or each text from `starts` [texts] on, with padding between them.
+    Packed, text after text, or each text from `starts` [texts] on, with padding between them. `longest`: no text has
+    more tokens, as far as it is known without reading lengths from a GPU.
     """
 
     vectors: Tensor
     lengths: Tensor
     starts: Tensor | None = None
+    longest: int | None = None
+
+    def most(self) -> int:
+        if self.longest is None:
+            return int(self.lengths.max()) if len(self.lengths) else 0
+        return self.longest
 
     def prefix(self, dim: int) -> Tokens:
         """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
@@ -48,10 +55,11 @@ def packed(vectors: Tensor, mask: Tensor | None) -> Tokens:
     """Return the real tokens of texts [rows, T, D]. mask [rows, T]: not 0 where a token is real; None: all are."""
     if mask is None:
         lengths = torch.full((vectors.shape[0],), vectors.shape[1], device=vectors.device)
-        return Tokens(vectors.flatten(0, 1), lengths)
+        return Tokens(vectors.flatten(0, 1), lengths, longest=vectors.shape[1])
     mask = mask.to(vectors.device) != 0
     # Rather than vectors[mask], whose backward pass sorts.
-    return Tokens(vectors.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0]), mask.sum(1))
+    real = vectors.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
+    return Tokens(real, mask.sum(1), longest=vectors.shape[1])
 
 
 def in_place(vectors: Tensor, mask: Tensor | None) -> Tokens:
@@ -65,7 +73,7 @@ def in_place(vectors: Tensor, mask: Tensor | None) -> Tokens:
     if not torch.equal(real, (place_T >= first) & (place_T < first + lengths)):
         return packed(vectors, mask)
     starts = torch.arange(0, rows * longest, longest, device=vectors.device) + first[:, 0]
-    return Tokens(vectors.flatten(0, 1), lengths[:, 0], starts)
+    return Tokens(vectors.flatten(0, 1), lengths[:, 0], starts, longest)
 
 
 def max_sim(
@@ -77,7 +85,7 @@ def max_sim(
     """
     starts_C = passages.lengths.cumsum(0) - passages.lengths if passages.starts is None else passages.starts
     sides = queries.vectors, passages.vectors, queries.lengths, passages.lengths, starts_C
-    return _MaxSim.apply(*sides, (mean, chunk_mib, fused))
+    return _MaxSim.apply(*sides, (mean, chunk_mib, passages.most() if fused else None))
 
 
 def ring_max_sim(
@@ -88,16 +96,16 @@ def ring_max_sim(
 
     queries, passages: packed. lengths: of the passages, by rank.
     """
-    options = mean, chunk_mib, fused
+    options = mean, chunk_mib, Tokens(passages.vectors, torch.cat(lengths)).most() if fused else None
     return _RingMaxSim.apply(queries.vectors, passages.vectors, queries.lengths, lengths, rank, group, options)
 
 
-def make_grid(queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None, fused: bool):
-    """Return a `Grid`, or its like in Triton."""
-    if fused:
+def make_grid(queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None, longest: int | None):
+    """Return a `Grid`, or its like in Triton for passages of up to `longest` tokens."""
+    if longest is not None:
         from inbatch.losses.triton.max_sim import FusedGrid  # here, since it imports triton
 
-        return FusedGrid(queries_nD, lengths_B, mean, chunk_mib)
+        return FusedGrid(queries_nD, lengths_B, mean, chunk_mib, longest)
     return Grid(queries_nD, lengths_B, mean, chunk_mib)
 
 

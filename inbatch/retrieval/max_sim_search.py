@@ -103,11 +103,11 @@ def _tiles(
 ) -> Iterator[Tile]:  # fmt: skip
     device, dtype = query_vectors.device, torch.promote_types(query_vectors.dtype, passage_vectors.dtype)
     query_vectors, query_lengths = query_vectors.to(dtype), query_lengths.to(device)
-    fused = False
+    fused = None
     if query_vectors.is_cuda:
         from inbatch.losses.triton import host  # here, since it imports triton
 
-        fused = host.why_not(query_vectors[None]) is None
+        fused = 0 if host.why_not(query_vectors[None]) is None else None  # no places are kept, whatever the lengths
     chunks = [
         (rows, query_vectors[tokens], query_lengths[rows]) for rows, tokens in _ranges(query_lengths, query_tokens)
     ]

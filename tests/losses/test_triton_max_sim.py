@@ -65,7 +65,7 @@ def test_scores_places_and_gradients(shape, dtype):
             queries = leaves[0].detach()[sides[0][1]]
             of_queries, (passages, mask) = (queries, sides[0][1].sum(1)), sides[1]
             of_passages = passages[mask].to(dtype), mask.sum(1), mask.sum(1).cumsum(0) - mask.sum(1)
-            places = [make_grid(*of_queries, False, None, fuse).scores(*of_passages)[1] for fuse in (True, False)]
+            places = [make_grid(*of_queries, False, None, longest).scores(*of_passages)[1] for longest in (T, None)]
             assert places[0].dtype == torch.int16
             assert torch.equal(places[0].T, places[1])
 

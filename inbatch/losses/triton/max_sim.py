@@ -194,14 +194,14 @@ class FusedGrid:
 
     dtype = torch.float32
 
-    def __init__(self, queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None):
+    def __init__(self, queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None, longest: int):
         n, D = queries_nD.shape
         self.queries_nD, self.lengths_B = queries_nD.contiguous(), lengths_B.contiguous()
         self.starts_B = lengths_B.cumsum(0) - lengths_B
         texts = torch.arange(len(lengths_B), dtype=torch.int32, device=queries_nD.device)
         self.text_n = torch.repeat_interleave(texts, lengths_B, output_size=n)
         self.factor_B1 = lengths_B.float().reciprocal()[:, None] if mean else None
-        self.best_mib = _BEST_MIB if chunk_mib is None else chunk_mib
+        self.longest, self.best_mib = longest, _BEST_MIB if chunk_mib is None else chunk_mib
         self.width = {"D": D, "BD": max(16, triton.next_power_of_2(D))}
         self.tile = TILES["float" if queries_nD.dtype == torch.float32 else "half"]
 
@@ -213,8 +213,7 @@ class FusedGrid:
         scores_BC, passages_mD = torch.empty(B, C, device=device), passages_mD.contiguous()
         if not n or not C:
             return scores_BC.zero_(), torch.empty(C, n, dtype=torch.int16, device=device)
-        longest = int(lengths_C.max()) if keep_places else 0
-        place_dtype = torch.int16 if longest < 2**15 else torch.int32
+        place_dtype = torch.int16 if self.longest < 2**15 else torch.int32
         places_Cn = torch.empty(C if keep_places else 0, n, dtype=place_dtype, device=device)
         chunk = max(1, int(self.best_mib * 2**18 / n))
         best_cn = torch.empty(min(chunk, C), n, device=device)
@@ -247,13 +246,12 @@ class FusedGrid:
         arguments = (passages_mD, starts_C, places_Cn, weights_BC, self.text_n, d_queries_nD, n, C)
         _launch(query_gradient_kernel, n, arguments, self.width | TILES["queries"])
 
-        longest = int(lengths_C.max())
-        bins = max(64, triton.next_power_of_2(longest + 1))
+        bins = max(64, triton.next_power_of_2(self.longest + 1))
         ends_Ct = torch.empty(C, bins, dtype=torch.int32, device=device)
         order_Cn = torch.empty(C, n, dtype=torch.int16 if n < 2**15 else torch.int32, device=device)
         _launch(order_kernel, C, (places_Cn, ends_Ct, order_Cn, n), {"BINS": bins} | TILES["order"])
         of_passages = starts_C, lengths_C, ends_Ct, order_Cn, weights_BC.T.contiguous()
-        arguments = (self.queries_nD, *of_passages, self.text_n, d_passages_mD, n, B, longest)
+        arguments = (self.queries_nD, *of_passages, self.text_n, d_passages_mD, n, B, self.longest)
         constants = self.width | {"BINS": bins} | TILES["passages"]
-        _launch(passage_gradient_kernel, C * longest, arguments, constants)
+        _launch(passage_gradient_kernel, C * self.longest, arguments, constants)
         return d_passages_mD
