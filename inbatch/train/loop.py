@@ -222,6 +222,9 @@ class StepFunction:
                 return match_vectors(ours, torch.cat(theirs), kind=config.kind, weights=weights)
             scores = theirs[0] @ collectives.all_gather(theirs[1]).T
         assert scores is not None
+        masks = {}
+        if queries_BD.ndim == 3:  # several vectors a text, filled up with zeros
+            masks = {"query_mask": queries_BD.any(-1), "passage_mask": passages_MD.any(-1)}
         return distill(
             queries_BD,
             passages_MD,
@@ -231,6 +234,7 @@ class StepFunction:
             temperature=config.student_temperature or self._config.loss.temperature,
             teacher_temperature=config.teacher_temperature,
             weights=batch.weights,
+            **masks,
         )
 
 
