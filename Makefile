@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A file of tests stays in one process, for what its tests share.
 IN_PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: test lowest newest quickstart lint clean
+.PHONY: test lowest newest quickstart lint docs clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ lint: .venv/.ready
 quickstart: .venv/.ready
 	$(BIN)/python examples/quickstart.py
 
+docs: .venv/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 test: lint
 	$(BIN)/pytest $(IN_PARALLEL)
 
@@ -34,4 +38,4 @@ lowest newest:
 	.venv-$@/bin/pytest $(IN_PARALLEL)
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis site
