@@ -77,9 +77,11 @@ def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
     What a checkpointed block will compute again is in neither count, as it is in neither graph.
     """
     if on_cuda():
-        before = torch.cuda.memory_allocated()
+        state, before = PassState(), torch.cuda.memory_allocated()
         output = forward()
-        return output, max(0, torch.cuda.memory_allocated() - before)
+        if output.is_cuda:
+            return output, max(0, torch.cuda.memory_allocated() - before)
+        state.restore()  # a model on the CPU, in a process that uses a GPU for something else
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -93,9 +95,9 @@ def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
     return output, sum(seen.values())
 
 
-def free_bytes(modules: Sequence[nn.Module]) -> int:
+def free_bytes(modules: Sequence[nn.Module], device: torch.device) -> int:
     """Return the memory that graphs may take: what is free now, less a tenth, less gradients still to be made."""
-    if on_cuda():
+    if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         allowed = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_allocated()
         free = min(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), allowed)

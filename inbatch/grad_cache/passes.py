@@ -53,12 +53,14 @@ class Passes:
         for group in groups:
             micro_batches = self._cut(group, FIRST_TOKENS if self.budget == "auto" else self.budget)
             micro_batches += [placeholder(1)] * (self._max(len(micro_batches)) - len(micro_batches))
-            held += self._encode_all(group, micro_batches, free_bytes(modules), held, look)
+            held += self._encode_all(group, micro_batches, modules, held, look)
 
     def _cut(self, group: Group, budget) -> list[MicroBatch]:
         return cut(group.batches, budget=budget, multiple=self._multiple)
 
-    def _encode_all(self, group: Group, micro_batches: list[MicroBatch], free: int, held: int, look: bool) -> int:
+    def _encode_all(
+        self, group: Group, micro_batches: list[MicroBatch], modules: Sequence[nn.Module], held: int, look: bool
+    ) -> int:
         """Encode the group, its first micro-batches with a graph, as many as fit; the bytes that those hold."""
         # The first always with a graph: it tells whether the encoder trains, and what a graph weighs.
         state = PassState()
@@ -67,7 +69,7 @@ class Passes:
         if group.trains:
             if look:
                 group.leaves = leaves(output)
-            kept, kept_bytes = self._graphs_that_fit(micro_batches, size, free, held)
+            kept, kept_bytes = self._graphs_that_fit(micro_batches, size, modules, output.device, held)
         group.passes.append(Pass(micro_batches[0], state, output if kept else output.detach()))
         del output
         for index, micro_batch in enumerate(micro_batches[1:], 1):
@@ -98,13 +100,19 @@ class Passes:
             torch.cuda.empty_cache()
         return None
 
-    def _graphs_that_fit(self, micro_batches: list[MicroBatch], size: int, free: int, held: int) -> tuple[int, int]:
-        """Return how many micro-batches keep their graph, equal on all ranks, and the bytes that this takes."""
+    def _graphs_that_fit(
+        self, micro_batches: list[MicroBatch], size: int, modules: Sequence[nn.Module], device: torch.device, held: int
+    ) -> tuple[int, int]:
+        """Return how many micro-batches keep their graph, equal on all ranks, and the bytes that this takes.
+
+        size: of the first one's graph, which is there already. held: of those of other groups.
+        """
         if self._keep_mib == "auto":
-            # On CUDA all graphs are still to be made. One is made again only when the kept ones are gone, so that
-            # what is spare serves a backward's temporaries, as measured, or as much as a graph.
+            # One is made again only when the kept ones are gone, so that what is spare serves a backward's temporaries,
+            # as measured, or as much as a graph. The CPU's saved tensors may be the weights, which take nothing new.
             spare = size if self._peak_per_token is None else self._peak_per_token * micro_batches[0].tokens - size
-            budget = (free - (max(spare, size / 8) if on_cuda() else held)) * self._keep_share
+            spare = max(spare, size / 8) - 0.9 * size if device.type == "cuda" else held
+            budget = (free_bytes(modules, device) - spare) * self._keep_share
         else:
             budget = int(self._keep_mib) * MIB * self._keep_share - held
         per_token = size / micro_batches[0].tokens
@@ -114,7 +122,7 @@ class Passes:
 
     def _find_budget(self, groups: Sequence[Group], modules: Sequence[nn.Module]) -> int:
         """Return the token budget by what the longest rows take forward and backward."""
-        if not on_cuda():
+        if not on_cuda() or not self._encodes_on_cuda(groups):
             return CPU_TOKENS
         tried, most = FIRST_TOKENS, MOST_TOKENS
 
@@ -132,7 +140,7 @@ class Passes:
                     attempt,
                     first=min(FIRST_TOKENS, most),
                     most=most,
-                    free=-self._max(-free_bytes(modules)),
+                    free=-self._max(-free_bytes(modules, torch.device("cuda"))),
                     max_over_ranks=self._max,
                 )
             except torch.OutOfMemoryError as error:
@@ -143,6 +151,11 @@ class Passes:
                     ) from error
             most = tried // 2
             torch.cuda.empty_cache()
+
+    def _encodes_on_cuda(self, groups: Sequence[Group]) -> bool:
+        """Return False for a model on the CPU, in a process that uses a GPU for something else."""
+        with torch.no_grad(), restored_random_state():
+            return all(group.encoded(self._cut(group, LEAST_TOKENS)[0]).is_cuda for group in groups)
 
     def _attempt(self, groups: Sequence[Group], tokens: int) -> Trial:
         """Return what the first micro-batch of every group takes together."""

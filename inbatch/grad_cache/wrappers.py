@@ -203,11 +203,13 @@ def await_gradients(module: nn.Module) -> Tensor:
 
     Returns a tensor whose backward gives every parameter nothing more, so that DDP reduces what `.grad` holds.
     """
-    wrapped = module.module
+    wrapped: nn.Module = module.module  # type: ignore[assignment]
     module.module = _Anchor(wrapped)  # type: ignore[arg-type]
     try:
-        # DDP with device_ids moves its inputs there, and wants one to move.
-        return module(torch.empty(0))
+        # It broadcasts buffers, position ids say, which would be an error to other losses whose graphs hold them.
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(wrapped.buffers())):
+            # DDP with device_ids moves its inputs there, and wants one to move.
+            return module(torch.empty(0))
     finally:
         module.module = wrapped
 

@@ -27,6 +27,7 @@ from inbatch.encoder.packing import BOUNDS, enable_packing, packed_inputs, token
 from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
 from inbatch.losses import FalseNegatives, InfoNCELoss, Objective
+from inbatch.retrieval.embed import unwrap
 
 
 class MultipleNegativesRankingLoss(nn.Module):
@@ -73,11 +74,12 @@ class MultipleNegativesRankingLoss(nn.Module):
             raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct!r}")
         self.model = model
         self.packed = wish(packed, getattr(model, "device", torch.device("cpu"))) is not False
-        if self.packed and (problem := _enable_packing(model)) is not None:
+        inner = unwrap(model)
+        if self.packed and (problem := _enable_packing(inner)) is not None:
             if packed:
                 raise ValueError(f"packed=True: {problem}; leave it out")
             self.packed = False
-        self._first_position = position_table(model[0].model)[1] if self.packed else 0  # type: ignore[arg-type]
+        self._first_position = position_table(inner[0].model)[1] if self.packed else 0
         self.cosine = similarity_fct in (cos_sim, "cosine")
         self.objective = Objective(
             directions=tuple(direction.replace("doc", "passage") for direction in directions),
@@ -120,8 +122,10 @@ class MultipleNegativesRankingLoss(nn.Module):
         return {"temperature": float(self.loss.temperature), "negatives": self.loss.negatives, "masks": "by ids"}
 
 
-def _enable_packing(model: SentenceTransformer) -> str | None:
+def _enable_packing(model: nn.Module) -> str | None:
     """Let the model's attention take texts as one sequence; return why it would not give the padded embeddings."""
+    if not isinstance(model, SentenceTransformer):
+        return f"the model is {type(model).__name__}"
     first, *rest = model
     if not (isinstance(first, Transformer) and isinstance(first.model, PreTrainedModel) and first.tokenizer):
         return f"the model begins with {type(first).__name__}"

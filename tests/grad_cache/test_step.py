@@ -187,6 +187,11 @@ def test_a_step_leaves_no_memory_behind(batches, keep, kind):
     assert [bytes_left_behind(step, batches, kind) for _ in range(3)] == [0, 0, 0]
 
 
+def measured_twice() -> int:
+    """How often a step on the CPU encodes its first micro-batch more: once where the process uses a GPU elsewhere."""
+    return int(torch.cuda.is_initialized())
+
+
 class WeightCasts(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -231,12 +236,12 @@ def test_encodes_twice_only_what_is_not_kept_and_calls_the_loss_once(batches):
     for keep, expected in ((NO_LIMIT_MIB, parts), (0, 2 * parts)):
         calls.clear()
         step_gradients([tower], encode=encode, loss=loss, batches=batches, keep_graph_mib=keep)
-        assert calls == {"encode": expected, "loss": 1}
+        assert calls == {"encode": expected + measured_twice(), "loss": 1}
     calls.clear()
     frozen, scale = Tower(frozen=True), nn.Parameter(torch.tensor(1.0))
     step = GradCache([lambda batch: encode(batch).detach(), frozen], lambda *e: scale * loss(*e), micro_batch_tokens=1)
     step(*batches)
-    assert calls == {"encode": 9, "loss": 1}  # frozen: once a row, though nothing is kept
+    assert calls == {"encode": 9 + measured_twice(), "loss": 1}  # frozen: once a row, though nothing is kept
 
 
 def test_a_graph_that_does_not_fit_is_made_again(batches):

@@ -76,7 +76,7 @@ def check_probe(rank: int, kind: str):
     """The search for a token budget encodes before the first pass; without a GPU its memory figures are made up."""
     _, local = global_batches(rank, [2, 2])
     wrapped, _, _ = build(kind, "shared")
-    figures = {"on_cuda": lambda: True, "free_bytes": lambda modules: 1 << 30}
+    figures = {"on_cuda": lambda: True, "free_bytes": lambda modules, device: 1 << 30}
 
     def trial(run: Callable[[], None], tokens: int) -> Trial:
         run()

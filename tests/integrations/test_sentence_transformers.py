@@ -106,6 +106,8 @@ def test_without_padding_it_is_the_same(kind, tmp_path):
         assert_equal(gradients(model, found), expected_gradients)
     with pytest.raises(ValueError, match="packed=True: the model goes on with Dropout"):
         ours.MultipleNegativesRankingLoss(SentenceTransformer(modules=[*modules, Dropout()]), packed=True)
+    with pytest.raises(ValueError, match="packed=True: the model is Linear"):
+        ours.MultipleNegativesRankingLoss(torch.nn.Linear(2, 2), packed=True)
 
 
 def trained(folder, output, size):
