@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -74,7 +75,10 @@ class Trial:
 
 
 def read_pairs(folder: Path) -> list[tuple[str, str]]:
-    """(query, passage) for every judged pair of a BEIR folder's training split, files plain or gzipped."""
+    """(query, passage) for every judged pair of a BEIR folder's training split, files plain or gzipped, shuffled.
+
+    As a trainer shuffles: neighbours in a file are alike in length, and one rank would have more tokens than another.
+    """
 
     def lines(path: Path) -> Iterator[str]:
         with open(path, encoding="utf-8") if path.exists() else gzip.open(f"{path}.gz", "rt", encoding="utf-8") as file:
@@ -85,7 +89,9 @@ def read_pairs(folder: Path) -> list[tuple[str, str]]:
     }
     queries = {d["_id"]: d["text"] for d in map(json.loads, lines(folder / "queries.jsonl"))}
     rows = (line.split("\t") for line in list(lines(folder / "qrels" / "train.tsv"))[1:])
-    return [(queries[row[0]], corpus[row[1]]) for row in rows if int(row[2]) > 0]
+    pairs = [(queries[row[0]], corpus[row[1]]) for row in rows if int(row[2]) > 0]
+    random.Random(0).shuffle(pairs)
+    return pairs
 
 
 def model_folder(args) -> Path:
