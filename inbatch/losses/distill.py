@@ -92,14 +92,9 @@ def distill(
         if over == "pool":
             score_BC = _pool_scores(queries, passages, counts["passages"], asked, masks)
         else:
-            place_BC = column_B.to(queries.device, non_blocking=True)[:, None]
-            place_BC = place_BC + torch.arange(teacher_BC.shape[1], device=queries.device)
-            place_BC = place_BC.clamp(max=max(0, len(passages) - 1))  # beyond the last one there are no scores
-            score_BC = _group_scores(queries, passages, place_BC, masks, mean=token_reduction == "mean")
-        absent_BC = teacher_BC.isnan()
-        log_b_BC = (score_BC / temperature).masked_fill(absent_BC, _NEVER).log_softmax(1)
-        log_a_BC = (teacher_BC / teacher_temperature).masked_fill(absent_BC, _NEVER).log_softmax(1)
-        loss_B = (log_a_BC.exp() * (log_a_BC - log_b_BC)).sum(1)
+            column_B, width = column_B.to(queries.device, non_blocking=True), teacher_BC.shape[1]
+            score_BC = _group_scores(queries, passages, column_B, width, masks, mean=token_reduction == "mean")
+        loss_B = _divergence(teacher_BC / teacher_temperature, score_BC / temperature)
         return (loss_B if weights is None else loss_B * weights.to(loss_B, non_blocking=True)).sum() * share
 
 
@@ -142,6 +137,13 @@ def match_vectors(
         ours, theirs = embeddings.to(wide), teacher_vectors.detach().to(embeddings.device, wide, non_blocking=True)
         loss_n = 1 - F.cosine_similarity(ours, theirs) if kind == "cosine" else (ours - theirs).square().mean(1)
         return (loss_n if weights is None else loss_n * weights.to(loss_n, non_blocking=True)).sum() * share
+
+
+def _divergence(teacher_BC: Tensor, student_BC: Tensor) -> Tensor:
+    """Return KL(teacher || student) by row [B], of scaled scores; NaN where the teacher has none."""
+    absent_BC = teacher_BC.isnan()
+    log_a_BC, log_b_BC = (x.masked_fill(absent_BC, _NEVER).log_softmax(1) for x in (teacher_BC, student_BC))
+    return (log_a_BC.exp() * (log_a_BC - log_b_BC)).sum(1)
 
 
 def _share(counts: list[int], name: str, what: str) -> float:
@@ -187,9 +189,11 @@ def _pool_scores(
 
 
 def _group_scores(
-    queries: Tensor, passages: Tensor, place_BG: Tensor, masks: dict[str, Tensor | None], *, mean: bool
+    queries: Tensor, passages: Tensor, first_B: Tensor, width: int, masks: dict[str, Tensor | None], *, mean: bool
 ) -> Tensor:
-    """Return the similarities [B, G] with the passages at the row's places."""
+    """Return the similarities [B, G] with `width` passages from the row's first on."""
+    place_BG = first_B[:, None] + torch.arange(width, device=queries.device)
+    place_BG = place_BG.clamp(max=max(0, len(passages) - 1))  # beyond the last one there are no scores
     wide = torch.promote_types(queries.dtype, torch.float32)
     if queries.ndim == 2:
         return torch.einsum("bd,bgd->bg", queries.to(wide), passages[place_BG].to(wide))
