@@ -50,6 +50,15 @@ class Problem:
     first_query: int = 0  # the place of row 0 among the queries at hand
 
     @property
+    def unmasked(self) -> bool:
+        """True if every column counts, for every row alike, and nobody counts them."""
+        keys = (self.row_keys, self.passage_keys, self.query_keys)
+        if any(key.documents is not None or key.queries is not None for key in keys):
+            return False
+        others = self.weights, self.stats, self.rules, self.false_negatives.margin
+        return all(other is None for other in others)
+
+    @property
     def row_weight(self) -> float:
         """W / (rows of all ranks): what a row counts in the mean over ranks."""
         return len(self.query_counts) / sum(self.query_counts)

@@ -195,11 +195,8 @@ class FusedGrid:
     dtype = torch.float32
 
     def __init__(self, queries_nD: Tensor, lengths_B: Tensor, mean: bool, chunk_mib: float | None, longest: int):
-        n, D = queries_nD.shape
+        D = queries_nD.shape[1]
         self.queries_nD, self.lengths_B = queries_nD.contiguous(), lengths_B.contiguous()
-        self.starts_B = lengths_B.cumsum(0) - lengths_B
-        texts = torch.arange(len(lengths_B), dtype=torch.int32, device=queries_nD.device)
-        self.text_n = torch.repeat_interleave(texts, lengths_B, output_size=n)
         self.factor_B1 = lengths_B.float().reciprocal()[:, None] if mean else None
         self.longest, self.best_mib = longest, _BEST_MIB if chunk_mib is None else chunk_mib
         self.width = {"D": D, "BD": max(16, triton.next_power_of_2(D))}
@@ -219,6 +216,7 @@ class FusedGrid:
         best_cn = torch.empty(min(chunk, C), n, device=device)
         precision = "tf32x3" if passages_mD.dtype == torch.float32 else "tf32"
         constants = self.width | {"KEEP": keep_places, "PRECISION": precision} | self.tile
+        starts_B = self.lengths_B.cumsum(0) - self.lengths_B
         # Kernels run on the current device, not on that of their arguments.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for first in range(0, C, chunk):
@@ -227,7 +225,7 @@ class FusedGrid:
                 places = places_Cn[some] if keep_places else best_cn
                 grid = triton.cdiv(n, self.tile["BM"]) * triton.cdiv(c, self.tile["GROUP"])
                 _launch(best_kernel, grid, (self.queries_nD, *of_passages, best_cn, places, n, c), constants)
-                of_texts = best_cn, self.starts_B, self.lengths_B, scores_BC[:, some]
+                of_texts = best_cn, starts_B, self.lengths_B, scores_BC[:, some]
                 grid = B * triton.cdiv(c, TILES["sum"]["BC"])
                 _launch(sum_kernel, grid, (*of_texts, n, c, C), TILES["sum"])
         return scores_BC if self.factor_B1 is None else scores_BC.mul_(self.factor_B1), places_Cn
@@ -243,7 +241,9 @@ class FusedGrid:
         if not n or not C:
             return d_passages_mD
         weights_BC = (d_scores_BC if self.factor_B1 is None else d_scores_BC * self.factor_B1).contiguous()
-        arguments = (passages_mD, starts_C, places_Cn, weights_BC, self.text_n, d_queries_nD, n, C)
+        texts = torch.arange(B, dtype=torch.int32, device=device)
+        text_n = torch.repeat_interleave(texts, self.lengths_B, output_size=n)
+        arguments = (passages_mD, starts_C, places_Cn, weights_BC, text_n, d_queries_nD, n, C)
         _launch(query_gradient_kernel, n, arguments, self.width | TILES["queries"])
 
         bins = max(64, triton.next_power_of_2(self.longest + 1))
@@ -251,7 +251,7 @@ class FusedGrid:
         order_Cn = torch.empty(C, n, dtype=torch.int16 if n < 2**15 else torch.int32, device=device)
         _launch(order_kernel, C, (places_Cn, ends_Ct, order_Cn, n), {"BINS": bins} | TILES["order"])
         of_passages = starts_C, lengths_C, ends_Ct, order_Cn, weights_BC.T.contiguous()
-        arguments = (self.queries_nD, *of_passages, self.text_n, d_passages_mD, n, B, self.longest)
+        arguments = (self.queries_nD, *of_passages, text_n, d_passages_mD, n, B, self.longest)
         constants = self.width | {"BINS": bins} | TILES["passages"]
         _launch(passage_gradient_kernel, C * self.longest, arguments, constants)
         return d_passages_mD
