@@ -11,8 +11,10 @@ runs no code. `inbatch export` makes a model of it. Nothing random is saved: bat
 (seed, step, rank).
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -239,7 +241,13 @@ class _Reader:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            self._files[file] = safe_open(self._folder / file, framework="pt")
+            try:
+                self._files[file] = safe_open(self._folder / file, framework="pt")
+            except Exception as error:
+                if (self._folder / file).exists():
+                    raise
+                # Deleted by the run that goes on, which safetensors says by a RuntimeError.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder / file) from error
         return self._files[file]
 
 
@@ -271,7 +279,8 @@ def newest_whole(folder: str | Path) -> tuple[int, Path] | None:
             if damaged and collectives.rank() == 0:
                 warnings.warn(f"{'; '.join(damaged.values())}; going on from {path.name}", stacklevel=2)
             return step, path
-        damaged[path] = problem
+        if on_rank_0(path.exists):  # else the run that goes on has deleted it meanwhile
+            damaged[path] = problem
     if not listed:
         return None
     raise ValueError(f"no checkpoint is whole: {'; '.join(damaged.values())}. Bring one back, or delete {folder}")

@@ -2,8 +2,10 @@
 
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -96,6 +98,24 @@ def test_the_newest_whole_one_is_taken_with_a_warning(tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole: .*00000008 is damaged: SHA256SUMS is missing"):
         checkpoint.newest_whole(tmp_path)
+
+
+def test_one_that_is_deleted_while_it_is_read_is_gone_and_not_damaged(tmp_path, monkeypatch):
+    old, new = _save(tmp_path, 5), _save(tmp_path, 10)
+    look = checkpoint.damage
+
+    def damage(path):
+        if path == new:
+            shutil.rmtree(new)
+        return look(path)
+
+    monkeypatch.setattr(checkpoint, "damage", damage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.newest_whole(tmp_path) == (5, old)
+    (old / "rank-0.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"rank-0\.safetensors"):  # upon which export takes a newer one
+        checkpoint.load(old, modules={"model": _trained(0)[0]})
 
 
 def test_a_checkpoint_lists_only_files_of_its_own_folder(tmp_path):
