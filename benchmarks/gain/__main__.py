@@ -1,7 +1,7 @@
 """What does each thing buy? Short trainings that differ in one setting, over several data sets and seeds.
 
     python -m benchmarks.gain --model MINILM --data medquad fairytaleqa pystdlib --gpus 4 --output runs/gain
-    python -m benchmarks.gain.report runs/gain/figures.jsonl --output runs/gain     charts and a table
+    python -m benchmarks.gain.report runs/gain/figures.jsonl --output docs          the page docs/gain.md
 
     negatives    passages of all processes as negatives, or of the process alone       (on all GPUs together)
     gradient     exact gradients of other processes' passages, or none (detached)      (on all GPUs together)

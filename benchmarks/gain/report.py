@@ -1,4 +1,7 @@
-"""Draw a chart for each question of benchmarks.gain, and write a table of all, from its figures.jsonl."""
+"""Write the page of docs about what each thing buys, with a chart for each question, from figures of benchmarks.gain.
+
+python -m benchmarks.gain.report benchmarks/results/gain.jsonl --output docs
+"""
 
 import argparse
 import json
@@ -86,7 +89,7 @@ def difference(base: dict[int, float], other: dict[int, float]) -> str:
     """Return the mean difference over the seeds that both have, null where it is within twice its standard error."""
     gains = [other[seed] - base[seed] for seed in sorted(base.keys() & other.keys())]
     if len(gains) < 2:
-        return "one seed"
+        return f"{gains[0]:+.4f} (one seed)"
     error = statistics.stdev(gains) / len(gains) ** 0.5
     return spread(gains, "+") + (" (null)" if abs(statistics.mean(gains)) <= 2 * error else "")
 
@@ -118,21 +121,32 @@ def compared(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, dict[int, flo
     }
 
 
-def table(found: dict[str, dict[str, dict[str, dict[int, float]]]]) -> str:
-    lines = []
+def page(rows: Sequence[Row], found: dict[str, dict[str, dict[str, dict[int, float]]]], figures: Path) -> str:
+    """Return the page: a chart and a table for each question."""
+    steps = sorted({row["steps"] for row in rows if row["steps"]})
+    lines = [
+        "# What each thing buys",
+        "",
+        "Short trainings of MiniLM that differ in one setting:",
+        f"{', '.join(map(str, steps))} steps at batch 256 unless a",
+        "table says otherwise, rate 1.5e-4, temperature 0.02, texts of at most 128 tokens, on one or two GPUs. Test",
+        "split, whole corpus; mean over seeds ± standard deviation, differences seed by seed. Null is a difference of",
+        "at most twice its standard error. `python -m benchmarks.gain` makes the figures, and its `report` this page",
+        f"([every figure](../{figures.as_posix()})).",
+        "",
+    ]
     for question, sets in found.items():
-        lines += [
-            f"### {TITLES[question]}",
-            "",
-            f"| {MEASURE} | setting | test | against the first |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"## {TITLES[question]}", "", f"![{TITLES[question]}](assets/gain_{question}.png)", ""]
+        lines += [f"| {MEASURE} | setting | seeds | test | against the first |", "|---|---|---|---|---|"]
         for data, settings in sets.items():
             base = next(iter(settings.values()))
-            for name, figures in settings.items():
-                against = "" if figures is base else difference(base, figures)
-                lines.append(f"| {data} | {name} | {spread(list(figures.values()))} | {against} |")
+            for name, by in settings.items():
+                against = "" if by is base else difference(base, by)
+                lines.append(f"| {data} | {name} | {len(by)} | {spread(list(by.values()))} | {against} |")
         lines.append("")
+    missing = [title for question, title in TITLES.items() if question not in found]
+    if missing:
+        lines += [f"Not measured yet: {'; '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
@@ -150,21 +164,21 @@ def chart(question: str, sets: dict[str, dict[str, dict[int, float]]], output: P
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel(f"test {MEASURE}")
     figure.suptitle(TITLES[question], fontsize=10)
-    figure.savefig(output / f"gain_{question}.png", dpi=150)
+    figure.savefig(output / "assets" / f"gain_{question}.png", dpi=150)
     plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="folder of gain.md and gain_QUESTION.png")
+    parser.add_argument("--output", type=Path, required=True, help="folder of gain.md and assets/gain_QUESTION.png")
     args = parser.parse_args()
-    found = compared(load(args.figures))
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "gain.md").write_text(table(found))
+    rows = load(args.figures)
+    found = compared(rows)
+    (args.output / "assets").mkdir(parents=True, exist_ok=True)
+    (args.output / "gain.md").write_text(page(rows, found, args.figures))
     for question, sets in found.items():
         chart(question, sets, args.output)
-    print(table(found))
 
 
 if __name__ == "__main__":
