@@ -30,22 +30,25 @@ def model_card(model: "BiEncoderModel", *, training: str = "", datasets: Sequenc
     )
     limit = "any length" if model.max_seq_length is None else f"up to {model.max_seq_length} tokens"
     prompts = "".join(f"\n- prompt `{name}`: {text!r}" for name, text in model.prompts.items())
+    several = model.multi_vector is not None
+    kind = "MultiVectorEncoder" if several else "SentenceTransformer"
+    vectors = f"{'several ' if several else ''}vectors of {model.embedding_dim} numbers"
     return f"""---
 {data.to_yaml()}
 ---
 
 # A text encoder for retrieval
 
-- texts of {limit} to vectors of {model.embedding_dim} numbers, compared by {model.similarity}
+- texts of {limit} to {vectors}, compared by {model.similarity}
 - {model.kind}{", normalised" if model.l2_normalize else ""}
 - base model: {base or "not recorded"}{prompts}
 
 ## Use
 
 ```python
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import {kind}
 
-model = SentenceTransformer("path or name of this model")
+model = {kind}("path or name of this model")
 queries = model.encode_query(["What is a queue?"])
 documents = model.encode_document(["A queue is a collection that is read in the order of writing."])
 print(model.similarity(queries, documents))

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from inbatch.encoder.st_folder import UnsupportedError, read_object
+from inbatch.encoder.folder_settings import UnsupportedError, read_object
 
 # transformers marks "no limit" with a huge model_max_length.
 _NO_LIMIT = 10**9

@@ -61,7 +61,7 @@ def merge_lora(model: "BiEncoderModel") -> None:
 
 
 def check_adapter(model: "BiEncoderModel") -> None:
-    """Raise ValueError for a model of which an adapter would not say all: a decoder made bidirectional.
+    """Raise ValueError for a model of which an adapter would not say all: a decoder made bidirectional, new tokens.
 
     An adapter's folder has no config.json: sentence-transformers would take it for the whole model.
     """
@@ -71,6 +71,11 @@ def check_adapter(model: "BiEncoderModel") -> None:
         raise ValueError(
             f"{config.name_or_path} says nothing of bidirectional attention, and an adapter cannot: set lora.merge to "
             "true, or model.bidirectional to false"
+        )
+    if config.vocab_size != base.vocab_size:
+        raise ValueError(
+            f"the model has {config.vocab_size} tokens, {config.name_or_path} has {base.vocab_size}, and an adapter "
+            "cannot hold new ones: set lora.merge to true, or prefixes that need none"
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,13 +31,16 @@ from inbatch.encoder.loading import (
     set_attention,
 )
 from inbatch.encoder.lora import has_lora, save_lora
+from inbatch.encoder.multi_vector import ROLES, TASKS, UNSEEN, MultiVector, TokenVectors
+from inbatch.encoder.multi_vector_folder import write_multi_vector
+from inbatch.encoder.multi_vector_head import open_head, with_multi_vector
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
 from inbatch.encoder.pooling import check_pooling, pool
 from inbatch.encoder.st_folder import Folder, Layout, read_layout, write_layout
 
 
 class BiEncoderModel(nn.Module):
-    """e(text) = normalise(pool(backbone(text))): one encoder for queries and passages.
+    """e(text) = normalise(pool(backbone(text))): one encoder for queries and passages. (Or one vector a token.)
 
     Build it with `from_pretrained`. `model(batch)` is `model.encode(batch)`, so that DDP and FSDP2 can wrap it.
 
@@ -53,6 +56,7 @@ class BiEncoderModel(nn.Module):
         padded_because: why the model was not opened so; None where it was.
         base_model: folder or name that the model was opened from, for its card.
         backend_because: why sentence-transformers opened it (see `open_encoder`); None where it did not.
+        multi_vector, head: how tokens become vectors, and the module that does it; None for another pooling.
     """
 
     pooling: str
@@ -65,6 +69,7 @@ class BiEncoderModel(nn.Module):
     query_length: int | None
     document_length: int | None
     do_lower_case: bool
+    multi_vector: MultiVector | None
 
     def __init__(
         self,
@@ -73,9 +78,11 @@ class BiEncoderModel(nn.Module):
         layout: Layout,
         *,
         packed: bool | None = False,
+        head: TokenVectors | None = None,
     ):
         super().__init__()
         self.backbone: PreTrainedModel = backbone
+        self.head = head
         self.tokenizer = tokenizer
         self._cut = cut_of(tokenizer)
         check_pooling(layout.pooling)
@@ -115,6 +122,7 @@ class BiEncoderModel(nn.Module):
         attn_implementation: str | None = None,
         packed: bool | None = False,
         trust_remote_code: bool = False,
+        multi_vector: Mapping[str, Any] | None = None,
     ) -> "BiEncoderModel":
         """Open a transformers or sentence-transformers model, from a folder or by its name on the hub.
 
@@ -122,7 +130,8 @@ class BiEncoderModel(nn.Module):
         attention for decoders. A decoder that sentence-transformers saved stays as it was saved.
 
         Args:
-            pooling: "mean", "cls", "last" or "weighted_mean".
+            pooling: "mean", "cls", "last", "weighted_mean", or "multi_vector" for a vector a token (late interaction),
+                which a model of one vector gets a new random projection for.
             bidirectional: every token sees every token. Kept in config.json as is_causal=false, which transformers
                 and sentence-transformers honour when they open the folder.
             prompts: replaces the saved prompts of the same names.
@@ -131,6 +140,7 @@ class BiEncoderModel(nn.Module):
             packed: encode without padding (`inbatch.encoder.packing`): the same embeddings, to rounding. True refuses
                 a backbone that does not allow it; None opens it padded, and `padded_because` says why.
             trust_remote_code: run the code that a folder brings for its backbone or tokenizer.
+            multi_vector: fields of `MultiVector` that differ from what the saved model says.
 
         Raises:
             ValueError: no such model; a file that is wrong; a setting, module or backbone that is not supported, the
@@ -145,6 +155,7 @@ class BiEncoderModel(nn.Module):
         from_sentence_transformers = saved is not None
         saved = saved or Folder(layout=Layout(pooling="mean", l2_normalize=True), bidirectional=True)
         layout = replace(saved.layout, pooling=check_pooling(pooling or saved.layout.pooling))
+        layout = with_multi_vector(str(name_or_path), saved.layout, layout, multi_vector, l2_normalize)
         home = folder / saved.home
         backbone = load_backbone(folder, saved.home, dtype, attn_implementation, trust_remote_code=trust_remote_code)
         set_attention(backbone, bidirectional, default=saved.bidirectional)
@@ -166,7 +177,10 @@ class BiEncoderModel(nn.Module):
             prompts={**layout.prompts, **(prompts or {})},
             max_seq_length=max_seq_length,
         )
-        model = cls(backbone, tokenizer, layout, packed=packed if attn_implementation is None else False)
+        head = None
+        if layout.multi_vector is not None:
+            layout, head = open_head(folder, saved, layout, backbone, tokenizer)
+        model = cls(backbone, tokenizer, layout, packed=packed if attn_implementation is None else False, head=head)
         if packed is None and attn_implementation is not None:
             model.padded_because = f"attn_implementation={attn_implementation!r} was given"
         model._cut = cut
@@ -186,11 +200,15 @@ class BiEncoderModel(nn.Module):
     @property
     def kind(self) -> str:
         """Say what it is made of, in words for its card."""
+        if self.multi_vector is not None:
+            return f"a vector of {self.embedding_dim} numbers for each token of {self.backbone.config.model_type}"
         return f"{self.pooling} pooling of {self.backbone.config.model_type}"
 
     @property
     def embedding_dim(self) -> int:
         width = self.backbone.config.hidden_size
+        if self.multi_vector is not None:
+            return self.multi_vector.dim
         return width if self.truncate_dim is None else min(width, self.truncate_dim)
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -199,23 +217,36 @@ class BiEncoderModel(nn.Module):
         Reads `input_ids` [B, T], `attention_mask` [B, T] (1 at real tokens, contiguous; padding on either side) and
         what `to_device` adds; other keys are ignored. B = 0 gives [0, D] that still depends on every parameter a batch
         uses, so that all ranks of a data-parallel group take part in the reductions. A text without tokens becomes 0.
+
+        Pooling "multi_vector" gives [B, T, D], 0 at tokens that count for nothing, so that `.any(-1)` is the mask of
+        the others. It also reads "token_roles", which `mark` adds and `tokenize` for a task.
         """
         ids_BT, mask_BT = _check_batch(batch, self.position_limit)
         rows = ids_BT.shape[0]
         if ids_BT.numel() == 0:
             ids_BT, mask_BT = ids_BT.new_zeros(max(rows, 1), 1), mask_BT.new_zeros(max(rows, 1), 1)
-        attend_BT = attended(mask_BT)
+        attend_BT = seen_BT = attended(mask_BT)
+        roles_BT = batch.get(ROLES) if ids_BT is batch["input_ids"] else None
+        packed = self.packed
+        if roles_BT is not None:
+            seen_BT = attend_BT & (roles_BT != UNSEEN)
+            # Packed attention has no tokens that attend and are not attended to.
+            packed = packed and ("token_slots" in batch or bool(torch.equal(seen_BT, attend_BT)))
         # Positions count real tokens, so that padding on the left does not shift them.
         positions_BT = (attend_BT.cumsum(1) - 1).clamp(min=0) + self.position_offset
-        if self.packed:
+        if packed:
             # To find them on a GPU is to wait for it.
             slots_N = batch["token_slots"] if "token_slots" in batch else token_slots(attend_BT)
             states_BTD = packed_states(self.backbone, ids_BT, attend_BT, positions_BT, slots_N, **self._no_cache)
         else:
             positions = {"position_ids": positions_BT} if self._takes_positions else {}
             states_BTD = self.backbone(
-                input_ids=ids_BT, attention_mask=attend_BT.long(), return_dict=True, **positions, **self._no_cache
+                input_ids=ids_BT, attention_mask=seen_BT.long(), return_dict=True, **positions, **self._no_cache
             ).last_hidden_state
+        if self.head is not None:
+            counts_BT = mask_BT if roles_BT is None else mask_BT & (roles_BT != 0)
+            vectors_BTD = self.head(states_BTD, attended(counts_BT))
+            return vectors_BTD if rows else vectors_BTD[:0].clone()
         embeddings_BD = pool(states_BTD, mask_BT, self.pooling)
         if self.l2_normalize:
             embeddings_BD = nn.functional.normalize(embeddings_BD, dim=-1)
@@ -233,7 +264,9 @@ class BiEncoderModel(nn.Module):
         """
         ids_BT, mask_BT = _check_batch(batch, self.position_limit)
         ready = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        if self.packed and ids_BT.numel():
+        if ROLES in batch:
+            ready[ROLES] = batch[ROLES]
+        if self.packed and ids_BT.numel() and not (ROLES in batch and (batch[ROLES] == UNSEEN).any()):
             ready["token_slots"] = token_slots(attended(mask_BT))
         device = next(self.backbone.parameters()).device
         return {name: to_device(value, device) for name, value in ready.items()}
@@ -248,6 +281,8 @@ class BiEncoderModel(nn.Module):
         max_length: int | None = None,
     ) -> dict[str, Tensor]:
         """Turn texts into padded int64 `input_ids` and `attention_mask` [B, T], T the longest text's length.
+
+        A multi-vector model also says what each token of a task's texts counts for; see `mark`.
 
         Args:
             prompt: the name of one of `prompts`, put in front of every text; None is none.
@@ -270,7 +305,8 @@ class BiEncoderModel(nn.Module):
             max_length = lengths.get(task or prompt or "") or self.max_seq_length
         self._check_length(max_length)
         if not texts:
-            return {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
+            tokens = {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
+            return self.mark(tokens, task or prompt)
         rows = self.token_ids([prefix + text for text in texts], max_length)
         # Padded here: transformers takes as long for padding, masks and their tensors as for the tokens.
         lengths_B = torch.tensor([len(row) for row in rows])
@@ -280,7 +316,18 @@ class BiEncoderModel(nn.Module):
             places_T = places_T.flip(0)
         mask_BT = places_T < lengths_B[:, None]
         ids_BT = torch.full(mask_BT.shape, cast(int, self.tokenizer.pad_token_id)).masked_scatter_(mask_BT, ids_N)
-        return {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
+        return self.mark({"input_ids": ids_BT, "attention_mask": mask_BT.long()}, task or prompt)
+
+    def mark(self, tokens: Mapping[str, Tensor], task: str | None) -> dict[str, Tensor]:
+        """Return tokens in host memory as they are encoded for a task, "query" or "document".
+
+        Those of a multi-vector model get "token_roles" int64 [B, T]: 0 counts for nothing, 1 counts, 2 counts but is
+        attended to by no other token. Its queries are filled up with mask tokens, which the attention mask has, too.
+        Another model's tokens stay as they are, as do those of no task.
+        """
+        if self.head is None or self.multi_vector is None or task not in TASKS:
+            return dict(tokens)
+        return self.head.mark(tokens, task, self.multi_vector, self.query_length)
 
     def token_ids(self, texts: list[str], max_length: int | None) -> list[list[int]]:
         """Return the ids of the tokens of each text, special ones included; max_length None cuts nothing."""
@@ -345,10 +392,9 @@ class BiEncoderModel(nn.Module):
         folder = Path(folder)
         weights = None
         if state_dict is not None:
-            prefix = "backbone."
-            weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+            weights = _under("backbone.", state_dict)
             if not weights:
-                raise ValueError(f"state_dict has no key that starts with {prefix!r}; pass this model's own state_dict")
+                raise ValueError("state_dict has no key that starts with 'backbone.'; pass this model's own state_dict")
         if has_lora(self):
             save_lora(self, folder, weights)
         else:
@@ -360,11 +406,19 @@ class BiEncoderModel(nn.Module):
         self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         self.tokenizer.save_pretrained(folder)
         layout = Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
-        write_layout(folder, layout, self.backbone.config.hidden_size)
+        if self.head is None:
+            write_layout(folder, layout, self.backbone.config.hidden_size)
+        else:
+            layers = _under("head.layers.", self.state_dict() if state_dict is None else state_dict)
+            write_multi_vector(folder, layout, self.tokenizer, layers)
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
-        for weights_file in folder.glob("*.safetensors"):
+        for weights_file in folder.glob("**/*.safetensors"):
             # safetensors makes its files for their owner alone, whatever the umask.
             weights_file.chmod((folder / "modules.json").stat().st_mode)
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -26,6 +26,8 @@ def save_onnx(model: BiEncoderModel, path: str | Path) -> None:
     """
     if model.packed:
         raise ValueError("a packed model has no ONNX form: open it with packed=False")
+    if model.pooling == "multi_vector":
+        raise ValueError("a multi-vector model has no ONNX form here: sentence-transformers exports its backbone")
     model, batch = model.cpu().eval(), model.tokenize(["a text", "another text, of more tokens"])
     any_size = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     names = ("input_ids", "attention_mask")

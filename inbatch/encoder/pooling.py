@@ -1,4 +1,4 @@
-"""From token states to one vector per text.
+"""From token states to one vector per text. (Several: `multi_vector`.)
 
 Shapes: B texts, T token positions, D dimension.
 """
@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 POOLINGS = ("mean", "cls", "last", "weighted_mean")
+MULTI_VECTOR = "multi_vector"
 
 
 def check_pooling(pooling: str) -> str:
-    if pooling not in POOLINGS:
-        raise ValueError(f"unknown pooling {pooling!r}; choose one of {', '.join(POOLINGS)}")
+    if pooling not in (*POOLINGS, MULTI_VECTOR):
+        raise ValueError(f"unknown pooling {pooling!r}; choose one of {', '.join((*POOLINGS, MULTI_VECTOR))}")
     return pooling
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inbatch.encoder.card import model_card
+from inbatch.encoder.folder_settings import UnsupportedError
 from inbatch.encoder.loading import cut_of, local_folder, position_table, restore_cut
 from inbatch.encoder.model import BiEncoderModel, attended
-from inbatch.encoder.st_folder import UnsupportedError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -47,6 +47,7 @@ class SentenceTransformerEncoder(BiEncoderModel):
 
     def __init__(self, model: "SentenceTransformer"):
         nn.Module.__init__(self)
+        self.head = self.multi_vector = None
         first: Any = model[0]
         kind = type(first).__name__
         if kind not in ("Transformer", "StaticEmbedding"):
@@ -84,7 +85,7 @@ class SentenceTransformerEncoder(BiEncoderModel):
         """
         from sentence_transformers import SentenceTransformer
 
-        for name in ("pooling", "l2_normalize", "bidirectional", "packed"):
+        for name in ("pooling", "l2_normalize", "bidirectional", "packed", "multi_vector"):
             if options.pop(name, None):
                 raise ValueError(f"model.{name} is for models that inbatch opens itself: {name_or_path} says its own")
         arguments = {name: options.pop(name, None) for name in ("dtype", "attn_implementation")}

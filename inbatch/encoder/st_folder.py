@@ -5,13 +5,25 @@ module names and pooling flags that every release since 2.0 reads.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from inbatch.encoder.folder_settings import (
+    SIMILARITIES,
+    Settings,
+    UnsupportedError,
+    file_within,
+    read_json,
+    read_object,
+    settings_of,
+    short,
+)
+from inbatch.encoder.multi_vector import MultiVector
+from inbatch.encoder.multi_vector_folder import DENSE, read_expansion, read_modules, read_top
 
 # sentence-transformers' name -> ours
 _POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last", "weightedmean": "weighted_mean"}
@@ -25,7 +37,7 @@ _FLAGS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 _SUPPORTED = "Transformer, Pooling, Normalize"
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+_MULTI_VECTOR = ("ColBERT", "MultiVectorEncoder")
 # The Transformer module's settings are in the first of these files that holds any.
 _TRANSFORMER_FILES = [
     f"sentence_{kind}_config.json"
@@ -52,28 +64,6 @@ _USUAL_TOKENS = {
 }
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "text": _is_text,
-    "true or false": lambda value: isinstance(value, bool),
-    "a positive integer": lambda value: type(value) is int and value >= 1,
-    "an object": lambda value: isinstance(value, dict),
-    "an object of texts": lambda value: (
-        isinstance(value, dict) and all(_is_text(text) or text is None for text in value.values())
-    ),
-    "text or a list of texts": lambda value: _is_text(value) or (isinstance(value, list) and all(map(_is_text, value))),
-    "'left' or 'right'": lambda value: value in ("left", "right"),
-    f"one of {', '.join(SIMILARITIES)}": lambda value: value in SIMILARITIES,
-}
-
-
-class UnsupportedError(ValueError):
-    """A folder that sentence-transformers opens and BiEncoderModel does not."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Hold what a sentence-transformers folder says beyond the files of its backbone and tokenizer."""
@@ -88,6 +78,7 @@ class Layout:
     query_length: int | None = None
     document_length: int | None = None
     do_lower_case: bool = False
+    multi_vector: MultiVector | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,77 +89,8 @@ class Folder:
     home: str = ""
     tokenizer_options: dict[str, Any] = field(default_factory=dict)
     bidirectional: bool = False  # a decoder whose config does not say; sentence-transformers runs it causal
-
-
-class _Settings:
-    """The settings of one file, taken one by one; `done` refuses by name what nobody took."""
-
-    def __init__(self, path: Path, values: dict[str, Any], inner: str = ""):
-        self._where, self._left = f"{path}: {inner}", dict(values)
-
-    def take(self, key: str, kind: str) -> Any:
-        """Return a value of this kind; None where it is absent or null."""
-        value = self._left.pop(key, None)
-        if value is not None and not _KINDS[kind](value):
-            raise ValueError(f"{self._where}{key} is {_short(value)}; expected {kind}")
-        return value
-
-    def require(self, key: str, *usual: Any) -> None:
-        """Refuse a value other than these, of which the first is meant where the key is absent."""
-        value = self._left.pop(key, usual[0])
-        if not any(type(value) is type(allowed) and value == allowed for allowed in usual):
-            raise UnsupportedError(f"{self._where}{key} {_short(value)} is not supported")
-
-    def ignore(self, *keys: str) -> None:
-        """Drop keys that change no embedding."""
-        for key in keys:
-            self._left.pop(key, None)
-
-    def done(self) -> None:
-        if self._left:
-            key, value = next(iter(self._left.items()))
-            raise ValueError(
-                f"{self._where}{key} ({_short(value)}) is not known here; if it changes no embedding, delete it there"
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def file_within(folder: Path, name: str) -> Path:
-    """Return the path of `name` in `folder`; ValueError where `..` or a link leads out of the folder."""
-    path, root = folder / name, folder.resolve()
-    try:
-        target = path.resolve()
-        path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: there can be no file {name[:80]!r}: {str(error)[:60]}") from None
-    # Files in a snapshot of the hub's cache are links to the blobs beside the snapshots.
-    if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
-        raise ValueError(f"{path} lies outside of the model's folder: copy it into the folder")
-    return path
-
-
-def read_object(folder: Path, name: str) -> dict[str, Any] | None:
-    """Return the JSON object in a file of the folder, or None where there is no such file."""
-    path = file_within(folder, name)
-    if not path.is_file():
-        return None
-    value = _read(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def _read(path: Path) -> Any:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be saved
-        return value
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    dense: tuple[str, ...] = ()  # folders of the layers that project token states
+    prefixes: dict[str, str] = field(default_factory=dict)  # what PyLate puts in front of a task's texts, as one token
 
 
 def read_layout(folder: Path) -> Folder | None:
@@ -180,10 +102,67 @@ def read_layout(folder: Path) -> Folder | None:
     if not file_within(folder, "modules.json").is_file():
         return None
     kinds, paths = _read_modules(folder)
-    top = _settings(folder, "config_sentence_transformers.json")
+    top = settings_of(folder, "config_sentence_transformers.json")
     top.ignore("__version__")
-    if (model_type := top.take("model_type", "text")) not in (None, "SentenceTransformer"):
-        raise ValueError(f"{folder}: model_type {model_type:.80} is no bi-encoder of one vector a text")
+    model_type = top.take("model_type", "text")
+    if model_type in _MULTI_VECTOR or _is_multi_vector(kinds):
+        try:
+            return _read_multi_vector(folder, kinds, paths, top, native=model_type == "MultiVectorEncoder")
+        except UnsupportedError as error:  # sentence-transformers' class for one vector a text would not open it either
+            raise ValueError(str(error)) from None
+    if model_type not in (None, "SentenceTransformer"):
+        raise ValueError(f"{folder}: model_type {model_type:.80} is no bi-encoder")
+    prompts = _read_prompts(folder, top)
+    similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
+    truncate_dim = top.take("truncate_dim", "a positive integer")
+    top.done()
+    lengths, tokenizer_options, _ = _read_transformer(folder, paths[0])
+    pooling = _read_pooling(folder, str(Path(paths[1], "config.json")))
+    if len(kinds) == 3:
+        normalize = settings_of(folder, str(Path(paths[2], "config.json")))
+        normalize.require("module_input_name", "sentence_embedding")
+        normalize.require("module_output_name", "sentence_embedding", None)
+        normalize.done()
+    layout = Layout(
+        pooling=pooling,
+        l2_normalize=len(kinds) == 3,
+        similarity=similarity or "cosine",
+        truncate_dim=truncate_dim,
+        **prompts,
+        **lengths,
+    )
+    return Folder(layout=layout, home=paths[0], tokenizer_options=tokenizer_options)
+
+
+def _is_multi_vector(kinds: list[str]) -> bool:
+    return "MultiVectorMask" in kinds or (kinds[1:2] == ["Dense"] and "Pooling" not in kinds)
+
+
+def _read_multi_vector(folder: Path, kinds: list[str], paths: list[str], top: Settings, *, native: bool) -> Folder:
+    prompts = _read_prompts(folder, top)
+    said = read_top(top, native=native)
+    top.require("truncate_dim", None)
+    top.done()
+    options, dense = read_modules(folder, list(zip(kinds, paths, strict=True))[1:], said.pop("multi_vector"))
+    lengths, tokenizer_options, options = _read_transformer(folder, paths[0], options)
+    prefixes = said.pop("prefixes")
+    prompts["prompts"] |= {name: prefix + prompts["prompts"].get(name, "") for name, prefix in prefixes.items()}
+    assert options is not None
+    layout = Layout(
+        pooling="multi_vector",
+        l2_normalize=True,
+        similarity="max_sim",
+        multi_vector=options,
+        **prompts,
+        **{**lengths, **said},
+    )
+    return Folder(
+        layout=layout, home=paths[0], tokenizer_options=tokenizer_options, dense=tuple(dense), prefixes=prefixes
+    )
+
+
+def _read_prompts(folder: Path, top: Settings) -> dict[str, Any]:
+    """Return the fields of Layout on prompts."""
     top.require("requirements", {}, None)
     prompts = {name: text or "" for name, text in (top.take("prompts", "an object of texts") or {}).items()}
     default_prompt_name = top.take("default_prompt_name", "text")
@@ -192,36 +171,13 @@ def read_layout(folder: Path) -> Folder | None:
             f"{folder / 'config_sentence_transformers.json'}: default_prompt_name {default_prompt_name!r:.80} is none "
             f"of its prompts {sorted(prompts)!s:.300}"
         )
-    similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
-    truncate_dim = top.take("truncate_dim", "a positive integer")
-    top.done()
-    lengths, tokenizer_options = _read_transformer(folder, paths[0])
-    pooling = _read_pooling(folder, str(Path(paths[1], "config.json")))
-    if len(kinds) == 3:
-        normalize = _settings(folder, str(Path(paths[2], "config.json")))
-        normalize.require("module_input_name", "sentence_embedding")
-        normalize.require("module_output_name", "sentence_embedding", None)
-        normalize.done()
-    layout = Layout(
-        pooling=pooling,
-        l2_normalize=len(kinds) == 3,
-        prompts=prompts,
-        default_prompt_name=default_prompt_name,
-        similarity=similarity or "cosine",
-        truncate_dim=truncate_dim,
-        **lengths,
-    )
-    return Folder(layout=layout, home=paths[0], tokenizer_options=tokenizer_options)
-
-
-def _settings(folder: Path, name: str) -> _Settings:
-    return _Settings(folder / name, read_object(folder, name) or {})
+    return {"prompts": prompts, "default_prompt_name": default_prompt_name}
 
 
 def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
     """Return the kinds and folders of the modules, which must be those that we have, in their order."""
     path = folder / "modules.json"
-    modules = _read(path)
+    modules = read_json(path)
     if not isinstance(modules, list) or not all(
         isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("type", "path"))
         for module in modules
@@ -231,33 +187,38 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
         if module["path"].startswith("/") or ".." in Path(module["path"]).parts:
             raise ValueError(f"{path}: the path {module['path']!r:.200} leads out of the model's folder")
         file_within(folder, module["path"])
-        if not module["type"].startswith("sentence_transformers."):
+        if not module["type"].startswith("sentence_transformers.") and module["type"] != DENSE:
             raise UnsupportedError(
                 f"{folder}: module {module['type']:.200} is custom code, which is not run, whatever trust_remote_code "
                 f"says: expected {_SUPPORTED}, of sentence-transformers"
             )
-    for module in modules:
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind not in ("Transformer", "Pooling", "Normalize"):
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    several = _is_multi_vector(kinds)
+    known = (
+        ("Transformer", "Dense", "MultiVectorMask", "Normalize") if several else ("Transformer", "Pooling", "Normalize")
+    )
+    for module, kind in zip(modules, kinds, strict=True):
+        if kind not in known:
             where = f" (folder {module['path']!r:.200})" if module["path"] else ""
             raise UnsupportedError(f"{folder}: module {module['type']:.200}{where} is not supported")
-        settings = _Settings(path, module)
+        settings = Settings(path, module)
         settings.take("kwargs", "text or a list of texts")  # names of arguments that none of the three has
         settings.ignore("idx", "name", "path", "type")
         settings.done()
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    if not several and kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UnsupportedError(
             f"{folder}: modules {kinds!s:.200} (expected {_SUPPORTED}, in this order) are not supported"
         )
     names = [module.get("name") for module in modules]
     if any(names.count(name) > 1 for name in names):
-        raise ValueError(f"{path}: two modules have the name {_short(names[1])}; give each its own")
+        raise ValueError(f"{path}: two modules have the name {short(names[1])}; give each its own")
     return kinds, [module["path"] for module in modules]
 
 
-def _read_transformer(folder: Path, home: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (fields of Layout, options for the tokenizer): what the Transformer module's file says."""
+def _read_transformer(
+    folder: Path, home: str, options: MultiVector | None = None
+) -> tuple[dict[str, Any], dict[str, Any], MultiVector | None]:
+    """Return what the Transformer module's file says: fields of Layout, options for the tokenizer, and `options`."""
     for name in _PROCESSOR_FILES:
         if (folder / home / name).is_file():
             raise UnsupportedError(f"{folder / home / name}: a model of several modalities is not supported")
@@ -266,26 +227,25 @@ def _read_transformer(folder: Path, home: str) -> tuple[dict[str, Any], dict[str
             raise UnsupportedError(f"{folder / home / name}: a processor_class is not supported")
     files = ((folder / home / name, read_object(folder, str(Path(home, name)))) for name in _TRANSFORMER_FILES)
     path, values = next(((path, values) for path, values in files if values), (folder / home, {}))
-    settings = _Settings(path, values)
+    settings = Settings(path, values)
     settings.require("transformer_task", "feature-extraction")
     if "modality_config" in values:
         settings.require("modality_config", _TOKEN_STATES)
         settings.require("module_output_name", "token_embeddings")
-    settings.require("query_expansion", None)
     settings.require("tokenizer_name_or_path", None)
     settings.ignore("module_output_name", "unpad_inputs", "backend")
     for key in ("model_kwargs", "model_args", "config_kwargs", "config_args"):
         # That custom code may run is never for the folder to say.
         if any(name != "trust_remote_code" for name in settings.take(key, "an object") or {}):
-            raise UnsupportedError(f"{path}: {key} {_short(values[key])} is not supported")
+            raise UnsupportedError(f"{path}: {key} {short(values[key])} is not supported")
     _require_usual_tokens(path, settings.take("processing_kwargs", "an object") or {})
     new, old = (settings.take(key, "an object") for key in ("processor_kwargs", "tokenizer_args"))
     if new and old is not None:
         raise ValueError(f"{path}: processor_kwargs beside tokenizer_args, its older name, has no effect: delete one")
-    options = _Settings(path, new or old or {}, "processor_kwargs." if new else "tokenizer_args.")
-    options.ignore("trust_remote_code")
-    tokenizer = {name: options.take(name, kind) for name, kind in _TOKENIZER_OPTIONS.items()}
-    options.done()
+    given = Settings(path, new or old or {}, "processor_kwargs." if new else "tokenizer_args.")
+    given.ignore("trust_remote_code")
+    tokenizer = {name: given.take(name, kind) for name, kind in _TOKENIZER_OPTIONS.items()}
+    given.done()
     tokenizer = {name: value for name, value in tokenizer.items() if value is not None}
     lengths: dict[str, Any] = {
         name: settings.take(name, "a positive integer")
@@ -293,8 +253,13 @@ def _read_transformer(folder: Path, home: str) -> tuple[dict[str, Any], dict[str
     }
     lengths["max_seq_length"] = tokenizer.pop("model_max_length", None) or lengths["max_seq_length"]
     lengths["do_lower_case"] = bool(settings.take("do_lower_case", "true or false"))
+    if options is None:
+        settings.require("query_expansion", None)
+    else:
+        options = read_expansion(settings, lengths, options)
     settings.done()
-    return lengths, tokenizer
+    lengths = {name: length for name, length in lengths.items() if length is not None}
+    return lengths, tokenizer, options
 
 
 def _require_usual_tokens(path: Path, processing: dict[str, Any]) -> None:
@@ -303,18 +268,18 @@ def _require_usual_tokens(path: Path, processing: dict[str, Any]) -> None:
             continue  # texts never meet them
         if modality not in ("text", "common") or not isinstance(options, dict):
             raise ValueError(
-                f"{path}: processing_kwargs.{modality} ({_short(options)}) is not known here: delete it there"
+                f"{path}: processing_kwargs.{modality} ({short(options)}) is not known here: delete it there"
             )
         for key, value in options.items():
             if not any(type(value) is type(usual) and value == usual for usual in _USUAL_TOKENS.get(key, ())):
-                raise UnsupportedError(f"{path}: processing_kwargs.{modality}.{key} {_short(value)} is not supported")
+                raise UnsupportedError(f"{path}: processing_kwargs.{modality}.{key} {short(value)} is not supported")
 
 
 def _read_pooling(folder: Path, name: str) -> str:
     path, values = folder / name, read_object(folder, name)
     if values is None:
         raise ValueError(f"{path} is missing, which says how the model pools: copy it from the model's source")
-    settings = _Settings(path, values)
+    settings = Settings(path, values)
     flags = [mode for mode, flag in _FLAGS.items() if settings.take(flag, "true or false")]
     modes = settings.take("pooling_mode", "text or a list of texts")
     if "pooling_mode" not in values:
@@ -325,7 +290,7 @@ def _read_pooling(folder: Path, name: str) -> str:
     settings.take("include_prompt", "true or false")
     settings.done()
     if not modes or not all(mode in _FLAGS for mode in modes):
-        raise ValueError(f"{path}: pooling_mode {_short(modes)} is unknown; supported: {', '.join(_POOLING)}")
+        raise ValueError(f"{path}: pooling_mode {short(modes)} is unknown; supported: {', '.join(_POOLING)}")
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise UnsupportedError(f"{path}: pooling_mode: pooling {'+'.join(modes)} is not supported")
     if not values.get("include_prompt", True):
