@@ -330,6 +330,8 @@ def _encode(known: argparse.Namespace) -> None:
 
         model = _open_model(known.model, device)
         name = known.prompt or model.default_prompt_name
+        if model.multi_vector is not None:
+            name = name or "document"
         if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
             raise ValueError(
                 f"--prompt {known.prompt}: expected one of {sorted(model.prompts)}, and no --prefix beside it"
@@ -338,6 +340,7 @@ def _encode(known: argparse.Namespace) -> None:
             known,
             device,
             prefix=model.prompts.get(name or "", "") if known.prefix is None else known.prefix,
+            task=name,
             max_length=known.max_len,
             dtype=getattr(torch, known.dtype),
             progress=f"encode {Path(known.input).name}" if known.progress else None,

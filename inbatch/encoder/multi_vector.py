@@ -127,5 +127,6 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return the longest added token that the prompt begins with; "" if there is none."""
-    added: Any = tokenizer.get_added_vocab()
+    tokenizer_: Any = tokenizer
+    added = tokenizer_.get_added_vocab()
     return max((token for token in added if token and prompt.startswith(token)), key=len, default="")

@@ -37,7 +37,6 @@ _FLAGS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 _SUPPORTED = "Transformer, Pooling, Normalize"
-_MULTI_VECTOR = ("ColBERT", "MultiVectorEncoder")
 # The Transformer module's settings are in the first of these files that holds any.
 _TRANSFORMER_FILES = [
     f"sentence_{kind}_config.json"
@@ -105,13 +104,13 @@ def read_layout(folder: Path) -> Folder | None:
     top = settings_of(folder, "config_sentence_transformers.json")
     top.ignore("__version__")
     model_type = top.take("model_type", "text")
-    if model_type in _MULTI_VECTOR or _is_multi_vector(kinds):
+    if _is_multi_vector(kinds):
         try:
             return _read_multi_vector(folder, kinds, paths, top, native=model_type == "MultiVectorEncoder")
         except UnsupportedError as error:  # sentence-transformers' class for one vector a text would not open it either
             raise ValueError(str(error)) from None
     if model_type not in (None, "SentenceTransformer"):
-        raise ValueError(f"{folder}: model_type {model_type:.80} is no bi-encoder")
+        raise ValueError(f"{folder}: model_type {model_type:.80} with the modules {kinds!s:.200} is no bi-encoder")
     prompts = _read_prompts(folder, top)
     similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
     truncate_dim = top.take("truncate_dim", "a positive integer")

@@ -72,7 +72,7 @@ def multi_vector(
         problem = _at_hand(problem, query_columns=query_columns)
     counts = _by_rank(passages, problem) if gathers or travels else []
     everyone = queries
-    positives = _some(passages, own) if query_columns else passages
+    positives = passages[own] if query_columns else passages
     if gathers:
         passages = gathered_texts(passages, counts, group)
         everyone = (
@@ -181,15 +181,6 @@ def gathered_texts(texts: Tokens, lengths: list[Tensor], group: ProcessGroup | N
     """Return the texts of all ranks, with gradient; only real tokens travel. lengths: of the texts, by rank."""
     tokens = torch.stack([each.sum() for each in lengths]).tolist()
     return Tokens(collectives.all_gather(texts.vectors, group, rows=tokens), torch.cat(lengths))
-
-
-def _some(texts: Tokens, rows: slice | Tensor) -> Tokens:
-    """Return some of the texts, in the order of `rows`."""
-    lengths = texts.lengths[rows].contiguous()
-    first = (texts.lengths.cumsum(0) - texts.lengths)[rows]
-    text_n = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    place_n = torch.arange(len(text_n), device=lengths.device) - (lengths.cumsum(0) - lengths)[text_n]
-    return Tokens(texts.vectors[first[text_n] + place_n], lengths, longest=texts.longest)
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:

@@ -44,6 +44,17 @@ class Tokens:
             return int(self.lengths.max()) if len(self.lengths) else 0
         return self.longest
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tokens:
+        """Return some of the texts, which are packed, in the order of `rows`."""
+        lengths = self.lengths[rows].contiguous()
+        first = (self.lengths.cumsum(0) - self.lengths)[rows]
+        text_n = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        place_n = torch.arange(len(text_n), device=lengths.device) - (lengths.cumsum(0) - lengths)[text_n]
+        return Tokens(self.vectors[(first[text_n] + place_n).to(self.vectors.device)], lengths, longest=self.longest)
+
     def prefix(self, dim: int) -> Tokens:
         """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
         if dim == self.vectors.shape[1]:

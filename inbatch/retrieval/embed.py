@@ -16,6 +16,8 @@ from tqdm import tqdm
 from inbatch import collectives
 from inbatch.data import plan
 from inbatch.encoder.model import to_device
+from inbatch.losses.max_sim import Tokens, packed
+from inbatch.retrieval.nearest import Embeddings
 
 PRECISIONS = ("fp32", "bf16")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,6 +30,8 @@ class EmbedOptions:
 
     prefix: str = ""
     """put before each text"""
+    task: str | None = None
+    """"query" or "document", which a multi-vector model encodes differently"""
     max_length: int | None = None
     """tokens a text is cut to; None is the model's limit"""
     batch_tokens: int | None = None
@@ -50,11 +54,12 @@ class EmbedOptions:
 
 def embed(
     model: nn.Module, texts: Sequence[str], options: EmbedOptions | None = None, *, rows: range | None = None
-) -> Tensor:
+) -> Embeddings:
     """Return the embeddings [n, D] of texts[rows] (None: all), in order and in host memory, where a corpus has room.
 
     model: a BiEncoderModel, or DDP around one; it computes on its own device, in evaluation mode and without
-    gradient, and is left as it was. texts: read as they are needed.
+    gradient, and is left as it was. texts: read as they are needed. A multi-vector model gives `Tokens`: the vectors
+    that count, text after text, and how many each text has.
 
     Raises ValueError for one string in place of a list.
     """
@@ -63,10 +68,22 @@ def embed(
     options = options or EmbedOptions()
     module = unwrap(model)
     rows = range(len(texts)) if rows is None else rows
+    if is_multi_vector(module):
+        parts = [Tokens(torch.empty(0, module.embedding_dim, dtype=options.dtype), torch.empty(0, dtype=torch.int64))]
+        for _, window in embed_windows(module, texts, rows, options):
+            assert isinstance(window, Tokens)
+            parts.append(Tokens(window.vectors.to("cpu", options.dtype), window.lengths.cpu()))
+        return Tokens(torch.cat([part.vectors for part in parts]), torch.cat([part.lengths for part in parts]))
     embeddings = torch.empty(len(rows), module.embedding_dim, dtype=options.dtype)
     for start, window in embed_windows(module, texts, rows, options):
+        assert isinstance(window, Tensor)
         embeddings[start : start + len(window)] = window
     return embeddings
+
+
+def is_multi_vector(module: nn.Module) -> bool:
+    """Return True for an encoder that gives each text several vectors."""
+    return getattr(unwrap(module), "multi_vector", None) is not None
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -81,14 +98,15 @@ def share(count: int, group=None) -> range:
 
 def embed_windows(
     module: Any, texts: Sequence[str], rows: range, options: EmbedOptions
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (place within rows, embeddings [w, D] on the model's device), window by window."""
+) -> Iterator[tuple[int, Embeddings]]:
+    """Yield (place within rows, embeddings [w, D] or Tokens on the model's device), window by window."""
     device = next(module.parameters()).device
     batch_tokens = options.batch_tokens or (65536 if device.type == "cuda" and module.packed else 16384)
 
     def tokenise(start: int) -> dict[str, Tensor]:
         window = [options.prefix + texts[row] for row in rows[start : start + _WINDOW]]
-        return module.tokenize(window, max_length=options.max_length)
+        tokens = module.tokenize(window, max_length=options.max_length)
+        return module.mark(tokens, options.task) if is_multi_vector(module) else tokens
 
     # A window is read and tokenised while the one before it is encoded.
     with (
@@ -110,8 +128,14 @@ def embed_windows(
                     parts.append(module(batch).float())
                 order.append(some)
                 bar.update(len(some))
+            places = to_device(torch.cat(order), device)
+            if parts[0].ndim == 3:
+                counted = [packed(part, part.any(-1)) for part in parts]
+                vectors, lengths = (torch.cat([getattr(one, n) for one in counted]) for n in ("vectors", "lengths"))
+                yield start, Tokens(vectors, lengths)[places.argsort()]
+                continue
             window = torch.cat(parts)
-            yield start, torch.empty_like(window).index_copy_(0, to_device(torch.cat(order), device), window)
+            yield start, torch.empty_like(window).index_copy_(0, places, window)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """The embeddings of a file's texts in one .npy or .safetensors file, which the ranks fill together.
 
-Shapes: n texts, D dimension.
+Shapes: n texts, D dimension, m vectors: n, or more from a multi-vector model.
 """
 
 import io
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from inbatch import collectives
 from inbatch.data import open_corpus
-from inbatch.data.files import naming, partial, publish, remove
-from inbatch.retrieval.embed import EmbedOptions, embed_windows, share, unwrap
+from inbatch.data.files import naming, partial, publish, remove, replacing
+from inbatch.losses.max_sim import Tokens
+from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, share, unwrap
 
 _NPY = {torch.float32: "<f4", torch.float16: "<f2"}
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -30,11 +32,13 @@ def encode_to_file(
     *,
     group=None,
 ) -> tuple[int, int]:
-    """Write the embeddings of a file's texts, one a row in file order, and return their shape (n, D).
+    """Write the embeddings of a file's texts, one a row in file order, and return their shape (m, D).
 
     source: texts in any format that `open_corpus` reads, a .txt file with a text a line among them. output: ends in
     .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to output + ".ids.txt", one a line.
-    options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0.
+    options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0. A multi-vector model writes the
+    vectors of text i to the rows offsets[i] to offsets[i + 1], with the int64 offsets [n + 1] in output +
+    ".offsets.npy"; then every rank has a file of its own for a while.
 
     Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
     a rank holds no more than a window of texts. The files appear under their names when all is complete, and ids of an
@@ -45,19 +49,20 @@ def encode_to_file(
     module, dtype = unwrap(model), options.dtype
     collectives.agree("encode_to_file", {}, group=group, same={"dimension": module.embedding_dim, "dtype": str(dtype)})
     documents = collectives.together(lambda: open_corpus(source, needs_ids=False), group)
-    texts = documents.texts
+    texts, several, row_bytes = documents.texts, is_multi_vector(module), module.embedding_dim * dtype.itemsize
     shape = len(texts), module.embedding_dim
     header = collectives.together(lambda: _header(output, dtype, shape), group)
-    ids_path = output.with_name(f"{output.name}.ids.txt")
+    ids_path, offsets_path = (output.with_name(f"{output.name}.{what}") for what in ("ids.txt", "offsets.npy"))
     first = collectives.rank(group) == 0
     rows = share(len(texts), group)
+    part = output.with_name(f".{output.name}.rank-{collectives.rank(group)}")
     options = options if first else replace(options, progress=None)
 
     def create() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with naming(output), partial(output).open("wb") as file:
             file.write(header)
-            file.truncate(len(header) + shape[0] * shape[1] * dtype.itemsize)
+            file.truncate(len(header) + shape[0] * row_bytes)
         remove(partial(ids_path))  # of a run that was killed
         if documents.has_ids:
             with naming(ids_path), partial(ids_path).open("w", encoding="utf-8") as file:
@@ -66,27 +71,59 @@ def encode_to_file(
     def fill() -> None:
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
         with naming(output), partial(output).open("r+b") as file:
-            file.seek(len(header) + rows.start * shape[1] * dtype.itemsize)
+            file.seek(len(header) + rows.start * row_bytes)
             for start, window in embed_windows(module, texts, rows, options):
+                assert isinstance(window, Tensor)
                 kept = window.to("cpu", dtype)
                 _require_finite(kept, rows.start + start, source)
                 file.write(kept.view(torch.uint8).numpy().data)
 
+    def fill_part() -> Tensor:
+        """Write this rank's vectors, whose place is not known before all are there, and return their numbers."""
+        lengths = [torch.empty(0, dtype=torch.int64)]
+        with naming(part), part.open("wb") as file:
+            for start, window in embed_windows(module, texts, rows, options):
+                assert isinstance(window, Tokens)
+                kept, text_m = (
+                    window.vectors.to("cpu", dtype),
+                    torch.arange(len(window)).repeat_interleave(window.lengths.cpu()),
+                )
+                _require_finite(kept, rows.start + start, source, text_m)
+                file.write(kept.view(torch.uint8).numpy().data)
+                lengths.append(window.lengths.cpu())
+        return torch.cat(lengths)
+
+    def join() -> None:
+        with naming(output), partial(output).open("r+b") as file, part.open("rb") as mine:
+            file.seek(len(header) + int(lengths[: rows.start].sum()) * row_bytes)
+            shutil.copyfileobj(mine, file, 1 << 24)
+
     def finish() -> None:
         remove(ids_path)  # before: at no time do the ids of other embeddings lie beside these
+        remove(offsets_path)
         publish(output)
+        if several:
+            with replacing(offsets_path) as filled, filled.open("wb") as file:
+                np.save(file, np.concatenate([[0], lengths.cumsum(0).numpy()]).astype("<i8"))
         if documents.has_ids:
             publish(ids_path)
 
     try:
+        if several:
+            found = collectives.together(fill_part, group)
+            lengths = torch.cat(collectives.gather_objects(found, group))
+            shape = int(lengths.sum()), shape[1]
+            header = _header(output, dtype, shape)
         collectives.together(lambda: create() if first else None, group)
-        collectives.together(fill, group)
+        collectives.together(join if several else fill, group)
         collectives.together(lambda: finish() if first else None, group)
     except BaseException:
         if first:
             remove(partial(output))
             remove(partial(ids_path))
         raise
+    finally:
+        remove(part)
     return shape
 
 
@@ -96,9 +133,10 @@ def _line(doc_id: str) -> str:
     return f"{doc_id}\n"
 
 
-def _require_finite(window: Tensor, start: int, source: str | os.PathLike) -> None:
-    bad = (~window.isfinite()).any(1).nonzero()
+def _require_finite(window: Tensor, start: int, source: str | os.PathLike, text_m: Tensor | None = None) -> None:
+    bad = (~window.isfinite()).any(1).nonzero().squeeze(1)
     if len(bad):
+        bad = bad if text_m is None else text_m[bad]
         raise ValueError(
             f"{source}: the embedding of text {start + int(bad[0]) + 1} holds NaN or infinity as {window.dtype}; "
             "expected finite numbers: look at the model's weights, or try float32 and precision fp32"

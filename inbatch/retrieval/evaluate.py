@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inbatch import collectives
 from inbatch.data.files import replacing
 from inbatch.data.records import RetrievalData
-from inbatch.retrieval.embed import EmbedOptions, embed, share, unwrap
+from inbatch.retrieval.embed import EmbedOptions, embed, is_multi_vector, share, unwrap
 from inbatch.retrieval.kept import embed_kept
 from inbatch.retrieval.metrics import (
     DEFAULT_MEASURES,
@@ -22,7 +22,8 @@ from inbatch.retrieval.metrics import (
     retrieval_metrics,
     write_trec_run,
 )
-from inbatch.retrieval.search import SIMILARITIES, top_k
+from inbatch.retrieval.nearest import MAX_SIM, Embeddings, from_all_ranks, nearest
+from inbatch.retrieval.search import SIMILARITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def retrieve(
         model, data.queries, data.documents, options, query_model=query_model, group=group
     )
     exclude = None if options.keep_identical_ids else _own_documents(data, first=collectives.rank(group) == 0)
-    scores, indices = top_k(queries, documents, options.top_k, similarity=similarity, exclude=exclude, group=group)
+    scores, indices = nearest(queries, documents, options.top_k, similarity=similarity, exclude=exclude, group=group)
     return {
         query: {data.doc_ids[i]: score for i, score in zip(row, row_scores, strict=True) if i >= 0}
         for query, row, row_scores in zip(data.query_ids, indices.tolist(), scores.tolist(), strict=True)
@@ -150,7 +151,7 @@ def embed_both(
     *,
     query_model: nn.Module | None = None,
     group=None,
-) -> tuple[str, Tensor, Tensor]:
+) -> tuple[str, Embeddings, Embeddings]:
     """Return the similarity to search by, all queries [Q, D] on the device, and this rank's share of the documents."""
     query_model = model if query_model is None else query_model
     similarity = collectives.together(lambda: similarity_of(model, options), group)
@@ -160,6 +161,11 @@ def embed_both(
 
 def similarity_of(model: nn.Module, options: RetrieveOptions) -> str:
     """Return how vectors are compared; ValueError for a model that was saved with another way than these."""
+    if is_multi_vector(model):
+        if options.similarity is not None:
+            raise ValueError(f"similarity is {options.similarity!r}: a multi-vector model is searched by MaxSim: leave "
+                             "it out")  # fmt: skip
+        return MAX_SIM
     similarity = unwrap(model).similarity if options.similarity is None else options.similarity
     if similarity not in SIMILARITIES:
         raise ValueError(
@@ -169,21 +175,21 @@ def similarity_of(model: nn.Module, options: RetrieveOptions) -> str:
     return similarity
 
 
-def embed_queries(model: nn.Module, queries: Sequence[str], options: RetrieveOptions, *, group=None) -> Tensor:
+def embed_queries(model: nn.Module, queries: Sequence[str], options: RetrieveOptions, *, group=None) -> Embeddings:
     """Return the embeddings [Q, D] of all queries, which the ranks share out, on the model's device."""
     how = replace(embedding_options(model, "query", options, group), dtype=torch.float32)
     rows = collectives.together(lambda: embed(model, queries, how, rows=share(len(queries), group)), group)
-    rows = rows.to(next(model.parameters()).device)
-    agreed = collectives.agree("the embeddings of the queries", {"queries": rows}, group=group)
-    return collectives.all_gather(rows, group, rows=agreed["queries"])
+    return from_all_ranks("the embeddings of the queries", rows, next(model.parameters()).device, group)
 
 
 def embed_documents(
     model: nn.Module, documents: Sequence[str], options: RetrieveOptions, *, kept: Path | None = None, group=None
-) -> Tensor:
+) -> Embeddings:
     """Return the embeddings of this rank's share of the documents, in host memory; kept: a folder that has them."""
     how, rows = embedding_options(model, "document", options, group), share(len(documents), group)
     if kept is not None:
+        if is_multi_vector(model):
+            raise ValueError(f"kept is {kept}: embeddings of several vectors a text are not kept: leave it out")
         return embed_kept(model, documents, how, kept, rows=rows, group=group)
     return collectives.together(lambda: embed(model, documents, how, rows=rows), group)
 
@@ -196,6 +202,7 @@ def embedding_options(model: nn.Module, what: str, options: RetrieveOptions, gro
     shown = options.embedding.progress is not None and collectives.rank(group) == 0
     return replace(
         options.embedding,
+        task=what,
         prefix=module.prompts.get(what, "") if prefix is None else prefix,
         max_length=getattr(module, f"{what}_length", None) if max_length is None else max_length,
         progress=what if shown else None,

@@ -25,7 +25,7 @@ from inbatch.data.readers import Examples
 from inbatch.data.records import Example
 from inbatch.retrieval.evaluate import RetrieveOptions, embed_documents, embed_queries, similarity_of
 from inbatch.retrieval.kept import text_digest
-from inbatch.retrieval.search import top_k
+from inbatch.retrieval.nearest import nearest
 
 _QUERIES = 4096  # searched at a time
 _LOOKED_AT = 1000  # examples that tell whether groups are of this data
@@ -75,7 +75,9 @@ def group_examples(
     for start in range(0, len(examples), _QUERIES):
         some = range(start, min(len(examples), start + _QUERIES))
         exclude = known.pairs(some)
-        found = top_k(queries[start : some.stop], documents, depth, similarity=similarity, exclude=exclude, group=group)
+        found = nearest(
+            queries[start : some.stop], documents, depth, similarity=similarity, exclude=exclude, group=group
+        )
         near[start : some.stop, : max(0, depth - options.range_min)] = found[1][:, options.range_min :].cpu().numpy()
     return Groups(_grown(near, options.size))
 

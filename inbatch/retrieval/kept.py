@@ -29,6 +29,7 @@ def model_digest(model: nn.Module) -> str:
     settings = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
     settings.pop("training", None)
     configuration = getattr(getattr(module, "backbone", None), "config", "")
+    settings["multi_vector"] = str(getattr(module, "multi_vector", None))
     digest.update(f"{sorted(settings.items())} {configuration} {version('transformers')} {type(module)}".encode())
     if (tokenizer := getattr(module, "tokenizer", None)) is not None:
         digest.update(tokenizer_digest(tokenizer).encode())
@@ -78,6 +79,7 @@ def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path
         with naming(paths[0]), paths[0].open("r+b") as file, paths[1].open("r+b") as done:
             for missing in _missing(np.fromfile(paths[1], np.uint8)[rows.start : rows.stop], rows.start):
                 for start, window in embed_windows(module, texts, missing, options):
+                    assert isinstance(window, Tensor)
                     file.seek((missing.start + start) * width)
                     file.write(window.to("cpu", dtype).view(torch.uint8).numpy().data)
                     file.flush()

@@ -22,10 +22,11 @@ from inbatch.data.files import naming, partial, publish, remove, sync, write_jso
 from inbatch.data.identity import normalised
 from inbatch.data.judged import Chosen, is_judged
 from inbatch.ids import stable_id
+from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import share
 from inbatch.retrieval.evaluate import RetrieveOptions, embed_documents, embed_queries, similarity_of
 from inbatch.retrieval.kept import model_digest, text_digest
-from inbatch.retrieval.search import pair_scores, top_k
+from inbatch.retrieval.nearest import Embeddings, counts_by_rank, nearest, scores_of_pairs
 
 FORMATS = ("lists", "triplets")
 _QUERIES = 4096  # searched at a time: bounds memory
@@ -134,8 +135,8 @@ Found = tuple[range, Tensor, Tensor, list[list[float]]]
 
 
 def search_negatives(
-    queries: Tensor,
-    documents: Tensor,
+    queries: Embeddings,
+    documents: Embeddings,
     data: MiningSet,
     depth: int,
     *,
@@ -153,16 +154,17 @@ def search_negatives(
 
 
 def _search(
-    rows: range, queries: Tensor, documents: Tensor, data: MiningSet, depth: int, *,
+    rows: range, queries: Embeddings, documents: Embeddings, data: MiningSet, depth: int, *,
     similarity: str, scores: Scores | None = None, group=None,
 ) -> Found:  # fmt: skip
     """Search for one block of queries; scores: what scores positives and candidates instead of these embeddings."""
     known = _pairs(data.positives, rows)
-    exclude, offset = torch.cat([known, _pairs(data.same, rows)]), _offset(documents, queries.device, group)
-    found = top_k(queries, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
+    device = queries.vectors.device if isinstance(queries, Tokens) else queries.device
+    exclude, offset = torch.cat([known, _pairs(data.same, rows)]), _offset(documents, device, group)
+    found = nearest(queries, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
     best, indices = found[0].cpu(), found[1].cpu()
     if scores is None:
-        of_known = _scored(queries, documents, known, offset, similarity, group)
+        of_known = _scored(queries, documents, known, offset, similarity, device, group)
     else:
         places = (indices >= 0).nonzero()
         candidates = torch.stack([places[:, 0], indices[places[:, 0], places[:, 1]]], dim=1)
@@ -175,18 +177,19 @@ def _search(
     return rows, best, indices, [[next(flat) for _ in data.positives[row]] for row in rows]
 
 
-def _offset(documents: Tensor, device: torch.device, group) -> int:
-    counts = collectives.agree("the documents", {"documents": documents[:, :0].to(device)}, group=group)
-    return sum(counts["documents"][: collectives.rank(group)])
+def _offset(documents: Embeddings, device: torch.device, group) -> int:
+    return sum(counts_by_rank("the documents", documents, device, group)[: collectives.rank(group)])
 
 
-def _scored(queries: Tensor, documents: Tensor, pairs: Tensor, offset: int, similarity: str, group) -> Tensor:
+def _scored(
+    queries: Embeddings, documents: Embeddings, pairs: Tensor, offset: int, similarity: str, device: torch.device, group
+) -> Tensor:
     """Return the scores [P] of pairs [P, 2] (row of a query, document), each from the rank that has the document."""
     here = ((pairs[:, 1] >= offset) & (pairs[:, 1] < offset + len(documents))).nonzero().squeeze(1)
-    scores = torch.zeros(len(pairs), device=queries.device)
+    scores = torch.zeros(len(pairs), device=device)
     local = pairs[here] - torch.tensor([0, offset])
     for some, place in zip(local.split(_PAIRS), here.split(_PAIRS), strict=True):
-        scores[place.to(scores.device)] = pair_scores(queries, documents, some, similarity=similarity)
+        scores[place.to(scores.device)] = scores_of_pairs(queries, documents, some, similarity=similarity)
     return collectives.all_reduce(scores, group=group).cpu()
 
 
@@ -202,7 +205,7 @@ def _scores_of(
 
         def score(rows: range, pairs: Tensor) -> Tensor:
             queries = embed_queries(teacher, data.queries[rows.start : rows.stop], usual, group=group)
-            return _scored(queries, documents, pairs, offset, similarity, group)
+            return _scored(queries, documents, pairs, offset, similarity, device, group)
 
         return score
 

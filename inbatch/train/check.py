@@ -278,6 +278,7 @@ def _memory(config: Config, towers: Sequence[BiEncoderModel], first: FirstBatch,
     trained = sum(p.numel() for tower in towers for p in tower.parameters() if p.requires_grad)
     parts = ranks if config.train.parallel == "fsdp2" else 1
     texts = sum(first.passages) + sum(first.queries) if config.loss.negatives == "gather" else first.passages[0] * 2
+    per_text = 1 if towers[0].multi_vector is None else first.tokens / (first.passages[0] + first.queries[0])
     shape = getattr(towers[0].backbone, "config", None)
     width, layers = getattr(shape, "hidden_size", 0), getattr(shape, "num_hidden_layers", 0)  # 0: no transformer
     budget = config.train.micro_batch_tokens
@@ -288,7 +289,7 @@ def _memory(config: Config, towers: Sequence[BiEncoderModel], first: FirstBatch,
     return {
         "weights": 4 * weights / parts / GIB,
         "gradients and AdamW": 12 * trained / parts / GIB,
-        "embeddings": 8 * texts * towers[0].embedding_dim / GIB,
+        "embeddings": 8 * texts * per_text * towers[0].embedding_dim / GIB,
         "activations": wide * kept * width * layers / GIB,
     }
 
@@ -304,7 +305,7 @@ def _about_settings(
     found = report.warnings(config, batches.first, l2_normalize=model.l2_normalize, gpus=gpus)
     yield from (Finding(code, text) for code, text in found.items())
     loss, optim = config.loss, config.optim
-    if model.l2_normalize and loss.temperature >= 0.5:
+    if model.l2_normalize and model.multi_vector is None and loss.temperature >= 0.5:
         yield Finding(
             "temperature",
             f"loss.temperature is {loss.temperature} and cosines are at most 1: no query can prefer its positive by "

@@ -40,8 +40,8 @@ class ModelConfig:
     """folder (or hub name) of a sentence-transformers or transformers model"""
     backend: Literal["auto", "inbatch", "sentence-transformers"] = "auto"
     """whose code opens it; auto: ours where it can (faster: packed, LoRA), else sentence-transformers (any modules)"""
-    pooling: Literal["mean", "cls", "last", "weighted_mean"] | None = None
-    """null takes what the saved model says, else mean"""
+    pooling: Literal["mean", "cls", "last", "weighted_mean", "multi_vector"] | None = None
+    """null takes what the saved model says, else mean; multi_vector is a vector a token, compared by MaxSim"""
     l2_normalize: bool | None = None
     """unit-length embeddings; null takes what the saved model says, else true"""
     bidirectional: bool | None = None
@@ -69,6 +69,20 @@ class ModelConfig:
                 f"model.packed brings its own attention: leave out model.attn_implementation "
                 f"{self.attn_implementation!r}"
             )
+
+
+@settings("multi_vector")
+class MultiVectorConfig:
+    """Say how tokens become vectors where model.pooling is multi_vector; null takes what the saved model says."""
+
+    dim: int | None = Field(default=None, ge=1)
+    """numbers of a token's vector; 128 for a new projection"""
+    query_expansion: bool | None = None
+    """fill queries up with mask tokens to data.query_max_len; a new model does"""
+    attend_to_expansion: bool | None = None
+    """let a query's tokens attend to these mask tokens; a new model does not"""
+    skip_words: list[str] | None = None
+    """tokens of passages that count for nothing; a new model skips punctuation"""
 
 
 @settings("lora")
@@ -419,6 +433,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    multi_vector: MultiVectorConfig = field(default_factory=MultiVectorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

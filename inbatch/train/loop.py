@@ -170,9 +170,21 @@ class StepFunction:
         """Return the loss of a step's parts; gradients are added to the parameters', unless under no_grad."""
         loss = torch.zeros((), device=self._learner.device)
         for index, part in enumerate(parts):
-            sides, last = (part.batch.queries, part.batch.passages), index + 1 == len(parts)
+            sides = self._sides(part.batch)
+            last = index + 1 == len(parts)
             loss += self._grad_cache(*sides, loss_kwargs={"part": part}, reduce=last)
         return loss
+
+    def _sides(self, batch: TrainBatch) -> list[dict[str, Any]]:
+        sides = []
+        for side, tokens in (("query", batch.queries), ("document", batch.passages)):
+            tower = unwrap(self._learner.network("query" if side == "query" else "passage"))
+            marked = tower.mark(tokens, side)
+            if tower.multi_vector is not None and tower.packed:
+                # Not in one micro-batch: expanded queries may be encoded with padding, passages need none.
+                marked["side"] = side
+            sides.append(marked)
+        return sides
 
     def _encode(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
@@ -191,6 +203,9 @@ class StepFunction:
             regular = False
             passages_MD, passage_ids = with_remote(passages_MD, batch.passage_ids)
             batch = replace(batch, passage_ids=passage_ids)
+        masks = {}
+        if queries_BD.ndim == 3:
+            masks = {"query_mask": queries_BD.any(-1), "passage_mask": passages_MD.any(-1)}
         loss = self._learner.loss(
             queries_BD,
             passages_MD,
@@ -198,6 +213,7 @@ class StepFunction:
             false_negatives=false_negatives(self._config.loss, batch),
             stats=self.stats,
             weights=batch.weights,
+            **masks,
         )
         if distance is not None:
             for name, value in (("contrastive_loss", loss), ("distill_loss", distance)):

@@ -284,6 +284,11 @@ def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int
             f"embeddings are not normalised and loss.temperature is {config.loss.temperature}: scores will be huge; "
             "set model.l2_normalize to true, or a temperature near 1"
         )
+    if config.model.pooling == "multi_vector" and config.loss.temperature <= 0.1:
+        lines["temperature_of_sums"] = (
+            f"loss.temperature is {config.loss.temperature}, and scores are sums of up to {config.data.query_max_len} "
+            "cosines, one for each token of a query: set a temperature near 1"
+        )
     if config.loss.detach_remote and len(first.queries) > 1:
         lines["detached"] = (
             "loss.detach_remote biases the gradient: each passage learns from the queries of its own process only "

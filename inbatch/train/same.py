@@ -58,7 +58,7 @@ def check_towers(towers: Mapping[str, BiEncoderModel]) -> None:
             for name, tower in towers.items()
             for what, digest in (
                 ("embedding size", tower.embedding_dim),
-                ("settings", repr((tower.prompts, tower.pooling, tower.l2_normalize))),
+                ("settings", repr((tower.prompts, tower.pooling, tower.l2_normalize, tower.multi_vector))),
                 ("tokenizer", tokenizer_digest(tower.tokenizer)),
                 ("weights", weights_digest(tower.state_dict())),
             )

@@ -47,10 +47,15 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
         attn_implementation=config.model.attn_implementation,
         packed=packed,
         trust_remote_code=config.model.trust_remote_code,
+        multi_vector={name: value for name, value in vars(config.multi_vector).items() if value is not None} or None,
     ).train()
+    if tower.multi_vector is not None:
+        _check_multi_vector(config)
     # Lengths by task are kept as what they were trained at, too; and the comparison as the one that was measured.
     tower.query_length = tower.query_length and config.data.query_max_len
     tower.document_length = tower.document_length and config.data.passage_max_len
+    if tower.multi_vector is not None:
+        tower.query_length, tower.document_length = config.data.query_max_len, config.data.passage_max_len
     tower.similarity = config.eval.similarity or tower.similarity
     if frozen:
         # In evaluation mode too: its dropout would only be noise.
@@ -75,6 +80,19 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
             seed=config.train.seed,
         )
     return tower
+
+
+def _check_multi_vector(config: Config) -> None:
+    """Raise ValueError for settings that mean nothing where a text is several vectors."""
+    wrong = {
+        "eval.similarity": config.eval.similarity,
+        "loss.detach_remote": config.loss.detach_remote or None,
+        "loss.impl": "fused" if config.loss.impl == "fused" else None,
+        "loss.objective": None if config.loss.objective in ("info_nce", "clip") else config.loss.objective,
+    }
+    for key, value in wrong.items():
+        if value is not None:
+            raise ValueError(f"{key} is {value}, which a multi-vector model does not have: leave it out")
 
 
 def spread(
