@@ -188,8 +188,6 @@ def embed_documents(
     """Return the embeddings of this rank's share of the documents, in host memory; kept: a folder that has them."""
     how, rows = embedding_options(model, "document", options, group), share(len(documents), group)
     if kept is not None:
-        if is_multi_vector(model):
-            raise ValueError(f"kept is {kept}: embeddings of several vectors a text are not kept: leave it out")
         return embed_kept(model, documents, how, kept, rows=rows, group=group)
     return collectives.together(lambda: embed(model, documents, how, rows=rows), group)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from inbatch import collectives
 from inbatch.data.files import naming, sync
 from inbatch.data.token_cache import tokenizer_digest
-from inbatch.retrieval.embed import EmbedOptions, embed_windows, unwrap
+from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, unwrap
 
 
 def model_digest(model: nn.Module) -> str:
@@ -62,6 +62,8 @@ def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path
     written or is full.
     """
     module, dtype = unwrap(model), options.dtype
+    if is_multi_vector(module):
+        raise ValueError(f"{folder}: vectors of a multi-vector model are not kept: name no folder, or another model")
     settings = {name: str(value) for name, value in asdict(options).items() if name not in ("progress", "batch_tokens")}
 
     def name() -> str:

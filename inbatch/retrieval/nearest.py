@@ -47,6 +47,8 @@ def counts_by_rank(what: str, texts: Embeddings, device: torch.device, group) ->
 def from_all_ranks(what: str, texts: Embeddings, device: torch.device, group) -> Embeddings:
     """Return the texts of all ranks, on the device."""
     counts = counts_by_rank(what, texts, device, group)
+    if isinstance(texts, Tokens) and len(counts) == 1:
+        return Tokens(texts.vectors.to(device), texts.lengths.to(device))
     if isinstance(texts, Tensor):
         return collectives.all_gather(texts.to(device), group, rows=counts)
     lengths = collectives.gather_rows(texts.lengths.to(device), counts, group)

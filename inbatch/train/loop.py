@@ -203,9 +203,6 @@ class StepFunction:
             regular = False
             passages_MD, passage_ids = with_remote(passages_MD, batch.passage_ids)
             batch = replace(batch, passage_ids=passage_ids)
-        masks = {}
-        if queries_BD.ndim == 3:
-            masks = {"query_mask": queries_BD.any(-1), "passage_mask": passages_MD.any(-1)}
         loss = self._learner.loss(
             queries_BD,
             passages_MD,
@@ -213,7 +210,7 @@ class StepFunction:
             false_negatives=false_negatives(self._config.loss, batch),
             stats=self.stats,
             weights=batch.weights,
-            **masks,
+            **real_tokens(queries_BD, passages_MD),
         )
         if distance is not None:
             for name, value in (("contrastive_loss", loss), ("distill_loss", distance)):
@@ -238,9 +235,6 @@ class StepFunction:
                 return match_vectors(ours, torch.cat(theirs), kind=config.kind, weights=weights)
             scores = theirs[0] @ collectives.all_gather(theirs[1]).T
         assert scores is not None
-        masks = {}
-        if queries_BD.ndim == 3:  # several vectors a text, filled up with zeros
-            masks = {"query_mask": queries_BD.any(-1), "passage_mask": passages_MD.any(-1)}
         return distill(
             queries_BD,
             passages_MD,
@@ -250,8 +244,13 @@ class StepFunction:
             temperature=config.student_temperature or self._config.loss.temperature,
             teacher_temperature=config.teacher_temperature,
             weights=batch.weights,
-            **masks,
+            **real_tokens(queries_BD, passages_MD),
         )
+
+
+def real_tokens(queries: Tensor, passages: Tensor) -> dict[str, Any]:
+    """Return the loss's masks of several vectors a text, filled up with zeros; none for one vector a text."""
+    return {"query_mask": queries.any(-1), "passage_mask": passages.any(-1)} if queries.ndim == 3 else {}
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

@@ -19,7 +19,7 @@ from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.encoder.packing import wish
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
-from inbatch.retrieval.embed import unwrap
+from inbatch.retrieval.embed import is_multi_vector, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, similarity_of
 from inbatch.retrieval.grouping import load_groups
 from inbatch.retrieval.metrics import check_evaluation
@@ -328,6 +328,10 @@ def check_vectors(config: Config, learner: Learner) -> None:
     """Raise ValueError where the student cannot have the teacher's vectors."""
     assert learner.teacher is not None
     ours, theirs = learner.network("query"), learner.teacher[0].vectors.shape[1]
+    if config.distill.kind != "pool" and is_multi_vector(ours):
+        raise ValueError(
+            f"distill.kind is {config.distill.kind}, and the model gives a text several vectors: set it to pool"
+        )
     if config.distill.kind != "pool" and (dimension := unwrap(ours).embedding_dim) != theirs:
         raise ValueError(
             f"distill.kind is {config.distill.kind}, and the teacher's vectors have {theirs} dimensions, the model's "

@@ -56,7 +56,7 @@ def test_any_way_of_training_is_that_of_one_process(pool, folder, tmp_path):
     }
     found = {}
     for name, (world_size, changes) in ways.items():
-        pool(world_size, train_body, settings(folder, tmp_path / name, **changes))
+        pool.run(train_body, world_size, settings(folder, tmp_path / name, **changes))
         lines = read_metrics(tmp_path / name)
         found[name] = [line["loss"] for line in lines if "loss" in line]
         found[name] += [value for line in lines for key, value in line.items() if key.startswith("eval_")]
@@ -105,7 +105,7 @@ def test_search_encode_and_mine_by_max_sim(pool, folder, tmp_path):
     texts = [side.vectors.split(side.lengths.tolist()) for side in (queries, documents)]
     scores_QN = torch.tensor([[float((q @ d.T).amax(1).sum()) for d in texts[1]] for q in texts[0]])
     (tmp_path / "out").mkdir()
-    results = pool(2, search_body, tmp_path / "model", folder / "beir", folder / "records.jsonl", tmp_path / "out")
+    results = pool.run(search_body, 2, tmp_path / "model", folder / "beir", folder / "records.jsonl", tmp_path / "out")
     run, shape = results[0]
     assert run == results[1][0]
     for query, row_N in zip(data.query_ids, scores_QN, strict=True):
