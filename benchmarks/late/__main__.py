@@ -125,7 +125,9 @@ def run_sentence_transformers(args: argparse.Namespace) -> dict[str, Any]:
             self.ended = time.perf_counter()
 
     clock = Clock()
-    loss = CachedMultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch)
+    loss = CachedMultiVectorMultipleNegativesRankingLoss(
+        model, mini_batch_size=args.mini_batch, score_mini_batch_size=args.mini_batch
+    )
     trainer = MultiVectorEncoderTrainer(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[clock])
     trainer.train()
     folder = args.output / "sentence-transformers" / "model"
