@@ -38,18 +38,19 @@ def scores_of_pairs(queries: Embeddings, documents: Embeddings, pairs: Tensor, *
 
 def counts_by_rank(what: str, texts: Embeddings, device: torch.device, group) -> list[int]:
     """Return how many texts each rank has; ValueError, on every rank, where they differ in kind or dimension."""
-    rows = texts.lengths if isinstance(texts, Tokens) else texts[:, :0]
-    vectors = texts.vectors if isinstance(texts, Tokens) else texts
-    same = {"dimension": vectors.shape[1], "dtype": str(vectors.dtype)}
-    return collectives.agree(what, {what: rows.to(device)}, group=group, same=same)[what]
+    if isinstance(texts, Tensor):
+        return collectives.agree(what, {what: texts[:, :0].to(device)}, group=group)[what]
+    same = {"dimension": texts.vectors.shape[1], "dtype": str(texts.vectors.dtype)}
+    return collectives.agree(what, {what: texts.lengths.to(device)}, group=group, same=same)[what]
 
 
 def from_all_ranks(what: str, texts: Embeddings, device: torch.device, group) -> Embeddings:
     """Return the texts of all ranks, on the device."""
-    counts = counts_by_rank(what, texts, device, group)
-    if isinstance(texts, Tokens) and len(counts) == 1:
-        return Tokens(texts.vectors.to(device), texts.lengths.to(device))
     if isinstance(texts, Tensor):
-        return collectives.all_gather(texts.to(device), group, rows=counts)
+        texts = texts.to(device)
+        return collectives.all_gather(texts, group, rows=collectives.agree(what, {what: texts}, group=group)[what])
+    counts = counts_by_rank(what, texts, device, group)
+    if len(counts) == 1:
+        return Tokens(texts.vectors.to(device), texts.lengths.to(device))
     lengths = collectives.gather_rows(texts.lengths.to(device), counts, group)
     return gathered_texts(Tokens(texts.vectors.to(device), lengths[:0]), list(lengths.split(counts)), group)
