@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -35,6 +36,21 @@ _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _SUMS, _INDEX = "SHA256SUMS", "index.json"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
            torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
+
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Tensor(BaseModel):
+    """Hold what the index says of a tensor: its shape, and (file, first row, rows) of its parts."""
+
+    shape: list[_Count]
+    parts: list[tuple[Annotated[str, Field(pattern=r"^rank-[0-9]+\.safetensors$")], _Count, _Count]]
+
+
+class _Index(BaseModel):
+    step: _Count
+    tensors: dict[str, _Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,18 +206,21 @@ def load(path: str | Path, *, modules: Mapping[str, nn.Module], optimizer: torch
     weights = _weights(modules)
 
     def fill() -> int:
-        index = json.loads((path / _INDEX).read_text())
-        reader = _Reader(path, index["tensors"])
+        try:
+            index = _Index.model_validate_json((path / _INDEX).read_bytes(), strict=True)
+        except ValidationError as error:
+            raise ValueError(f"{path / _INDEX} is none that a run wrote: {error.errors()[0]['msg']}") from None
+        reader = _Reader(path, index.tensors)
         for name, weight in weights.items():
-            known, expected = index["tensors"].get(name), tuple(weight.shape)
-            if known is None or tuple(known["shape"]) != expected:
-                given = "absent" if known is None else tuple(known["shape"])
+            known, expected = index.tensors.get(name), tuple(weight.shape)
+            if known is None or tuple(known.shape) != expected:
+                given = "absent" if known is None else tuple(known.shape)
                 raise ValueError(f"{path} is of another model: {name} is {given}, expected {expected}")
         for name, weight in weights.items():
             reader.fill(name, weight)
         if optimizer is not None:
             _fill_moments(reader, weights, optimizer)
-        return index["step"]
+        return index.step
 
     return collectives.together(fill)
 
@@ -211,7 +230,7 @@ def _fill_moments(reader: "_Reader", weights: Mapping[str, Tensor], optimizer: t
         prefix = f"optimizer/{name}/"
         # A parameter that no batch has used yet has no moments.
         for known in [key for key in reader.tensors if key.startswith(prefix)]:
-            shape = tuple(reader.tensors[known]["shape"])
+            shape = tuple(reader.tensors[known].shape)
             alike = shape == tuple(weight.shape)
             moment = torch.zeros_like(weight) if alike else torch.zeros(shape, device=weight.device)
             reader.fill(known, moment)
@@ -221,19 +240,21 @@ def _fill_moments(reader: "_Reader", weights: Mapping[str, Tensor], optimizer: t
 class _Reader:
     """Reads tensors, or this rank's rows of them, from the files of a checkpoint."""
 
-    def __init__(self, folder: Path, tensors: dict[str, Any]):
+    def __init__(self, folder: Path, tensors: dict[str, _Tensor]):
         self.tensors = tensors
         self._folder = folder
         self._files: dict[str, Any] = {}
 
     def fill(self, name: str, target: Tensor) -> None:
         """Copy a tensor of the checkpoint into `target`, which may be sharded."""
-        local = _local(target)
+        local, parts = _local(target), self.tensors[name].parts
+        if sum(rows for _, _, rows in parts) != (local.shape[0] if local.shape else 1):
+            raise ValueError(f"{self._folder}: the parts of {name} are not all of it")
         if not local.shape:
-            local.tensor.copy_(self._open(self.tensors[name]["parts"][0][0]).get_tensor(name))
+            local.tensor.copy_(self._open(parts[0][0]).get_tensor(name))
             return
         stop = local.start + len(local.tensor)
-        for file, first, rows in self.tensors[name]["parts"]:
+        for file, first, rows in parts:
             low, high = max(local.start, first), min(stop, first + rows)
             if low < high:
                 part = self._open(file).get_slice(name)[low - first : high - first]
@@ -245,7 +266,7 @@ class _Reader:
                 self._files[file] = safe_open(self._folder / file, framework="pt")
             except Exception as error:
                 if (self._folder / file).exists():
-                    raise
+                    raise ValueError(f"{self._folder / file} is no safetensors file: {error}") from error
                 # Deleted by the run that goes on, which safetensors says by a RuntimeError.
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder / file) from error
         return self._files[file]

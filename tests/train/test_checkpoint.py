@@ -1,6 +1,7 @@
 """Folders are whole or absent, whatever happens while they are written."""
 
 import hashlib
+import pickle
 import random
 import shutil
 import subprocess
@@ -98,6 +99,25 @@ def test_the_newest_whole_one_is_taken_with_a_warning(tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole: .*00000008 is damaged: SHA256SUMS is missing"):
         checkpoint.newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rank-0.safetensors", lambda _: pickle.dumps(print), r"rank-0\.safetensors is no safetensors file"),
+        ("index.json", lambda _: pickle.dumps(print), r"index\.json is none that a run wrote: Invalid JSON"),
+        ("index.json", lambda text: text.replace(b'"step": 7', b'"step": {"a": 1}'), "valid integer"),
+        ("index.json", lambda text: text.replace(b"rank-0", b"../rank-0"), "should match pattern"),
+        ("index.json", lambda text: text.replace(b'safetensors", 0, 3', b'safetensors", 0, 2'), "are not all of it"),
+    ],
+)
+def test_what_no_run_wrote_is_one_line_and_runs_nothing(tmp_path, name, change, message):
+    path = _save(tmp_path, 7)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(change(content))
+    assert (path / name).read_bytes() != content
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path, modules={"model": _trained(0)[0]})
 
 
 def test_one_that_is_deleted_while_it_is_read_is_gone_and_not_damaged(tmp_path, monkeypatch):
