@@ -104,3 +104,27 @@ def test_a_teacher_that_does_not_fit_is_refused(folder, tmp_path):  # noqa: F811
     distill = {"weight": 1.0, "kind": "mse", "teacher": str(tmp_path / "wide")}
     with pytest.raises(ValueError, match=r"teacher's vectors have 48 dimensions, the model's 32: set it to pool"):
         train_body(0, make_config(folder, tmp_path / "run", distill=distill))
+
+
+def test_a_student_of_several_vectors_learns_scores_alike_on_any_number_of_ranks(pool, folder, tmp_path):  # noqa: F811
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"pos_scores": [len(text) for text in line["pos"]], "neg_scores": [len(text) for text in line["neg"]]}
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = []
+    for world_size in (1, 2):
+        config = make_config(
+            folder,
+            tmp_path / str(world_size),
+            model={"pooling": "multi_vector"},
+            multi_vector={"dim": 12},
+            data={"train": str(tmp_path / "scored.jsonl")},
+            loss={"temperature": 0.5},
+            distill={"weight": 1.0, "teacher_temperature": 9.0},
+            train={"max_steps": 2},
+        )
+        pool.run(train_body, world_size, config)
+        found.append(read_metrics(tmp_path / str(world_size)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours["distill_loss"] > 0
