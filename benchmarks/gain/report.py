@@ -129,7 +129,7 @@ def page(rows: Sequence[Row], found: dict[str, dict[str, dict[str, dict[int, flo
         "",
         "Short trainings of MiniLM that differ in one setting:",
         f"{', '.join(map(str, steps))} steps at batch 256 unless a",
-        "table says otherwise, rate 1.5e-4, temperature 0.02, texts of at most 128 tokens, on one or two GPUs. Test",
+        "table says otherwise, rate 1.5e-4, temperature 0.02, texts of at most 128 tokens. Test",
         "split, whole corpus; mean over seeds ± standard deviation, differences seed by seed. Null is a difference of",
         "at most twice its standard error. `python -m benchmarks.gain` makes the figures, and its `report` this page",
         f"([every figure](../{figures.as_posix()})).",
