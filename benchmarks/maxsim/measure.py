@@ -177,8 +177,7 @@ def sweep(shape: list[int], args: argparse.Namespace) -> Iterator[dict[str, obje
 
 OTHER_TILES: dict[str, list[dict[str, Any]]] = {
     "half": [
-        {"LANES": True, "num_warps": 8}, {"LANES": True, "BM": 64}, {"BM": 64}, {"num_stages": 2}, {"num_warps": 8},
-        {"LANES": True, "num_warps": 8, "num_stages": 2}, {"LANES": True, "BN": 32}, {"GROUP": 16},
+        {"num_stages": 2}, {"num_warps": 8}, {"BM": 64}, {"BN": 32}, {"GROUP": 16},
         {"BN": 128, "num_warps": 8, "num_stages": 2}, {"BM": 256, "num_warps": 8, "num_stages": 2},
     ],
     "queries": [{"BC": 8}, {"BC": 32, "num_warps": 2}],

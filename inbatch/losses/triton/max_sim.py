@@ -26,8 +26,8 @@ from inbatch.losses.triton.launch import launch
 # By kernel, the first by dtype: BM query tokens meet BN passage tokens, GROUP passages a program; BC passages, BT or BK
 # tokens at a time.
 TILES = {
-    "half": {"BM": 128, "BN": 64, "GROUP": 8, "LANES": False, "num_warps": 4, "num_stages": 3},
-    "float": {"BM": 64, "BN": 32, "GROUP": 8, "LANES": False, "num_warps": 4, "num_stages": 2},
+    "half": {"BM": 128, "BN": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    "float": {"BM": 64, "BN": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
     "sum": {"BC": 32, "BT": 32, "num_warps": 4},
     "queries": {"BC": 16, "num_warps": 1},
     "order": {"BK": 64, "num_warps": 4},
@@ -50,7 +50,7 @@ def _rows(ptr, at, D: tl.constexpr, BD: tl.constexpr):
 def best_kernel(
     query_ptr, passage_ptr, start_ptr, length_ptr, best_ptr, place_ptr, n, C,
     D: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum over each passage's tokens, and its place if KEEP: [C, n]."""
     tiles = tl.cdiv(n, BM)
@@ -61,35 +61,18 @@ def best_kernel(
     for c in range(first, tl.minimum(first + GROUP, C)):
         passage = passage_ptr + tl.load(start_ptr + c) * D
         last = tl.load(length_ptr + c).to(tl.int32) - 1
-        if (
-            LANES
-        ):  # a maximum for each column of the tile, and the block that it is of; one row's are compared at the end
-            highest = tl.full((BM, BN), -float("inf"), tl.float32)
-            block = tl.zeros((BM, BN), tl.int32)
-            for t in range(0, last + 1, BN):
-                # Past the end comes the last token again, which does not win over itself.
-                j = tl.minimum(t + tl.arange(0, BN), last)
-                scores = tl.dot(query, tl.trans(_rows(passage, j, D, BD)), input_precision=PRECISION)
-                better = (scores > highest) | (scores != scores)
-                highest = tl.where(better, scores, highest)
-                if KEEP:
-                    block = tl.where(better, t, block)
-            best = tl.max(highest, 1)
+        best = tl.full((BM,), -float("inf"), tl.float32)
+        place = tl.zeros((BM,), tl.int32)
+        for t in range(0, last + 1, BN):
+            # Past the end comes the last token again, which does not win over itself.
+            j = tl.minimum(t + tl.arange(0, BN), last)
+            scores = tl.dot(query, tl.trans(_rows(passage, j, D, BD)), input_precision=PRECISION)
+            highest = tl.max(scores, 1)
+            better = (highest > best) | (highest != highest)
             if KEEP:
-                j = tl.minimum(block + tl.arange(0, BN)[None, :], last)
-                place = tl.min(tl.where(highest == best[:, None], j, last), 1)
-        else:
-            best = tl.full((BM,), -float("inf"), tl.float32)
-            place = tl.zeros((BM,), tl.int32)
-            for t in range(0, last + 1, BN):
-                j = tl.minimum(t + tl.arange(0, BN), last)
-                scores = tl.dot(query, tl.trans(_rows(passage, j, D, BD)), input_precision=PRECISION)
-                highest = tl.max(scores, 1)
-                better = (highest > best) | (highest != highest)
-                if KEEP:
-                    lowest = tl.min(tl.where(scores == highest[:, None], j[None, :], last), 1)
-                    place = tl.where(better, lowest, place)
-                best = tl.where(better, highest, best)
+                lowest = tl.min(tl.where(scores == highest[:, None], j[None, :], last), 1)
+                place = tl.where(better, lowest, place)
+            best = tl.where(better, highest, best)
         tl.store(best_ptr + at, best, mask=i < n)
         if KEEP:
             tl.store(place_ptr + at, place.to(place_ptr.dtype.element_ty), mask=i < n)
