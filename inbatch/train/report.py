@@ -285,7 +285,7 @@ def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int
             "set model.l2_normalize to true, or a temperature near 1"
         )
     if config.model.pooling == "multi_vector" and config.loss.temperature <= 0.1:
-        lines["temperature_of_sums"] = (
+        lines["unnormalised"] = (
             f"loss.temperature is {config.loss.temperature}, and scores are sums of up to {config.data.query_max_len} "
             "cosines, one for each token of a query: set a temperature near 1"
         )

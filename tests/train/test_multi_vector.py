@@ -46,7 +46,7 @@ def train_body(rank, config):
         train(config)
 
 
-def test_any_way_of_training_is_that_of_one_process(pool, folder, tmp_path):
+def test_any_way_of_training_is_that_of_one_process(pool, folder, tmp_path, capsys):
     """GradCache, ranks, packing, LoRA and FSDP2: losses and the evaluation's figures; the model opens as it was."""
     ways = {
         "whole": (1, {"train": {"micro_batch_tokens": None}}),
@@ -66,9 +66,15 @@ def test_any_way_of_training_is_that_of_one_process(pool, folder, tmp_path):
     model = BiEncoderModel.from_pretrained(tmp_path / "ddp" / "model")
     assert (model.multi_vector.dim, model.query_length, model.document_length) == (12, 10, 24)
     lora = settings(
-        folder, tmp_path / "lora", lora={"r": 2}, eval={"data": None}, multi_vector={"attend_to_expansion": True}
+        folder,
+        tmp_path / "lora",
+        lora={"r": 2},
+        eval={"data": None},
+        multi_vector={"attend_to_expansion": True},
+        loss={"temperature": 0.1},
     )
     train_body(0, lora)
+    assert "scores are sums of up to 10 cosines" in capsys.readouterr().err
     assert BiEncoderModel.from_pretrained(tmp_path / "lora" / "model").multi_vector.attend_to_expansion
     for wrong, message in (
         ({"loss": {"objective": "gte"}}, "loss.objective is gte"),
