@@ -71,20 +71,6 @@ class ModelConfig:
             )
 
 
-@settings("multi_vector")
-class MultiVectorConfig:
-    """Say how tokens become vectors where model.pooling is multi_vector; null takes what the saved model says."""
-
-    dim: int | None = Field(default=None, ge=1)
-    """numbers of a token's vector; 128 for a new projection"""
-    query_expansion: bool | None = None
-    """fill queries up with mask tokens to data.query_max_len; a new model does"""
-    attend_to_expansion: bool | None = None
-    """let a query's tokens attend to these mask tokens; a new model does not"""
-    skip_words: list[str] | None = None
-    """tokens of passages that count for nothing; a new model skips punctuation"""
-
-
 @settings("lora")
 class LoraConfig:
     """Train low-rank additions to the backbone's weights instead of the weights."""
@@ -99,6 +85,20 @@ class LoraConfig:
     """which layers: all-linear, or a list of the ends of their names, such as [q_proj, v_proj]"""
     merge: bool = True
     """merge them in the saved model; false saves them as an adapter of peft, opened with its base model"""
+
+
+@settings("multi_vector")
+class MultiVectorConfig:
+    """Say how tokens become vectors where model.pooling is multi_vector; null takes what the saved model says."""
+
+    dim: int | None = Field(default=None, ge=1)
+    """numbers of a token's vector; 128 for a new projection"""
+    query_expansion: bool | None = None
+    """fill queries up with mask tokens to data.query_max_len; a new model does"""
+    attend_to_expansion: bool | None = None
+    """let a query's tokens attend to these mask tokens; a new model does not"""
+    skip_words: list[str] | None = None
+    """tokens of passages that count for nothing; a new model skips punctuation"""
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
@@ -433,8 +433,8 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    multi_vector: MultiVectorConfig = field(default_factory=MultiVectorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    multi_vector: MultiVectorConfig = field(default_factory=MultiVectorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
