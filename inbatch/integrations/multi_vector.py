@@ -1,10 +1,11 @@
-"""The ranking loss of sentence-transformers' MultiVectorEncoder by its name and arguments there: change the import.
+"""The ranking losses of sentence-transformers' MultiVectorEncoder, by their names and arguments: change the import.
 
 Shapes: B rows, N passages of a row (positive first), T token positions, D dimension.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from inbatch.integrations.sentence_transformers import ids_of
+from inbatch.grad_cache import GradCache
+from inbatch.integrations.shared import cached_step, ids_of
 from inbatch.losses import InfoNCELoss
 
 
@@ -54,11 +56,16 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of the columns (query, positive, negatives...), 0-d."""
-        columns = [
-            self.model(features, task=features.get("task", "document" if number else "query"))
-            for number, features in enumerate(sentence_features)
-        ]
-        queries, *passages = [(column["token_embeddings"], column["attention_mask"].bool()) for column in columns]
+        columns = [self._embed(self.model, one, task) for one, task in zip(sentence_features, _tasks(), strict=False)]
+        return self._of_columns(*columns, labels=labels)
+
+    def _embed(self, model: nn.Module, features: dict[str, Any], task: str) -> tuple[Tensor, Tensor]:
+        """Return the tokens' vectors [b, T, D] and which of them count [b, T]."""
+        column = model(features, task=features.get("task", task))
+        return column["token_embeddings"], column["attention_mask"].bool()
+
+    def _of_columns(self, *columns: tuple[Tensor, Tensor], labels: Tensor | None = None) -> Tensor:
+        queries, *passages = columns
         if not passages:
             raise ValueError("the loss needs two columns or more, (query, positive, negatives...), got one")
         longest = max(mask_BT.shape[1] for _, mask_BT in passages)
@@ -76,3 +83,66 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says of the loss."""
         return {"temperature": float(self.loss.temperature), "negatives": self.loss.negatives, "masks": "by ids"}
+
+
+def _tasks() -> Iterator[str]:
+    return chain(["query"], repeat("document"))
+
+
+class Cached(MultiVectorMultipleNegativesRankingLoss):
+    """The loss of a subclass's `_embed`, and its gradient, in the memory of a micro-batch, by `GradCache`."""
+
+    micro_batch_tokens: int | str = "auto"
+    _step: tuple[nn.Module, GradCache] | None = None
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss, whose backward encodes a second time."""
+        if self._step is None or self._step[0] is not self.model:  # a trainer puts its wrapper in place of the model
+            model = self.model
+
+            def encode(features: dict[str, Any]) -> Tensor:
+                given = {_HIDDEN.get(name, name): value for name, value in features.items() if name != "column"}
+                states_BTD, mask_BT = self._embed(model, given, features["column"])
+                return states_BTD * mask_BT[..., None]
+
+            self._step = model, cached_step(model, encode, self._of_states, self.micro_batch_tokens)
+        columns = [
+            {
+                "column": task,
+                **{_SHOWN.get(k, k): v for k, v in features.items() if isinstance(v, (Tensor, int, float, str))},
+            }
+            for features, task in zip(sentence_features, _tasks(), strict=False)
+        ]
+        return self._step[1].loss(*columns, loss_kwargs={"labels": labels})
+
+    def _of_states(self, *columns: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self._of_columns(*((states_BTD, (states_BTD != 0).any(-1)) for states_BTD in columns), labels=labels)
+
+
+# Under its name GradCache would cut what an attention mask leaves out, and a query's expansion is such.
+_SHOWN = {"attention_mask": "mask_of_tokens"}
+_HIDDEN = {"mask_of_tokens": "attention_mask"}
+
+
+class CachedMultiVectorMultipleNegativesRankingLoss(Cached):
+    """The same loss and gradient in the memory of a micro-batch, by `GradCache`.
+
+    mini_batch_size: of so many rows of the model's max_seq_length; mini_batch_num_tokens: of so many tokens, in its
+    place. Without either GradCache finds a size that fits. show_progress_bar is not used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ):
+        super().__init__(model, **options)
+        longest = getattr(model, "max_seq_length", None)
+        if mini_batch_num_tokens is not None:
+            self.micro_batch_tokens = mini_batch_num_tokens
+        elif mini_batch_size is not None and longest:
+            self.micro_batch_tokens = mini_batch_size * longest

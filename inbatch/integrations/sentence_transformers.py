@@ -5,7 +5,6 @@
 Shapes: B rows, N passages of a row (positive first), D dimension.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +17,14 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from inbatch import collectives
 from inbatch.encoder.loading import padding_shifts, position_table
 from inbatch.encoder.packing import BOUNDS, enable_packing, packed_inputs, token_slots, wish
 from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
-from inbatch.losses import FalseNegatives, InfoNCELoss, Objective
+from inbatch.integrations.shared import cached_step, ids_of
+from inbatch.losses import InfoNCELoss, Objective
 from inbatch.retrieval.embed import unwrap
 
 
@@ -153,17 +151,6 @@ def _without_padding(features: Mapping[str, Any], first_position: int) -> dict[s
     return {**features, **packed_inputs(mask_BT, token_slots(mask_BT), **per_token, position_ids=positions_BT)}
 
 
-def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
-    fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2 and len(labels) == rows
-    if not fits or labels.shape[1] not in (passages, passages + 1):
-        if labels is not None:
-            got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-            warnings.warn(f"labels {got} are no ids as Collator makes them, and are not used", stacklevel=2)
-        return None
-    queries = labels[:, 0].contiguous() if labels.shape[1] > passages else None
-    return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)
-
-
 class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     """The same loss and gradient in the memory of a micro-batch, by `GradCache`.
 
@@ -214,22 +201,14 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
                 }
             )
         if self._step is None or self._step[0] is not self.model:  # a trainer puts its wrapper in place of the model
-            self._step = self.model, self._made(self.model)
+            model = self.model
+            encode = lambda features: self._embed(model, features)  # noqa: E731
+            self._step = model, cached_step(model, encode, self._of_columns, self.micro_batch_tokens)
         columns = [
             {name: value for name, value in features.items() if isinstance(value, (Tensor, int, float, str))}
             for features in sentence_features
         ]
         return self._step[1].loss(*columns, loss_kwargs={"labels": labels})
-
-    def _made(self, model: nn.Module) -> GradCache:
-        sharded = hasattr(model, "set_requires_gradient_sync")
-        return GradCache(
-            lambda features: self._embed(model, features),
-            self._of_columns,
-            modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
-            micro_batch_tokens=self.micro_batch_tokens,
-            max_over_ranks=collectives.max_over_ranks if sharded else None,
-        )
 
 
 @dataclass

@@ -6,7 +6,10 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder import losses
 from torch.nn.parallel import DistributedDataParallel
 
-from inbatch.integrations.multi_vector import MultiVectorMultipleNegativesRankingLoss
+from inbatch.integrations.multi_vector import (
+    CachedMultiVectorMultipleNegativesRankingLoss,
+    MultiVectorMultipleNegativesRankingLoss,
+)
 from inbatch.testing import assert_gradient_parity
 from tests.integrations.test_sentence_transformers import assert_equal, gradients, records
 from tests.tiny_models import save_tiny
@@ -35,15 +38,18 @@ def test_value_and_gradient_are_theirs(folder):
     for cls in (losses.MultiVectorMultipleNegativesRankingLoss, MultiVectorMultipleNegativesRankingLoss):
         loss = cls(model, scale=2.0)([dict(one) for one in features])
         results.append((loss.item(), gradients(model, loss)))
-    (expected, their_gradient), (value, our_gradient) = results
-    assert value == pytest.approx(expected, rel=1e-5)
-    assert_equal(our_gradient, their_gradient)
+    loss = CachedMultiVectorMultipleNegativesRankingLoss(model, scale=2.0, mini_batch_num_tokens=20)(features)
+    results.append((loss.item(), gradients(model, loss)))
+    (expected, their_gradient), *ours = results
+    for value, our_gradient in ours:
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert_equal(our_gradient, their_gradient)
     with pytest.warns(UserWarning, match="mini_batch_size is not used: no grid"):
         MultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=8)
     ids = torch.arange(12).reshape(6, 2)
     ids[1, 0] = ids[0, 0]
     loss = MultiVectorMultipleNegativesRankingLoss(model, scale=2.0)
-    assert loss(features, ids) < value, "a copy of a positive is no negative"
+    assert loss(features, ids) < expected, "a copy of a positive is no negative"
     with pytest.raises(ValueError, match="leave it out for MaxSim"):
         MultiVectorMultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
     with pytest.raises(ValueError, match="two columns or more"):
@@ -54,6 +60,13 @@ def step(model, batch, cls=MultiVectorMultipleNegativesRankingLoss):
     loss = cls(model, scale=2.0)([dict(one) for one in batch])
     loss.backward()
     return loss
+
+
+def cached_step(model, batch):
+    loss = CachedMultiVectorMultipleNegativesRankingLoss(model, scale=2.0, mini_batch_num_tokens=20)
+    value = loss([dict(one) for one in batch])
+    value.backward()
+    return value
 
 
 def theirs_alone(model, batch):
@@ -67,7 +80,8 @@ def wrapped(model):
 def parity(rank: int, folder: str) -> None:
     model = MultiVectorEncoder(folder, device="cpu")
     batches = [columns_of(model, 0, 5), columns_of(model, 5, 9)]
-    assert_gradient_parity(step, model, batches, reference=theirs_alone, wrap=wrapped)
+    for one in (step, cached_step):
+        assert_gradient_parity(one, model, batches, reference=theirs_alone, wrap=wrapped)
 
 
 def test_two_uneven_processes_have_the_gradient_of_one(pool, folder):

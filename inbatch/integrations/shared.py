@@ -1,0 +1,45 @@
+"""What the losses for several libraries share; it needs torch alone.
+
+Shapes: B rows, N passages of a row.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from inbatch import collectives
+from inbatch.grad_cache import GradCache
+from inbatch.losses import FalseNegatives
+
+
+def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
+    """Return what labels [B, N] or [B, 1 + N] say of false negatives; others are named as not used."""
+    fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2 and len(labels) == rows
+    if not fits or labels.shape[1] not in (passages, passages + 1):
+        if labels is not None:
+            got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+            warnings.warn(f"labels {got} are no ids as Collator makes them, and are not used", stacklevel=2)
+        return None
+    queries = labels[:, 0].contiguous() if labels.shape[1] > passages else None
+    return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)
+
+
+def cached_step(
+    model: nn.Module,
+    encode: Callable[[dict[str, Any]], Tensor],
+    loss: Callable[..., Tensor],
+    micro_batch_tokens: int | str,
+) -> GradCache:
+    """Return the step of a trainer's model, in DDP, sharded or plain, which `encode` calls."""
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    return GradCache(
+        encode,
+        loss,
+        modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
+        micro_batch_tokens=micro_batch_tokens,
+        max_over_ranks=collectives.max_over_ranks if sharded else None,
+    )
