@@ -71,13 +71,14 @@ def restored_random_state() -> Iterator[None]:
         state.restore()
 
 
-def graph_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+def graph_bytes(forward: Callable[[], Tensor], state: PassState) -> tuple[Tensor, int]:
     """Return the forward's output and the bytes its graph holds: by the allocator on CUDA, by saved tensors on the CPU.
 
-    What a checkpointed block will compute again is in neither count, as it is in neither graph.
+    What a checkpointed block will compute again is in neither count, as it is in neither graph. state: what the forward
+    starts from.
     """
     if on_cuda():
-        state, before = PassState(), torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         output = forward()
         if output.is_cuda:
             return output, max(0, torch.cuda.memory_allocated() - before)

@@ -64,7 +64,7 @@ class Passes:
         """Encode the group, its first micro-batches with a graph, as many as fit; the bytes that those hold."""
         # The first always with a graph: it tells whether the encoder trains, and what a graph weighs.
         state = PassState()
-        output, size = graph_bytes(lambda: group.encoded(micro_batches[0]))
+        output, size = graph_bytes(lambda: group.encoded(micro_batches[0]), state)
         group.trains, kept, kept_bytes = output.requires_grad, 0, 0
         if group.trains:
             if look:

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -72,26 +74,11 @@ def encode_to_file(
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
         with naming(output), partial(output).open("r+b") as file:
             file.seek(len(header) + rows.start * row_bytes)
-            for start, window in embed_windows(module, texts, rows, options):
-                assert isinstance(window, Tensor)
-                kept = window.to("cpu", dtype)
-                _require_finite(kept, rows.start + start, source)
-                file.write(kept.view(torch.uint8).numpy().data)
+            _fill(file, module, texts, rows, options, source)
 
     def fill_part() -> Tensor:
-        """Write this rank's vectors, whose place is not known before all are there, and return their numbers."""
-        lengths = [torch.empty(0, dtype=torch.int64)]
         with naming(part), part.open("wb") as file:
-            for start, window in embed_windows(module, texts, rows, options):
-                assert isinstance(window, Tokens)
-                kept, text_m = (
-                    window.vectors.to("cpu", dtype),
-                    torch.arange(len(window)).repeat_interleave(window.lengths.cpu()),
-                )
-                _require_finite(kept, rows.start + start, source, text_m)
-                file.write(kept.view(torch.uint8).numpy().data)
-                lengths.append(window.lengths.cpu())
-        return torch.cat(lengths)
+            return _fill(file, module, texts, rows, options, source)
 
     def join() -> None:
         with naming(output), partial(output).open("r+b") as file, part.open("rb") as mine:
@@ -127,18 +114,40 @@ def encode_to_file(
     return shape
 
 
+def _fill(
+    file: BinaryIO,
+    model: nn.Module,
+    texts: Sequence[str],
+    rows: range,
+    options: EmbedOptions,
+    source: str | os.PathLike,
+) -> Tensor:
+    """Write the vectors of texts[rows], and return how many each text has; ValueError for NaN or infinity."""
+    lengths = [torch.empty(0, dtype=torch.int64)]
+    for start, window in embed_windows(model, texts, rows, options):
+        if isinstance(window, Tokens):
+            vectors, lengths_n = window.vectors, window.lengths.cpu()
+        else:
+            vectors, lengths_n = window, torch.ones(len(window), dtype=torch.int64)
+        kept = vectors.to("cpu", options.dtype)
+        _require_finite(kept, lengths_n, rows.start + start, source)
+        file.write(kept.view(torch.uint8).numpy().data)
+        lengths.append(lengths_n)
+    return torch.cat(lengths)
+
+
 def _line(doc_id: str) -> str:
     if len(doc_id.splitlines()) != 1:
         raise ValueError(f"the id {doc_id!r} does not fit on a line of its own")
     return f"{doc_id}\n"
 
 
-def _require_finite(window: Tensor, start: int, source: str | os.PathLike, text_m: Tensor | None = None) -> None:
-    bad = (~window.isfinite()).any(1).nonzero().squeeze(1)
+def _require_finite(vectors_mD: Tensor, lengths_n: Tensor, start: int, source: str | os.PathLike) -> None:
+    bad = (~vectors_mD.isfinite()).any(1).nonzero().squeeze(1)
     if len(bad):
-        bad = bad if text_m is None else text_m[bad]
+        text = start + int(torch.searchsorted(lengths_n.cumsum(0), bad[0], right=True))
         raise ValueError(
-            f"{source}: the embedding of text {start + int(bad[0]) + 1} holds NaN or infinity as {window.dtype}; "
+            f"{source}: the embedding of text {text + 1} holds NaN or infinity as {vectors_mD.dtype}; "
             "expected finite numbers: look at the model's weights, or try float32 and precision fp32"
         )
 
