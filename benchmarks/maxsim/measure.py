@@ -181,7 +181,7 @@ OTHER_TILES: dict[str, list[dict[str, Any]]] = {
         {"BN": 128, "num_warps": 8, "num_stages": 2}, {"BM": 256, "num_warps": 8, "num_stages": 2},
     ],
     "queries": [{"BC": 8}, {"BC": 32, "num_warps": 2}],
-    "order": [{"BK": 32, "num_warps": 2}, {"BK": 32, "num_warps": 4}],
+    "order": [{"BLOCK": 1024}, {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 4096}, {"BLOCK": 4096, "num_warps": 16}],
     "passages": [{"BK": 8}, {"BK": 32, "num_warps": 2}],
 }  # fmt: skip
 

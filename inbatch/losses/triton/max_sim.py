@@ -3,8 +3,8 @@
 Shapes: B queries of n tokens in all, packed; C passages, each where it starts in [m, D], the longest of T tokens.
 
 Forward: a tile of query tokens meets one passage after the other, a block of its tokens at a time, and keeps the
-maximum and its place. Backward: a query token gathers the passage tokens at its places. The places are sorted by
-counting, so that a passage token finds, in order, the query tokens that chose it. Results repeat bit for bit.
+maximum and its place. Backward: a query token gathers the passage tokens at its places. The places are sorted, block by
+block, so that a passage token finds, in order, the query tokens that chose it. Results repeat bit for bit.
 """
 
 # Kernel code is Python for Triton's compiler; its types are not Python's.
@@ -24,13 +24,13 @@ from torch import Tensor
 from inbatch.losses.triton.launch import launch
 
 # By kernel, the first by dtype: BM query tokens meet BN passage tokens, GROUP passages a program; BC passages, BT or BK
-# tokens at a time.
+# tokens at a time; BLOCK tokens are sorted together.
 TILES = {
     "half": {"BM": 128, "BN": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
     "float": {"BM": 64, "BN": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
     "sum": {"BC": 32, "BT": 32, "num_warps": 4},
     "queries": {"BC": 16, "num_warps": 1},
-    "order": {"BK": 64, "num_warps": 4},
+    "order": {"BLOCK": 2048, "num_warps": 8},
     "passages": {"BK": 16, "num_warps": 1},
 }
 _BEST_MIB = 64.0  # of maxima that wait for their sum
@@ -116,51 +116,49 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def order_kernel(place_ptr, end_ptr, order_ptr, n, BINS: tl.constexpr, BK: tl.constexpr):
-    """Sort a passage's query tokens by place, equal ones in order: [C, n]; write the end of each place: [C, BINS].
+def order_kernel(place_ptr, key_ptr, end_ptr, n, blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sort a block of a passage's query tokens by place, equal ones in order: keys place x BLOCK + token, [C, blocks,
+    BLOCK]; write where each place ends in it, [C, blocks, BINS].
 
     BINS exceeds the places: what is past n goes to the last one.
     """
-    k = tl.arange(0, BK)
-    places = place_ptr + tl.program_id(0).to(tl.int64) * n
-    order = order_ptr + tl.program_id(0).to(tl.int64) * n
-    ends = end_ptr + tl.program_id(0).to(tl.int64) * BINS
-    counts = tl.zeros((BINS,), tl.int32)
-    for first in range(0, n, BK):
-        place = tl.load(places + first + k, mask=first + k < n, other=BINS - 1).to(tl.int32)
-        counts += tl.histogram(place, BINS)
-    tl.store(ends + tl.arange(0, BINS), tl.cumsum(counts, 0) - counts)
+    k = tl.arange(0, BLOCK)
+    i = (tl.program_id(0) % blocks) * BLOCK + k
+    places = place_ptr + (tl.program_id(0) // blocks).to(tl.int64) * n
+    place = tl.load(places + i, mask=i < n, other=BINS - 1).to(tl.int32)
+    keys = key_ptr + tl.program_id(0).to(tl.int64) * BLOCK
+    tl.store(keys + k, tl.sort(place * BLOCK + k))
     tl.debug_barrier()
-    for first in range(0, n, BK):
-        i = first + k
-        place = tl.load(places + i, mask=i < n, other=BINS - 1).to(tl.int32)
-        same = place[:, None] == place[None, :]
-        before = tl.sum((same & (k[None, :] < k[:, None])).to(tl.int32), 1)
-        after = tl.sum((same & (k[None, :] > k[:, None])).to(tl.int32), 1)
-        at = tl.load(ends + place) + before
-        tl.store(order + at, i.to(order_ptr.dtype.element_ty), mask=i < n)
-        tl.debug_barrier()  # all have read the ends
-        tl.store(ends + place, at + 1, mask=after == 0)
-        tl.debug_barrier()
+    t = tl.arange(0, BINS)
+    end = tl.zeros((BINS,), tl.int32)
+    step = BLOCK
+    while step > 0:  # how many keys are below the next place's: bit by bit
+        more = end + step
+        key = tl.load(keys + more - 1, mask=more <= BLOCK, other=2147483647)
+        end = tl.where(key < (t + 1) * BLOCK, more, end)
+        step = step // 2
+    tl.store(end_ptr + tl.program_id(0).to(tl.int64) * BINS + t, end)
 
 
 @triton.jit
 def passage_gradient_kernel(
-    query_ptr, start_ptr, length_ptr, end_ptr, order_ptr, weight_ptr, text_ptr, out_ptr, n, B, longest,
-    D: tl.constexpr, BD: tl.constexpr, BINS: tl.constexpr, BK: tl.constexpr,
+    query_ptr, start_ptr, length_ptr, end_ptr, key_ptr, weight_ptr, text_ptr, out_ptr, B, longest, blocks,
+    D: tl.constexpr, BD: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write a passage token's gradient: the sum of weight x query token over those that chose it, in order."""
     c, t = tl.program_id(0) // longest, tl.program_id(0) % longest
     real = t < tl.load(length_ptr + c)
-    ends = end_ptr + c.to(tl.int64) * BINS + t
-    start, stop = tl.load(ends - 1, mask=real & (t > 0), other=0), tl.load(ends, mask=real, other=0)
-    order, weights = order_ptr + c.to(tl.int64) * n, weight_ptr + c.to(tl.int64) * B
+    weights = weight_ptr + c.to(tl.int64) * B
     total = tl.zeros((BD,), tl.float32)
-    for first in range(start, stop, BK):
-        k = first + tl.arange(0, BK)
-        i = tl.load(order + tl.minimum(k, stop - 1)).to(tl.int32)
-        weight = tl.load(weights + tl.load(text_ptr + i), mask=k < stop, other=0.0)
-        total += tl.sum(weight[:, None] * _rows(query_ptr, i.to(tl.int64), D, BD).to(tl.float32), 0)
+    for block in range(blocks):
+        at = c.to(tl.int64) * blocks + block
+        ends, keys = end_ptr + at * BINS + t, key_ptr + at * BLOCK
+        start, stop = tl.load(ends - 1, mask=real & (t > 0), other=0), tl.load(ends, mask=real, other=0)
+        for first in range(start, stop, BK):
+            k = first + tl.arange(0, BK)
+            i = block * BLOCK + tl.load(keys + tl.minimum(k, stop - 1)) % BLOCK
+            weight = tl.load(weights + tl.load(text_ptr + i), mask=k < stop, other=0.0)
+            total += tl.sum(weight[:, None] * _rows(query_ptr, i.to(tl.int64), D, BD).to(tl.float32), 0)
     d = tl.arange(0, BD)
     ptrs = out_ptr + (tl.load(start_ptr + c) + t) * D + d
     tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask=d < tl.where(real, D, 0))
@@ -230,11 +228,13 @@ class FusedGrid:
         _launch(query_gradient_kernel, n, arguments, self.width | TILES["queries"])
 
         bins = max(64, triton.next_power_of_2(self.longest + 1))
-        ends_Ct = torch.empty(C, bins, dtype=torch.int32, device=device)
-        order_Cn = torch.empty(C, n, dtype=torch.int16 if n < 2**15 else torch.int32, device=device)
-        _launch(order_kernel, C, (places_Cn, ends_Ct, order_Cn, n), {"BINS": bins} | TILES["order"])
-        of_passages = starts_C, lengths_C, ends_Ct, order_Cn, weights_BC.T.contiguous()
-        arguments = (self.queries_nD, *of_passages, text_n, d_passages_mD, n, B, self.longest)
-        constants = self.width | {"BINS": bins} | TILES["passages"]
-        _launch(passage_gradient_kernel, C * self.longest, arguments, constants)
+        block = min(TILES["order"]["BLOCK"], max(64, triton.next_power_of_2(n)))
+        blocks, shared = triton.cdiv(n, block), {"BINS": bins, "BLOCK": block}
+        keys_Cn = torch.empty(C, blocks * block, dtype=torch.int32, device=device)
+        ends_Ct = torch.empty(C, blocks * bins, dtype=torch.int32, device=device)
+        arguments = (places_Cn, keys_Cn, ends_Ct, n, blocks)
+        _launch(order_kernel, C * blocks, arguments, TILES["order"] | shared)
+        of_passages = starts_C, lengths_C, ends_Ct, keys_Cn, weights_BC.T.contiguous()
+        arguments = (self.queries_nD, *of_passages, text_n, d_passages_mD, B, self.longest, blocks)
+        _launch(passage_gradient_kernel, C * self.longest, arguments, self.width | shared | TILES["passages"])
         return d_passages_mD
