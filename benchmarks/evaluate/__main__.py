@@ -4,8 +4,8 @@
     python -m benchmarks.evaluate --model FOLDER --documents 200 --queries 20     a trial on a CPU
 
 Each row is a process of its own, begun to ended: imports, opening model and data, tokenising, encoding, searching. Both
-compute in bfloat16 on a GPU (autocast here, weights there, which is its faster way) and in float32 on a CPU, and both
-must give the same nDCG@10, to what the precision allows. sentence-transformers runs with each batch size given, and
+compute in bfloat16 on a GPU (by copies of the weights here, by weights there) and in float32 on a CPU, and both must
+give the same nDCG@10, to what the precision allows. sentence-transformers runs with each batch size given, and
 the last line compares with its best. "in it" is without imports and opening.
 """
 

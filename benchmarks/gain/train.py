@@ -146,7 +146,7 @@ def measured(model: Path, folder: str, args: argparse.Namespace) -> dict[str, di
         query_max_len=QUERY_MAX_LEN,
         passage_max_len=args.passage_max_len,
         similarity="cosine",
-        embedding=EmbedOptions(precision="bf16" if device.type == "cuda" else "fp32"),
+        embedding=EmbedOptions(precision="autocast" if device.type == "cuda" else "fp32"),
     )
     found = retrieve(encoder, data, options)
     return {

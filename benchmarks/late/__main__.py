@@ -156,7 +156,7 @@ def measure(folder: str, args: argparse.Namespace) -> dict[str, Any]:
         data = sample(data, args.queries, args.documents)
     model = open_encoder(folder, dtype=torch.float32, packed=wish(None, device)).to(device)
     start = time.perf_counter()
-    embedding = EmbedOptions(precision="bf16" if device.type == "cuda" else "fp32")
+    embedding = EmbedOptions(precision="autocast" if device.type == "cuda" else "fp32")
     figures = evaluate(model, data, RetrieveOptions(embedding=embedding), measures=[MEASURE, "R@100"])
     return {**figures, "evaluation_s": time.perf_counter() - start, "documents": len(data.doc_ids)}
 

@@ -7,10 +7,10 @@
 A row is a library and its options: "st-cached mini=64", "st-cached tokens=32768", "st-plain", "st-inbatch" (our cached
 loss with their model, as their trainer calls it), "gradcache mini=64"
 (`pip install --no-deps GradCache==0.0.1`; Tevatron's trainer calls the same class), "inbatch", and for inbatch any of
-packed, padded (neither: as its trainer does), compile (as it does in a long run), liger, ckpt, weights=bf16 (float32
-master weights, by FSDP2), tokens=N, keep=MIB. Every row trains the same model on the same pairs, lengths and fused
-AdamW, in bfloat16 autocast unless weights=bf16. The last line compares the best row of inbatch with the
-best of the others.
+packed, padded (neither: as its trainer does), compile (as it does in a long run), liger, ckpt, weights=bf16
+(bfloat16 copies of the float32 weights compute), fsdp2 (weights are sharded), tokens=N, keep=MIB. Every row trains the
+same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast unless weights=bf16. The last line compares
+the best row of inbatch with the best of the others.
 
 The step includes tokenising: ahead in worker processes for every row, but in line for one that says `inline`, as the
 trainer of sentence-transformers does by default. pairs/s is the slower of steps and workers. "share" is 6 operations
@@ -40,7 +40,7 @@ from benchmarks.step.rows import ON_GPU, ROOT, SIZES, Row, build, collectives, m
 
 SWEEP = [f"st-cached tokens={tokens}" for tokens in (16384, 32768, 65536, 131072, 262144)]
 PEER_ROWS = ["st-cached inline mini=32", *SWEEP, "gradcache mini=128"]
-DEFAULT_ROWS = [*PEER_ROWS, "inbatch", "inbatch padded", "inbatch compile"]
+DEFAULT_ROWS = [*PEER_ROWS, "inbatch", "inbatch weights=bf16", "inbatch padded", "inbatch compile"]
 
 
 # ---- measuring

@@ -7,6 +7,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from inbatch.collectives import max_over_ranks  # noqa: E402
 from inbatch.data.batches import start_worker as start_worker  # noqa: E402
 from inbatch.data.files import replacing  # noqa: E402
 from inbatch.encoder.packing import wish  # noqa: E402
+from inbatch.encoder.precision import bf16_copies  # noqa: E402
 from inbatch.grad_cache.micro_batches import cut  # noqa: E402
-from inbatch.train.parallel import compile_layers, replicate, shard  # noqa: E402
+from inbatch.train.parallel import compile_layers, is_spread, replicate, shard  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 TEMPERATURE = 0.02
@@ -47,6 +49,7 @@ class Row:
     liger: bool = False
     ckpt: bool = False
     weights: str = "float32"
+    fsdp2: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Row":
@@ -132,7 +135,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         _apply_liger_kernel_to_instance(model=model.backbone)
     if row.compile:
         compile_layers(model)
-    network = shard(model, device, bf16=True) if bf16 else replicate(model, device)
+    network = shard(model, device, bf16=bf16) if row.fsdp2 else replicate(model, device)
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         moved = model.to_device(batch)
@@ -142,10 +145,11 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
     step = GradCache(
         encode,
         lambda queries_BD, passages_BD: info_nce(queries_BD, passages_BD, temperature=TEMPERATURE),
-        modules=[network] if bf16 or network is not model else [],
+        modules=[network] if is_spread(network) else [],
         micro_batch_tokens=row.tokens or "auto",
         keep_graph_mib="auto" if row.keep is None else row.keep,
-        max_over_ranks=max_over_ranks if bf16 else None,
+        max_over_ranks=max_over_ranks if row.fsdp2 else None,
+        around=lambda: bf16_copies(model) if bf16 and not row.fsdp2 else nullcontext(),
         reshard=False,
     )
 

@@ -224,12 +224,10 @@ def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
 
 
 def _embedding(known: argparse.Namespace, device: "torch.device", **options: Any) -> "EmbedOptions":
+    from inbatch.encoder.precision import chosen
     from inbatch.retrieval.embed import EmbedOptions
 
-    precision = known.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return EmbedOptions(precision=precision, batch_tokens=known.batch_tokens, **options)
+    return EmbedOptions(precision=chosen(known.precision, device), batch_tokens=known.batch_tokens, **options)
 
 
 def _open_towers(name: str, device: "torch.device") -> "tuple[BiEncoderModel, BiEncoderModel | None]":

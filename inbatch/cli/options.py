@@ -197,7 +197,10 @@ def _encoding_options() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
     )
     options.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on GPUs, fp32 on CPU"
+        "--precision",
+        choices=("auto", "fp32", "bf16", "autocast"),
+        default="auto",
+        help="bf16 is of copies of the weights; auto is autocast on GPUs, fp32 on CPU",
     )
     options.add_argument(
         "--batch-tokens",

@@ -96,17 +96,21 @@ def graph_bytes(forward: Callable[[], Tensor], state: PassState) -> tuple[Tensor
     return output, sum(seen.values())
 
 
-def free_bytes(modules: Sequence[nn.Module], device: torch.device) -> int:
-    """Return the memory that graphs may take: what is free now, less a tenth, less gradients still to be made."""
+def missing_bytes(modules: Sequence[nn.Module]) -> int:
+    """Return what the first step is still to allocate: gradients, and the optimizer's moments."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and p.grad is None]
+    return 3 * sum(p.numel() * p.element_size() for p in parameters)
+
+
+def free_bytes(reserved: int, device: torch.device) -> int:
+    """Return the memory that graphs may take: what is free now, less a tenth, less what is reserved."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         allowed = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_allocated()
         free = min(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), allowed)
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and p.grad is None]
-    # Before the first step neither gradients nor the optimizer's two moments exist.
-    return int(free * 0.9) - 3 * sum(p.numel() * p.element_size() for p in parameters)
+    return int(free * 0.9) - reserved
 
 
 class Trial(NamedTuple):

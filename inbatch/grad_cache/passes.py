@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inbatch.grad_cache.graph import leaves
 from inbatch.grad_cache.group import Group, Pass
@@ -45,22 +45,23 @@ class Passes:
         self._max = max_over_ranks
         self._sharded = sharded
 
-    def first(self, groups: Sequence[Group], modules: Sequence[nn.Module], *, look: bool) -> None:
-        """Encode every micro-batch of every group. look: also note the leaves behind each group's embeddings."""
+    def first(self, groups: Sequence[Group], reserved: int, *, look: bool) -> None:
+        """Encode every micro-batch of every group.
+
+        reserved: bytes that are free and not for graphs. look: also note the leaves behind each group's embeddings.
+        """
         if self.budget == "auto" and torch.is_grad_enabled():
-            self.budget = self._find_budget(groups, modules)
+            self.budget = self._find_budget(groups, reserved)
         held = 0
         for group in groups:
             micro_batches = self._cut(group, FIRST_TOKENS if self.budget == "auto" else self.budget)
             micro_batches += [placeholder(1)] * (self._max(len(micro_batches)) - len(micro_batches))
-            held += self._encode_all(group, micro_batches, modules, held, look)
+            held += self._encode_all(group, micro_batches, reserved, held, look)
 
     def _cut(self, group: Group, budget) -> list[MicroBatch]:
         return cut(group.batches, budget=budget, multiple=self._multiple)
 
-    def _encode_all(
-        self, group: Group, micro_batches: list[MicroBatch], modules: Sequence[nn.Module], held: int, look: bool
-    ) -> int:
+    def _encode_all(self, group: Group, micro_batches: list[MicroBatch], reserved: int, held: int, look: bool) -> int:
         """Encode the group, its first micro-batches with a graph, as many as fit; the bytes that those hold."""
         # The first always with a graph: it tells whether the encoder trains, and what a graph weighs.
         state = PassState()
@@ -69,7 +70,7 @@ class Passes:
         if group.trains:
             if look:
                 group.leaves = leaves(output)
-            kept, kept_bytes = self._graphs_that_fit(micro_batches, size, modules, output.device, held)
+            kept, kept_bytes = self._graphs_that_fit(micro_batches, size, reserved, output.device, held)
         group.passes.append(Pass(micro_batches[0], state, output if kept else output.detach()))
         del output
         for index, micro_batch in enumerate(micro_batches[1:], 1):
@@ -101,7 +102,7 @@ class Passes:
         return None
 
     def _graphs_that_fit(
-        self, micro_batches: list[MicroBatch], size: int, modules: Sequence[nn.Module], device: torch.device, held: int
+        self, micro_batches: list[MicroBatch], size: int, reserved: int, device: torch.device, held: int
     ) -> tuple[int, int]:
         """Return how many micro-batches keep their graph, equal on all ranks, and the bytes that this takes.
 
@@ -112,7 +113,7 @@ class Passes:
             # as measured, or as much as a graph. The CPU's saved tensors may be the weights, which take nothing new.
             spare = size if self._peak_per_token is None else self._peak_per_token * micro_batches[0].tokens - size
             spare = max(spare, size / 8) - 0.9 * size if device.type == "cuda" else held
-            budget = (free_bytes(modules, device) - spare) * self._keep_share
+            budget = (free_bytes(reserved, device) - spare) * self._keep_share
         else:
             budget = int(self._keep_mib) * MIB * self._keep_share - held
         per_token = size / micro_batches[0].tokens
@@ -120,7 +121,7 @@ class Passes:
         fits = -self._max(-sum(total <= budget for total in taken))
         return fits, int(taken[fits - 1]) if fits else 0
 
-    def _find_budget(self, groups: Sequence[Group], modules: Sequence[nn.Module]) -> int:
+    def _find_budget(self, groups: Sequence[Group], reserved: int) -> int:
         """Return the token budget by what the longest rows take forward and backward."""
         if not on_cuda() or not self._encodes_on_cuda(groups):
             return CPU_TOKENS
@@ -140,7 +141,7 @@ class Passes:
                     attempt,
                     first=min(FIRST_TOKENS, most),
                     most=most,
-                    free=-self._max(-free_bytes(modules, torch.device("cuda"))),
+                    free=-self._max(-free_bytes(reserved, torch.device("cuda"))),
                     max_over_ranks=self._max,
                 )
             except torch.OutOfMemoryError as error:

@@ -1,7 +1,7 @@
 """The two-pass training step: a batch of any size in the memory of a micro-batch, with the plain step's gradient."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inbatch.collectives import agreeing_on
 from inbatch.grad_cache.graph import Sums, accumulate, deferred
 from inbatch.grad_cache.group import Encode, Group, check_callables, group_batches, in_order
-from inbatch.grad_cache.memory import restored_random_state, shared_casts
+from inbatch.grad_cache.memory import missing_bytes, restored_random_state, shared_casts
 from inbatch.grad_cache.micro_batches import Batch, check_batches
 from inbatch.grad_cache.passes import Passes, second_pass
 from inbatch.grad_cache.wrappers import (
@@ -48,6 +48,8 @@ class GradCache:
     keep_graph_mib: memory for graphs that need no second encoding; "auto" is what is free, 0 keeps none.
     width_multiple: widths are rounded up to it, as far as the batch has columns: fewer shapes to compile or tune for.
     max_over_ranks: int -> the largest over all ranks. Needed under FSDP2, where every rank must encode equally often.
+    around: makes a context for the passes of a step, forward and backward, such as
+        `lambda: bf16_copies(model)`.
     reshard: under FSDP2, False keeps gathered parameters until the step's end: faster, for the memory of the model.
     Source: Gao et al. 2021 (arXiv:2101.06983); here with length-sorted micro-batches, kept graphs, one reduction.
     """
@@ -63,6 +65,7 @@ class GradCache:
         keep_graph_mib: int | str = "auto",
         width_multiple: int = 8,
         max_over_ranks: Callable[[int], int] | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
         reshard: bool = True,
     ):
         check_callables(encode, loss)
@@ -75,7 +78,7 @@ class GradCache:
                 "GradCache: FSDP2 gathers parameters in every pass, so all ranks must encode equally often; give "
                 "max_over_ranks, a function from an int to its maximum over the ranks"
             )
-        self._reshard = reshard
+        self._around, self._reshard = around, reshard
         self._passes = Passes(
             budget=_count("micro_batch_tokens", micro_batch_tokens, least=1, words=("auto", None)),
             keep_mib=_count("keep_graph_mib", keep_graph_mib, least=0, words=("auto",)),
@@ -108,18 +111,21 @@ class GradCache:
         if not torch.is_grad_enabled():
             return self.loss(*batches, loss_kwargs=loss_kwargs)
         modules = self._reducing_modules()
-        groups = self._first_pass(batches, modules, reduce)
-        embeddings = in_order(groups)
-        for group in groups:
-            for number in group.numbers:
-                embeddings[number].requires_grad_(group.trains)
-        loss = self._loss_of(embeddings, loss_kwargs, reduce)
-        if not loss.requires_grad:
-            raise ValueError("GradCache: nothing to train: no encoder's output and no input of the loss requires grad")
-        loss.backward()
-        gradients = {n: torch.zeros_like(e) if e.grad is None else e.grad for n, e in enumerate(embeddings)}
-        with self._encoding(modules), restored_random_state():
-            second_pass(groups, gradients, accumulate)
+        with ExitStack() as around:
+            groups = self._first_pass(batches, modules, reduce, around)
+            embeddings = in_order(groups)
+            for group in groups:
+                for number in group.numbers:
+                    embeddings[number].requires_grad_(group.trains)
+            loss = self._loss_of(embeddings, loss_kwargs, reduce)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "GradCache: nothing to train: no encoder's output and no input of the loss requires grad"
+                )
+            loss.backward()
+            gradients = {n: torch.zeros_like(e) if e.grad is None else e.grad for n, e in enumerate(embeddings)}
+            with self._encoding(modules), restored_random_state():
+                second_pass(groups, gradients, accumulate)
         if reduce:
             reduce_gradients(modules)
         return loss.detach()
@@ -133,7 +139,8 @@ class GradCache:
         Arguments and errors are those of the call.
         """
         modules = self._reducing_modules()
-        groups = self._first_pass(batches, modules, reduce, look=True)
+        with ExitStack() as around:
+            groups = self._first_pass(batches, modules, reduce, around, look=True)
         embeddings = in_order(groups)
         trained = [number for group in groups if group.trains for number in group.numbers]
         if not trained:
@@ -148,7 +155,7 @@ class GradCache:
 
         def backward(gradients: Sequence[Tensor]) -> list[Tensor | None]:
             sums = Sums()
-            with self._encoding(modules), restored_random_state():
+            with self._around(), self._encoding(modules), restored_random_state():
                 by_number = dict(zip(trained, gradients, strict=True))
                 second_pass(groups, by_number, accumulate if self._sharded else sums.add)
             if self._sharded and reduce:
@@ -175,20 +182,28 @@ class GradCache:
             yield
 
     def _first_pass(
-        self, batches: Sequence[Batch], modules: Sequence[nn.Module], reduce: bool, *, look: bool = False
+        self,
+        batches: Sequence[Batch],
+        modules: Sequence[nn.Module],
+        reduce: bool,
+        around: ExitStack,
+        *,
+        look: bool = False,
     ) -> list[Group]:
+        """Encode all batches; what the passes are to be within is entered in `around`."""
         self._unfinished += 1
         check_batches(batches)
         if reduce and self._unreduced and torch.is_grad_enabled():
             raise ValueError(self._unreduced)
         groups = group_batches(self._encode, batches)
-        with self._encoding(modules):
-            if self._checked:
-                self._passes.first(groups, modules, look=look)
-                return groups
-            with others_refused(modules) as reduced:
-                self._passes.first(groups, modules, look=True)
-        if torch.is_grad_enabled():
+        reserved = missing_bytes(modules)
+        with ExitStack() as stack:
+            # Both look at the parameters, in whose place `around` may put something else.
+            reduced = set() if self._checked else stack.enter_context(others_refused(modules))
+            stack.enter_context(self._encoding(modules))
+            around.enter_context(self._around())
+            self._passes.first(groups, reserved, look=look or not self._checked)
+        if torch.is_grad_enabled() and not self._checked:
             self._unreduced = unreduced((leaf for group in groups for leaf in group.leaves), reduced)
             if reduce and self._unreduced:
                 raise ValueError(self._unreduced)

@@ -5,7 +5,7 @@ Shapes: n texts, B texts in a batch, T token positions, D dimension.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from tqdm import tqdm
 from inbatch import collectives
 from inbatch.data import plan
 from inbatch.encoder.model import to_device
+from inbatch.encoder.precision import PRECISIONS, bf16_copies
 from inbatch.losses.max_sim import Tokens, packed
 from inbatch.retrieval.nearest import Embeddings
 
-PRECISIONS = ("fp32", "bf16")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WINDOW = 4096  # texts tokenised, sorted and batched together: enough that batches have hardly any padding
 
@@ -37,7 +37,7 @@ class EmbedOptions:
     batch_tokens: int | None = None
     """padded tokens of a batch of texts of similar length; None is 65536 packed on a GPU, else 16384"""
     precision: str = "fp32"
-    """"fp32", or "bf16" for autocast"""
+    """"fp32", "bf16" (copies of the weights) or "autocast": see inbatch.encoder.precision"""
     dtype: torch.dtype = torch.float32
     """what is kept: float32, float16 or bfloat16"""
     progress: str | None = None
@@ -111,6 +111,7 @@ def embed_windows(
     # A window is read and tokenised while the one before it is encoded.
     with (
         evaluating(module),
+        bf16_copies(module) if options.precision == "bf16" else nullcontext(),
         ThreadPoolExecutor(1) as reader,
         tqdm(total=len(rows), desc=options.progress, disable=options.progress is None, unit="text", leave=False) as bar,
     ):
@@ -124,7 +125,8 @@ def embed_windows(
             for some in _batches(tokens["attention_mask"].sum(1), batch_tokens):
                 batch = module.to_device(_without_padding(tokens, some))
                 # Not inference_mode: what a backbone caches in its forward (rotary tables) must serve training.
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                autocast = options.precision == "autocast"
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                     parts.append(module(batch).float())
                 order.append(some)
                 bar.update(len(some))

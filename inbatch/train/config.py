@@ -326,8 +326,9 @@ class TrainConfig:
     """fixes the order of the records and the dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs, fp32 on CPU; bf16 keeps float32 weights and computes in bf16 (fsdp2: from bf16 copies)"""
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
+    """weights are float32; bf16 computes with bf16 copies of them, autocast casts where torch thinks it safe: closer to
+    float32, slower; auto: fp32 on a CPU, autocast on GPUs, bf16 with fsdp2"""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """ddp: the whole model on every GPU; fsdp2: weights, gradients and optimizer sharded over them"""
     reshard: bool = True
@@ -358,6 +359,10 @@ class TrainConfig:
         if not self.reshard and self.parallel != "fsdp2":
             raise ValueError(
                 "train.reshard is false, which means nothing where nothing is sharded: set train.parallel to fsdp2"
+            )
+        if self.precision == "autocast" and self.parallel == "fsdp2":
+            raise ValueError(
+                "train.precision is autocast, and train.parallel fsdp2 gathers weights in bfloat16: set it to bf16"
             )
 
 

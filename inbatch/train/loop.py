@@ -22,6 +22,7 @@ from inbatch import collectives
 from inbatch.data import RetrievalData, TrainBatch
 from inbatch.data.batches import Batches, Part
 from inbatch.encoder.packing import wish
+from inbatch.encoder.precision import bf16_copies
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, LossStats, distill, match_vectors
 from inbatch.retrieval.embed import EmbedOptions, evaluating, unwrap
@@ -116,7 +117,6 @@ def loop(run: Run, clock: Stopwatch) -> int:
             # A rank may be signalled alone, and all must stop after the same step.
             signals = collectives.agree("the end of a step", same={"step": step}, sizes={"signal": signal_so_far()})
             stop = max(signals["signal"]) if not last else 0
-            # Before the evaluation, so that one that fails or is killed costs no training.
             if stop or (config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps))):
                 with clock.during("saving"):
                     save_checkpoint(run, done)
@@ -142,6 +142,7 @@ class StepFunction:
         self._parts: dict[str, Tensor] = {}  # of the loss, by name, where it has several
         # A network that serves both sides is one callable, so that both share micro-batches.
         encode = {name: partial(self._encode, network) for name, network in learner.networks.items()}
+        towers = learner.towers.values() if learner.precision == "bf16" else ()
         self._grad_cache = GradCache(
             list(encode.values()) if len(encode) > 1 else encode["model"],
             self._loss,
@@ -149,6 +150,7 @@ class StepFunction:
             micro_batch_tokens=config.train.micro_batch_tokens,
             keep_graph_mib=config.train.keep_graph_mib,
             max_over_ranks=collectives.max_over_ranks if config.train.parallel == "fsdp2" else None,
+            around=lambda: bf16_copies(*towers),
             reshard=config.train.reshard,
         )
 
@@ -190,8 +192,8 @@ class StepFunction:
         # Batches stay in host memory, where GradCache cuts them without stalling the GPU; micro-batches travel.
         collectives.tick()
         tokens = unwrap(network).to_device(tokens)
-        device, autocast = self._learner.device.type, self._learner.autocast
-        with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
+        autocast = self._learner.precision == "autocast"
+        with torch.autocast(self._learner.device.type, torch.bfloat16, enabled=autocast):
             return network(tokens)
 
     def _loss(self, queries_BD: Tensor, passages_MD: Tensor, part: Part) -> Tensor:
@@ -367,7 +369,7 @@ def retrieval_figures(run: Run, data: RetrievalData) -> dict[str, float]:
             RetrieveOptions(
                 similarity=config.similarity,
                 embedding=EmbedOptions(
-                    precision="bf16" if learner.autocast else "fp32",
+                    precision=learner.precision,
                     progress="texts" if run.config.train.progress and sys.stderr.isatty() else None,
                 ),
             ),

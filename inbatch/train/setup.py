@@ -18,6 +18,7 @@ from inbatch.data.readers import SETTINGS, Examples
 from inbatch.data.token_cache import with_memory
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.encoder.packing import wish
+from inbatch.encoder.precision import chosen
 from inbatch.losses import CLIP, GTE, QWEN3_EMBEDDING, InfoNCELoss, Objective
 from inbatch.retrieval.embed import is_multi_vector, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, similarity_of
@@ -44,9 +45,9 @@ OBJECTIVES = {"info_nce": Objective(), "clip": CLIP, "gte": GTE, "qwen3_embeddin
 class Learner:
     """All that is trained: the towers, the loss with its temperature, and their optimizer.
 
-    networks: the towers as they are called, in DDP or sharded where ranks share them. autocast: compute in bfloat16
-    from float32 weights. compiled: torch.compile has each transformer layer. teacher: its vectors of queries and of
-    passages.
+    networks: the towers as they are called, in DDP or sharded where ranks share them. precision: one of
+    `inbatch.encoder.precision`; fp32 under FSDP2, which gathers bfloat16 weights itself. compiled: torch.compile has
+    each transformer layer. teacher: its vectors of queries and of passages.
     """
 
     device: torch.device
@@ -54,7 +55,7 @@ class Learner:
     networks: Mapping[str, nn.Module]
     loss: InfoNCELoss
     optimizer: torch.optim.Optimizer
-    autocast: bool
+    precision: str
     compiled: bool
     teacher: tuple[Vectors, Vectors] | None = None
 
@@ -148,7 +149,7 @@ def set_up(
     if evaluation is not None and config.eval.sampled:
         part = sample(evaluation, config.eval.sample_queries, config.eval.sample_documents)
     folder.claim(config, len(examples))
-    progress = {"first_step": first_step, "total_steps": total_steps}
+    progress: dict[str, Any] = {"first_step": first_step, "total_steps": total_steps}
     report = together(
         lambda: Report(folder, config, on_figures=on_figures, **progress) if collectives.rank() == 0 else NoReport()
     )
@@ -292,13 +293,13 @@ def open_learner(config: Config, device: torch.device, total_steps: int) -> Lear
     towers = collectives.together(lambda: open_towers(config, wish(config.model.packed, device)))
     model = next(iter(towers.values()))
     check_towers(towers)
-    precision = config.train.precision
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    sharded = config.train.parallel == "fsdp2"
+    precision = chosen(config.train.precision, device)
     compiled = config.train.compile
     if compiled is None:
         compiled = device.type == "cuda" and operations(towers, config, total_steps) > REPAYS_COMPILING
         compiled = compiled and all(any(isinstance(m, nn.ModuleList) for m in t.modules()) for t in towers.values())
-    networks = spread(towers, config, device, bf16=bf16, compiled=compiled)
+    networks = spread(towers, config, device, bf16=precision != "fp32", compiled=compiled)
     loss = build_loss(config.loss).to(device)
     try_loss(loss, config.loss, model.embedding_dim, device)
     return Learner(
@@ -307,7 +308,7 @@ def open_learner(config: Config, device: torch.device, total_steps: int) -> Lear
         networks=networks,
         loss=loss,
         optimizer=build_optimizer([*towers.values(), loss], config.optim),
-        autocast=bf16 and config.train.parallel != "fsdp2",  # which gathers the weights in bfloat16 instead
+        precision="fp32" if sharded else precision,
         compiled=compiled,
     )
 

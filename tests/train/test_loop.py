@@ -324,12 +324,13 @@ def read_lines(path: Path) -> list[str]:
 
 def test_bf16_trains_close_to_fp32(folder, tmp_path):
     losses = {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "autocast"):
         config = make_config(folder, tmp_path / precision, train={"precision": precision})
         train(config, device=torch.device("cpu"))
         losses[precision] = [line["loss"] for line in read_metrics(config.train.output_dir)]
-    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] != losses["fp32"] != losses["autocast"] != losses["bf16"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
+    assert losses["autocast"] == pytest.approx(losses["fp32"], rel=0.03)
     assert {parameter.dtype for parameter in trained(config).values()} == {torch.float32}
 
 

@@ -328,6 +328,7 @@ def test_compiled_layers_compute_the_same_and_replay_dropout(tmp_path):
         (lambda: LoraConfig(r=4, target_modules=[]), "lora.target_modules is empty"),
         (lambda: LossConfig(matryoshka_dims=[8, 8]), r"loss.matryoshka_dims is \[8, 8\]: expected different"),
         (lambda: TrainConfig(output_dir="r", reshard=False), "set train.parallel to fsdp2"),
+        (lambda: TrainConfig(output_dir="r", parallel="fsdp2", precision="autocast"), "set it to bf16"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(make, message):
