@@ -11,7 +11,8 @@ from typing import Any
 _UNUSED = re.compile(
     r"""
     ci | rng | wandb | mlflow | comet | compile | bi_encoder_optimization
-    | eval_negative_size | validation_dataset | validation_dataloader | dist_env[.]backend
+    | eval_negative_size | dist_env[.]backend
+    | validation_dataset[.].+ | validation_dataloader[.]((?!collate_fn|dataset)\w+|collate_fn[.].+)
     | step_scheduler[.](val_every_steps|save_checkpoint_every_epoch|num_epochs)
     | model[.](use_liger_kernel|use_sdpa_patching|sdpa_method|out_dimension)
     | tokenizer[.](_target_|padding_side|force_hf|use_fast)
@@ -40,6 +41,7 @@ _ONLY: dict[str, Any] = {
     "dataset.max_train_samples": None,
     "dataset.train_data_select_offset": 0,
     "dataset.cycle_positive_docs": False,
+    "validation_dataset.data_type": "eval",
     "optimizer.adam_w_mode": True,
     "optimizer.bias_correction": True,
     "optimizer.amsgrad": False,
@@ -79,10 +81,12 @@ def translate(recipe: Mapping[str, Any], *, world_size: int = 1) -> tuple[dict[s
             raise ValueError(f"{key} is {value!r}, with which the run would be another one here: {remedy}")
     distributed = keys.take("model.do_distributed_inbatch_negative", default=False)
     detached = keys.take("model.detach_distributed_inbatch_negatives", default=True)
+    data = _data(keys, distributed)
     tree = {
         "model": _model(keys),
         "lora": _lora(keys),
-        "data": _data(keys, distributed),
+        "data": data,
+        "eval": _validation(keys, data["instructions"]),
         "loss": _loss(keys, distributed, detached),
         "optim": _optim(keys),
         "train": _train(keys, world_size),
@@ -98,7 +102,8 @@ class _Keys:
         self.given: dict[str, Any] = {}
         self._flatten("", recipe)
         # The older nesting, and names that have moved since.
-        moved = {"dataloader.dataset.": "dataset.", "dataset.train_n_passages": "dataset.n_passages"}
+        moved = {f"{of}dataloader.dataset.": f"{of}dataset." for of in ("", "validation_")}
+        moved |= {f"{of}dataset.train_n_passages": f"{of}dataset.n_passages" for of in ("", "validation_")}
         moved |= {"train_n_passages": "dataset.n_passages", "recipe._target_": "recipe", "rng.seed": "seed"}
         for old, new in moved.items():
             for key in [key for key in self.given if key.startswith(old)]:
@@ -144,6 +149,7 @@ def _model(keys: _Keys) -> dict[str, Any]:
             f"tokenizer.pretrained_model_name_or_path is {of_tokenizer}: only the model's own, {name}, is read here"
         )
     pooling, normalized = keys.take("model.pooling", default="avg"), keys.take("model.l2_normalize", default=True)
+    causal = keys.take("model.is_causal")
     if pooling not in _POOLINGS:
         raise ValueError(f"model.pooling is {pooling}: expected one of {', '.join(_POOLINGS)}")
     if pooling == "weighted_avg" and not normalized:
@@ -157,6 +163,7 @@ def _model(keys: _Keys) -> dict[str, Any]:
         "name_or_path": name,
         "pooling": _POOLINGS[pooling],
         "l2_normalize": normalized,
+        "bidirectional": None if causal is None else not causal,
         "attn_implementation": keys.take("model.attn_implementation"),
         "trust_remote_code": keys.take("model.trust_remote_code", default=False),
         "gradient_checkpointing": keys.take("model.do_gradient_checkpointing", default=False) or checkpointing,
@@ -186,8 +193,7 @@ def _data(keys: _Keys, distributed: bool) -> dict[str, Any]:
         raise ValueError(f"dataset.seed is {seed}, by which num_samples are drawn: give `seed` the same value")
     if not distributed:
         sources = [{**source, "negatives": "own"} for source in sources]
-    prefixes = {side: keys.take(f"dataloader.collate_fn.{side}_prefix", default="") for side in ("query", "passage")}
-    instructions = keys.take("dataloader.collate_fn.use_dataset_instruction", default=False)
+    texts, instructions = _texts(keys, "dataloader")
     reordered = [keys.take("dataset.do_shuffle", default=False), keys.take("dataloader.shuffle", default=True)]
     return {
         "train": sources,
@@ -198,11 +204,41 @@ def _data(keys: _Keys, distributed: bool) -> dict[str, Any]:
         "shuffle": any(reordered),
         "drop_last": True,
         "num_workers": keys.take("dataloader.num_workers"),
-        "query_max_len": keys.take("dataloader.collate_fn.q_max_len", default=512),
-        "passage_max_len": keys.take("dataloader.collate_fn.p_max_len", default=512),
+        **texts,
+    }
+
+
+def _texts(keys: _Keys, loader: str) -> tuple[dict[str, Any], bool]:
+    """Return lengths and prefixes of a loader's texts, and whether instructions of the corpus replace the prefixes."""
+    collator = f"{loader}.collate_fn"
+    prefixes = {side: keys.take(f"{collator}.{side}_prefix", default="") for side in ("query", "passage")}
+    instructions = keys.take(f"{collator}.use_dataset_instruction", default=False)
+    return {
+        "query_max_len": keys.take(f"{collator}.q_max_len", default=512),
+        "passage_max_len": keys.take(f"{collator}.p_max_len", default=512),
         # With instructions a text of none has no prefix either.
         **{f"{side}_prefix": f"{text} " if text and not instructions else "" for side, text in prefixes.items()},
-    }
+    }, instructions
+
+
+def _validation(keys: _Keys, instructions: bool) -> dict[str, Any]:
+    """Return the settings of loss and accuracy among the candidates of each held-out query, without masks."""
+    keys.take("validation_dataset"), keys.take("validation_dataloader")  # null is none
+    sources = _listed(keys.take("validation_dataset.data_dir_list", default=[]))
+    if not sources:
+        return {}
+    if len(sources) > 1:
+        raise ValueError(f"validation_dataset.data_dir_list has {len(sources)} sources: expected one")
+    texts, has_instructions = _texts(keys, "validation_dataloader")
+    if has_instructions != instructions:
+        raise ValueError("validation_dataloader.collate_fn.use_dataset_instruction differs from dataloader's: expected "
+                         f"{instructions}")  # fmt: skip
+    passages = keys.take("validation_dataset.n_passages", default=5)
+    negatives = keys.take("validation_dataset.eval_negative_size", default=passages - 1)
+    source = {"path": sources[0]} if isinstance(sources[0], str) else dict(sources[0])
+    source |= {"split": "train", "train_n_passages": negatives + 1, "negatives": "own", "mask_own_negatives": False}
+    every = keys.take("step_scheduler.val_every_steps")
+    return {"validation": {**source, **texts}, "every_steps": every, "at_start": False}
 
 
 def _listed(value: Any) -> list[Any]:

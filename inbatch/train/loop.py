@@ -202,9 +202,9 @@ class StepFunction:
             batch = pinned(batch)
         distance = self._distance(queries_BD, passages_MD, batch) if self._config.distill.weight else None
         if self._config.loss.detach_remote:
-            regular = False
+            regular, own = False, len(passages_MD)
             passages_MD, passage_ids = with_remote(passages_MD, batch.passage_ids)
-            batch = replace(batch, passage_ids=passage_ids)
+            batch = replace(batch, passage_ids=passage_ids, positives=batch.positives + len(passages_MD) - own)
         loss = self._learner.loss(
             queries_BD,
             passages_MD,
@@ -268,13 +268,16 @@ def pinned(batch: TrainBatch) -> TrainBatch:
 
 
 def with_remote(passages_MD: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the passages, then those of the other ranks, without gradient: [N, D], and their ids [N]."""
+    """Return the other ranks' passages, without gradient, then these: [N, D], and their ids [N].
+
+    Behind these, they would be hard negatives of the last query's own.
+    """
     rows = collectives.agree("passages", {"passages": passages_MD})["passages"]
     before, rank = sum(rows[: collectives.rank()]), collectives.rank()
     others = []
     for mine in (passages_MD, ids_M.to(passages_MD.device)):
         everyones = collectives.all_gather(mine.detach(), rows=rows)
-        others.append(torch.cat([mine, everyones[:before], everyones[before + rows[rank] :]]))
+        others.append(torch.cat([everyones[:before], everyones[before + rows[rank] :], mine]))
     return others[0], others[1]
 
 

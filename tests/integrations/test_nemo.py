@@ -128,6 +128,13 @@ def nemotron_of(folder: Path, kind: str, output: Path) -> dict:
     recipe["dataloader"]["collate_fn"] |= {"query_prefix": "query : "}
     recipe["lr_scheduler"] = {"lr_warmup_steps": 1, "lr_decay_style": "cosine"}
     recipe["checkpoint"]["max_recent_checkpoints"] = 1
+    held_out = {"data_dir_list": str(folder / "train.json"), "data_type": "eval", "train_n_passages": 5}
+    recipe["validation_dataloader"] = {
+        "dataset": {**dataset, **held_out, "eval_negative_size": 1, "max_train_samples": 9},
+        "collate_fn": {**recipe["dataloader"]["collate_fn"], "query_prefix": "query :", "padding": "longest"},
+        "batch_size": 2,
+        "shuffle": False,
+    }
     return recipe
 
 
@@ -145,7 +152,8 @@ def test_recipes_train(folder, tmp_path, capsys, written, kind):
     said = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
     assert len(said) == 1
     assert "ci" in said[0]
-    for key in ("model.use_liger_kernel", "optimizer.master_weights", "step_scheduler.val_every_steps"):
+    validation = "step_scheduler.val_every_steps" if written is recipe_of else "validation_dataset.max_train_samples"
+    for key in ("model.use_liger_kernel", "optimizer.master_weights", validation):
         assert key in said[0]
     losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert len(losses) == 3
@@ -157,6 +165,14 @@ def test_recipes_train(folder, tmp_path, capsys, written, kind):
     assert config.data.sources == [{"path": str(folder / "train.json"), "negatives": "own"}]
     assert (config.data.train_n_passages, config.train.parallel, config.train.precision) == (3, "fsdp2", "bf16")
     assert config.checkpoint.keep_last == (2 if written is recipe_of else 1)
+    assert config.eval.validation == (
+        None if written is recipe_of else {
+            "path": str(folder / "train.json"), "split": "train", "train_n_passages": 2, "negatives": "own",
+            "mask_own_negatives": False, "query_max_len": 8, "passage_max_len": 12, "query_prefix": "query : ",
+            "passage_prefix": "document : ",
+        }
+    )  # fmt: skip
+    assert config.eval.every_steps == (None if written is recipe_of else 500)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +190,8 @@ def test_recipes_train(folder, tmp_path, capsys, written, kind):
         ({"tokenizer.add_eos_token": True}, "tokenizer.add_eos_token is True"),
         ({"tokenizer.pretrained_model_name_or_path": "other"}, "only the model's own"),
         ({"dataset.max_train_samples": 9}, "dataset.max_train_samples is 9"),
+        ({"validation_dataset.data_dir_list": ["a", "b"]}, "validation_dataset.data_dir_list has 2 sources"),
+        ({"model.tokenizer_backend": "x"}, "unknown key 'model.tokenizer_backend'"),
         ({"dataset.surprise": 1}, "unknown key 'dataset.surprise'"),
         ({"step_scheduler.local_batch_size": 3}, "8 is not divisible by local_batch_size 3 x 1"),
         ({"lr_scheduler.lr_decay_style": "WSD"}, "lr_decay_style is WSD"),
@@ -213,6 +231,8 @@ def test_what_keys_become(tmp_path):
     ]  # fmt: skip
     assert data["mixed_batches"]
     assert became(lr_scheduler={"lr_warmup_steps": 3})["optim"]["warmup_steps"] == 3
+    assert became(model={"is_causal": True})["model"]["bidirectional"] is False
+    assert became(validation_dataset=None, validation_dataloader=None)["eval"] == {}
 
 
 # ---- step by step
@@ -223,8 +243,10 @@ def run_body(rank: int, path: str, overrides: list[str], world_size: int) -> Non
     train(config, device=device())
 
 
-def by_hand(folder: Path, *, ranks: int, steps: int, gathered: bool, detached: bool) -> tuple[list[dict], dict]:
-    """Steps as the specification has them, of all ranks in one process."""
+def by_hand(
+    folder: Path, *, ranks: int, steps: int, gathered: bool, detached: bool, normalized: bool = True
+) -> tuple[list[dict], dict, float]:
+    """Steps as the specification has them, of all ranks in one process; the weights and the validation loss then."""
     model, tokenizer = AutoModel.from_pretrained(folder / "bert"), AutoTokenizer.from_pretrained(folder / "bert")
     documents = [json.loads(line) for line in (folder / "wiki" / "train.jsonl").read_text().splitlines()]
     texts = {document["id"]: document["text"] for document in documents}
@@ -236,8 +258,17 @@ def by_hand(folder: Path, *, ranks: int, steps: int, gathered: bool, detached: b
         tokens = tokenizer(sentences, truncation=True, max_length=length, padding=True, return_tensors="pt")
         tokens.pop("token_type_ids", None)
         mask = tokens["attention_mask"][..., None].float()
-        return F.normalize((model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
+        states_BD = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+        return F.normalize(states_BD, dim=-1) if normalized else states_BD
 
+    def group(row: dict, n: int) -> list[str]:
+        negatives = [doc["id"] if isinstance(doc, dict) else doc for doc in row["neg_doc"]]
+        return [row["pos_doc"][0]["id"], *(negatives[k % len(negatives)] for k in range(n - 1))]
+
+    def own_scores(queries_bD: torch.Tensor, passages_ND: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bd,bnd->bn", queries_bD, passages_ND.unflatten(0, (len(queries_bD), -1))) / temperature
+
+    temperature = 0.1 if normalized else 1.0
     b, n, lines = 2, 3, []
     per_epoch, accumulated = len(records) // 8, 8 // (b * ranks)
     for step in range(steps):
@@ -247,24 +278,20 @@ def by_hand(folder: Path, *, ranks: int, steps: int, gathered: bool, detached: b
             for rank in range(ranks):
                 start = first + (part * ranks + rank) * b
                 rows = records[start : start + b]
-                groups = []
-                for row in rows:
-                    negatives = [doc["id"] if isinstance(doc, dict) else doc for doc in row["neg_doc"]]
-                    groups += [row["pos_doc"][0]["id"], *(negatives[k % len(negatives)] for k in range(n - 1))]
+                groups = [name for row in rows for name in group(row, n)]
                 queries.append(embed([f"query : {row['question']}" for row in rows], 8))
                 passages.append(embed([f"document : {texts[name]}" for name in groups], 12))
                 ids += groups
             for rank in range(ranks):
                 if gathered:
                     seen = [p.detach() if detached and r != rank else p for r, p in enumerate(passages)]
-                    scores_bN = queries[rank] @ torch.cat(seen).T / 0.1
+                    scores_bN = queries[rank] @ torch.cat(seen).T / temperature
                     labels = (torch.arange(b) + rank * b) * n
                     for i, label in enumerate(labels.tolist()):
                         copies = [j for j, name in enumerate(ids) if name == ids[label] and j != label]
                         scores_bN[i, copies] = torch.finfo(torch.float32).min
                 else:
-                    groups_bnD = passages[rank].reshape(b, n, -1)
-                    scores_bN = torch.einsum("bd,bnd->bn", queries[rank], groups_bnD) / 0.1
+                    scores_bN = own_scores(queries[rank], passages[rank])
                     labels = torch.zeros(b, dtype=torch.long)
                 loss = loss + F.cross_entropy(scores_bN, labels) / (accumulated * ranks)
         optimizer.zero_grad()
@@ -275,14 +302,21 @@ def by_hand(folder: Path, *, ranks: int, steps: int, gathered: bool, detached: b
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         lines.append({"loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate})
-    return lines, model.state_dict()
+    with torch.no_grad():
+        queries_bD = embed([f"query : {row['question']}" for row in records], 8)
+        passages_ND = embed([f"document : {texts[name]}" for row in records for name in group(row, 2)], 12)
+        held_out = F.cross_entropy(own_scores(queries_bD, passages_ND), torch.zeros(len(records), dtype=torch.long))
+    return lines, model.state_dict(), float(held_out)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "gathered", "detached"),
-    [(1, False, True), (1, True, True), (2, False, True), (2, True, True), (2, True, False)],
-)
-def test_a_run_follows_the_specification_step_by_step(pool, folder, tmp_path, ranks, gathered, detached):
+    ("ranks", "gathered", "detached", "normalized"),
+    [
+        (1, False, True, True), (1, True, True, False), (2, False, True, True), (2, True, True, True),
+        (2, True, False, True),
+    ],
+)  # fmt: skip
+def test_a_run_follows_the_specification_step_by_step(pool, folder, tmp_path, ranks, gathered, detached, normalized):
     path = write(tmp_path / "recipe.yaml", nemotron_of(folder, "bert", tmp_path / "run"))
     overrides = {
         "step_scheduler.max_steps": 5, "model.torch_dtype": "float32", "distributed.strategy": "ddp",
@@ -290,10 +324,13 @@ def test_a_run_follows_the_specification_step_by_step(pool, folder, tmp_path, ra
         "dataloader.collate_fn.query_prefix": "query :", "train.progress": "false",
         "model.do_distributed_inbatch_negative": str(gathered).lower(),
         "model.detach_distributed_inbatch_negatives": str(detached).lower(),
+        "model.l2_normalize": str(normalized).lower(),
     }  # fmt: skip
     options = [f"--{key}={value}" for key, value in overrides.items()]
     pool.run(run_body, ranks, path, options, ranks)
-    lines, weights = by_hand(folder, ranks=ranks, steps=5, gathered=gathered, detached=detached)
+    kind = {"ranks": ranks, "gathered": gathered, "normalized": normalized}
+    lines, weights, held_out = by_hand(folder, steps=5, detached=detached, **kind)
+    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(held_out, rel=1e-5)
     ours = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     for mine, reference in zip(ours, lines, strict=True):
         assert {name: mine[name] for name in reference} == pytest.approx(reference, rel=1e-5, abs=1e-5)
@@ -301,5 +338,5 @@ def test_a_run_follows_the_specification_step_by_step(pool, folder, tmp_path, ra
     for name, value in weights.items():
         torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     if gathered and not detached:  # the two are different runs
-        biased, _ = by_hand(folder, ranks=ranks, steps=2, gathered=True, detached=True)
+        biased, *_ = by_hand(folder, steps=2, detached=True, **kind)
         assert abs(biased[1]["grad_norm"] - lines[1]["grad_norm"]) > 1e-3
