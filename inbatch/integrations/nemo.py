@@ -223,7 +223,8 @@ def _texts(keys: _Keys, loader: str) -> tuple[dict[str, Any], bool]:
 
 def _validation(keys: _Keys, instructions: bool) -> dict[str, Any]:
     """Return the settings of loss and accuracy among the candidates of each held-out query, without masks."""
-    keys.take("validation_dataset"), keys.take("validation_dataloader")  # null is none
+    for name in ("validation_dataset", "validation_dataloader"):
+        keys.take(name)  # null is none
     sources = _listed(keys.take("validation_dataset.data_dir_list", default=[]))
     if not sources:
         return {}
