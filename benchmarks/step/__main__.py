@@ -12,8 +12,9 @@ packed, padded (neither: as its trainer does), compile (as it does in a long run
 same model on the same pairs, lengths and fused AdamW, in bfloat16 autocast unless weights=bf16. The last line compares
 the best row of inbatch with the best of the others.
 
-The step includes tokenising: ahead in worker processes for every row, but in line for one that says `inline`, as the
-trainer of sentence-transformers does by default. pairs/s is the slower of steps and workers. "share" is 6 operations
+Tokenising is measured beside the steps: worker processes make all batches of a row before its first step (those of a
+row that says `inline` within the step, as the trainer of sentence-transformers does by default). pairs/s is the slower
+of steps and workers. "share" is 6 operations
 a parameter and real token, plus attention's, over a plain product's rate in the same run. "padding" is what is encoded.
 "gradient off by" is |g - g*| / |g*| over the backbone, where g* is a plain float32 step over --check-pairs pairs;
 dropout is off for it.
@@ -66,20 +67,30 @@ class Tokenized(Dataset):
         return self._tokenize(rows), time.perf_counter() - start
 
 
+def make_ahead(tokenized: Tokenized, number: int, workers: int) -> list[tuple[list, float]]:
+    """Return so many batches, and one for each worker, made by processes that have ended; none without workers.
+
+    Processes, since a tokenising thread would hold the lock that launching kernels needs; forked, to share the texts.
+    All work at once, so that a batch takes each as long as it does where they share the cores.
+    """
+    if not workers:
+        return []
+    loader = DataLoader(
+        tokenized, sampler=range(max(number, workers)), batch_size=None, num_workers=workers, prefetch_factor=2,
+        multiprocessing_context="fork", timeout=120, worker_init_fn=start_worker,
+    )  # fmt: skip
+    return list(loader)
+
+
 def measure(row: Row, folder: Path, pairs: list, args) -> dict:
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
     trial = build(row, folder, args)
     optimizer = torch.optim.AdamW(trial.module.parameters(), lr=1e-5, fused=True)
-    # Processes, since a tokenising thread would hold the lock that launching kernels needs; forked, to share the texts.
-    count = args.workers if trial.ahead else 0
-    workers = {"prefetch_factor": 2, "multiprocessing_context": "fork", "timeout": 120} if count else {}
-    workers |= {"worker_init_fn": start_worker} if count else {}
-    loader = DataLoader(
-        Tokenized(pairs, args, trial.tokenize, args.batch), batch_size=None, num_workers=count, **workers
-    )
-    source = iter(loader)
+    tokenized = Tokenized(pairs, args, trial.tokenize, args.batch)
+    small_first = bool(args.warm_up_pairs) or not trial.ahead
+    made = make_ahead(tokenized, args.warm_up + args.steps, args.workers if trial.ahead else 0)
 
     def update(batch: list) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -87,36 +98,34 @@ def measure(row: Row, folder: Path, pairs: list, args) -> dict:
         torch.nn.utils.clip_grad_norm_(trial.module.parameters(), 1.0)
         optimizer.step()
 
-    walls_s, waits_s, tokenize_s = [], [], []
+    walls_s, tokenize_s = [], []
     for index in range(args.warm_up + args.steps):
         if index == args.warm_up and ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        if index < args.warm_up and (args.warm_up_pairs or not trial.ahead):
+        if index < args.warm_up and small_first:
             # Where nothing is compiled, a small batch warms up as well, and the cached steps are slow.
-            batch, _ = Tokenized(pairs, args, trial.tokenize, args.warm_up_pairs or 64)[index]
+            few = Tokenized(pairs, args, trial.tokenize, args.warm_up_pairs or 64)[index]
         else:
-            batch = None
+            few = None
         sync()
         start = time.perf_counter()
-        if batch is None:
-            batch, took_s = next(source)
-            tokenize_s.append(took_s)
-        waits_s.append(time.perf_counter() - start)
+        batch, took_s = few or (made[index] if made else tokenized[index])
+        tokenize_s.append(took_s)
         update(batch)
         sync()
         walls_s.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
-    step_s, made_s = statistics.median(walls_s[args.warm_up :]), statistics.median(tokenize_s)
+    step_s = statistics.median(walls_s[args.warm_up :])
+    in_worker_s = [took_s for _, took_s in made]
+    made_s = statistics.median(in_worker_s) / args.workers if made else statistics.median(tokenize_s[args.warm_up :])
     if args.profile:
         few, _ = Tokenized(pairs, args, trial.tokenize, args.profile)[0]
         profile(lambda: update(few))
-    del source, loader
     lengths = torch.cat([part["attention_mask"].sum(1) for part in batch]).double().cpu()
     return {
-        "pairs_per_s": args.batch / max(step_s, made_s / max(1, count)),
+        "pairs_per_s": args.batch / max(step_s, made_s),
         "step_ms": step_s * 1e3,
-        "tokenize_ms": made_s * 1e3 / max(1, count),
-        "waited_ms": statistics.median(waits_s[args.warm_up :]) * 1e3,
+        "tokenize_ms": made_s * 1e3,
         "micro_batch_tokens": trial.grad_cache.micro_batch_tokens if trial.grad_cache else row.tokens,
         "share_of_peak": count_flops(trial.backbone, lengths) / step_s / args.peak,
         "peak_gib": peak / 2**30,
@@ -231,7 +240,7 @@ def format_row(text: str, figures: dict) -> str:
         f"{text:52} {figures['pairs_per_s']:7.0f}  {figures['step_ms']:7.0f}  {figures['tokenize_ms']:13.0f}  "
         f"{figures['share_of_peak']:5.1%}  {figures['peak_gib']:8.1f}  {figures['padding']:7.1%}  "
         + (f"{error:.2e}" if error is not None else "")
-        + f"  (waited {figures['waited_ms']:.0f} ms, warm-up {figures['warm_up_s']:.0f} s)"
+        + f"  (warm-up {figures['warm_up_s']:.0f} s)"
     )
 
 
