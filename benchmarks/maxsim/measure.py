@@ -132,11 +132,12 @@ def measure(name: str, shape: list[int], args: argparse.Namespace) -> dict[str, 
 
 def sweep(shape: list[int], args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Time our kernels alone, with the tiles in use and others; yield the settings, what they are of, and ms."""
-    from inbatch.losses.max_sim import in_place, packed
+    from inbatch.losses.max_sim import in_place, packed, read_spans
     from inbatch.losses.triton import launch, max_sim
 
     queries, passages, query_mask, passage_mask = inputs(shape, args)
-    of_queries, of_passages = packed(queries.detach(), query_mask), in_place(passages.detach(), passage_mask)
+    spans, _ = read_spans({"queries": (queries, query_mask), "passages": (passages, passage_mask)}, fused=True)
+    of_queries, of_passages = packed(queries.detach(), spans[0]), in_place(passages.detach(), spans[1])
     assert of_passages.starts is not None
     texts = of_passages.vectors, of_passages.lengths, of_passages.starts
     d_scores = torch.randn(shape[0], shape[1], device=queries.device)

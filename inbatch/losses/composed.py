@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from inbatch import collectives
 from inbatch.losses import tiled
 from inbatch.losses.gathered import Softmax
-from inbatch.losses.max_sim import Tokens, in_place, max_sim, packed, ring_max_sim
+from inbatch.losses.max_sim import Spans, Tokens, in_place, max_sim, packed, ring_max_sim
 from inbatch.losses.objective import terms
 from inbatch.losses.reference import dense_loss, dot_products, max_similarities
 from inbatch.losses.softmax import Problem
@@ -52,9 +52,7 @@ def composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
     return total
 
 
-def multi_vector(
-    queries_BTD: Tensor, passages_MTD: Tensor, masks: tuple[Tensor | None, Tensor | None], problem: Problem
-) -> Tensor:
+def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Spans], problem: Problem) -> Tensor:
     """Return the loss of texts of several vectors, whose scores alone, [B, N], are held whole.
 
     Only real tokens travel; what does not is read where it lies. The softmax over the scores is the reference's: they
@@ -65,7 +63,7 @@ def multi_vector(
     gathers = _gathers(problem) and not travels
     query_columns = any(term.query_columns for term in softmaxes)
     stays = problem.kernels is not None and not (gathers or travels or query_columns)
-    queries, passages = packed(queries_BTD, masks[0]), (in_place if stays else packed)(passages_MTD, masks[1])
+    queries, passages = packed(queries_BTD, spans[0]), (in_place if stays else packed)(passages_MTD, spans[1])
     options: dict[str, Any] = {"mean": problem.token_reduction == "mean", "chunk_mib": problem.chunk_mib}
     options["fused"] = problem.kernels is not tiled
     if gathers or travels:

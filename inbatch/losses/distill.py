@@ -16,7 +16,7 @@ from inbatch import collectives
 from inbatch.losses.composed import gathered_texts
 from inbatch.losses.info_nce import PLAIN, describe, find_error, one_of
 from inbatch.losses.masking import FalseNegatives
-from inbatch.losses.max_sim import max_sim, packed
+from inbatch.losses.max_sim import Spans, max_sim, packed, read_spans
 from inbatch.losses.softmax import Problem
 
 CANDIDATES = ("group", "pool")
@@ -62,6 +62,9 @@ def distill(
     masks = {"query_mask": query_mask, "passage_mask": passage_mask}
     error = find_error(queries, passages, asked, masks)
     error = error or _wrong_teacher(teacher_scores, teacher_temperature, over, len(queries))
+    spans: list[Spans] = []
+    if error is None and queries.ndim == 3:
+        spans, error = read_spans({"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)})
     column_B = asked.positives
     if error is None:
         if not isinstance(column_B, Tensor):
@@ -90,7 +93,7 @@ def distill(
     teacher_BC = teacher_scores.detach().to(queries.device, wide, non_blocking=True)
     with torch.autocast(queries.device.type, enabled=False):
         if over == "pool":
-            score_BC = _pool_scores(queries, passages, counts["passages"], asked, masks)
+            score_BC = _pool_scores(queries, passages, counts["passages"], asked, spans)
         else:
             column_B, width = column_B.to(queries.device, non_blocking=True), teacher_BC.shape[1]
             score_BC = _group_scores(queries, passages, column_B, width, masks, mean=token_reduction == "mean")
@@ -174,18 +177,16 @@ def _beyond(scores: Tensor, column_B: Tensor, num_passages: int, over: str) -> s
     return None
 
 
-def _pool_scores(
-    queries: Tensor, passages: Tensor, counts: list[int], asked: Problem, masks: dict[str, Tensor | None]
-) -> Tensor:
+def _pool_scores(queries: Tensor, passages: Tensor, counts: list[int], asked: Problem, spans: list[Spans]) -> Tensor:
     """Return the similarities [B, N] with the passages of all ranks."""
     if queries.ndim == 2:
         wide = torch.promote_types(queries.dtype, torch.float32)
         passages = collectives.all_gather(passages, asked.group, rows=counts)
         return queries.to(wide) @ passages.to(wide).T
-    texts = packed(passages, masks["passage_mask"])
+    texts = packed(passages, spans[1])
     lengths = list(collectives.gather_rows(texts.lengths, counts, asked.group).split(counts))
     texts = gathered_texts(texts, lengths, asked.group)
-    return max_sim(packed(queries, masks["query_mask"]), texts, mean=asked.token_reduction == "mean")
+    return max_sim(packed(queries, spans[0]), texts, mean=asked.token_reduction == "mean")
 
 
 def _group_scores(

@@ -30,6 +30,7 @@ from inbatch.losses.masking import (
     row_keys,
     sharing,
 )
+from inbatch.losses.max_sim import read_spans
 from inbatch.losses.objective import Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
@@ -119,16 +120,17 @@ def info_nce(
         weights=weights,
         token_reduction=token_reduction,
     )
-    kernels, error = (
-        None,
-        find_error(queries, passages, asked, {"query_mask": query_mask, "passage_mask": passage_mask}),
-    )
+    masks = {"query_mask": query_mask, "passage_mask": passage_mask}
+    kernels, error, spans = None, find_error(queries, passages, asked, masks), []
     if error is None:
         kernels, error = _choose(impl, queries)
+    if late and error is None:
+        sides = {"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)}
+        spans, error = read_spans(sides, fused=kernels not in (None, tiled))
     problem = _agree(queries, passages, asked, kernels, error)
-    if queries.ndim == 3:
+    if late:
         with torch.autocast(queries.device.type, enabled=False):
-            return multi_vector(queries, passages, (query_mask, passage_mask), problem)
+            return multi_vector(queries, passages, spans, problem)
     softmaxes = terms(problem.objective, queries.shape[1])
     if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
         return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
@@ -307,11 +309,6 @@ def _wrong_tokens(queries: Tensor, passages: Tensor, asked: Problem, masks: dict
         expected = list(vectors.shape[:2])
         if mask is not None and not (isinstance(mask, Tensor) and list(mask.shape) == expected):
             return f"{name} must be a tensor {expected}, not 0 where a token is real, got {describe(mask)}"
-        empty = vectors.new_ones(expected[0]) * (expected[1] == 0) if mask is None else (mask == 0).all(1)
-        if empty.any():
-            return (
-                f"{name}: text {int(empty.nonzero()[0])} of {expected[0]} has no real token, so nothing has a maximum"
-            )
     if queries.ndim == 2:
         return None
     directions = asked.objective.directions if isinstance(asked.objective, Objective) else ()

@@ -12,7 +12,7 @@ gradient goes through the places, chunk by chunk in a fixed order; nothing is ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,29 +62,72 @@ class Tokens:
         return replace(self, vectors=F.normalize(self.vectors[:, :dim], dim=1))
 
 
-def packed(vectors: Tensor, mask: Tensor | None) -> Tokens:
-    """Return the real tokens of texts [rows, T, D]. mask [rows, T]: not 0 where a token is real; None: all are."""
-    if mask is None:
-        lengths = torch.full((vectors.shape[0],), vectors.shape[1], device=vectors.device)
-        return Tokens(vectors.flatten(0, 1), lengths, longest=vectors.shape[1])
-    mask = mask.to(vectors.device) != 0
-    # Rather than vectors[mask], whose backward pass sorts.
-    real = vectors.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
-    return Tokens(real, mask.sum(1), longest=vectors.shape[1])
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where the real tokens of texts [rows, T] lie: `lengths` int64 [rows], and `starts` int64 [rows] of the first of
+    each among all rows x T. mask: not 0 where a token is real; None: all are. whole: none is missing in between."""
+
+    mask: Tensor | None
+    lengths: Tensor
+    starts: Tensor
+    whole: bool
 
 
-def in_place(vectors: Tensor, mask: Tensor | None) -> Tokens:
+def read_spans(
+    sides: Mapping[str, tuple[Tensor, Tensor | None]], *, fused: bool = False
+) -> tuple[list[Spans], str | None]:
+    """Return the spans of each (vectors, mask), and the first text without a real token in words, if there is one.
+
+    Waits for a GPU once, if there are masks. fused: in one kernel for each.
+    """
+    if fused:
+        from inbatch.losses.triton.max_sim import spans  # here, since it imports triton
+    else:
+        spans = _spans
+    masks = [None if mask is None else mask.to(vectors.device) for vectors, mask in sides.values()]
+    read = [None if mask is None else spans(mask) for mask in masks]
+    states = [of_side[2] for of_side in read if of_side is not None]
+    numbers = iter(torch.stack(states).tolist() if states else [])
+    found, error = [], None
+    for (name, (vectors, _)), mask, of_side in zip(sides.items(), masks, read, strict=True):
+        rows, longest, _ = vectors.shape
+        if of_side is None:
+            lengths = torch.full((rows,), longest, device=vectors.device)
+            found.append(Spans(None, lengths, torch.arange(rows, device=vectors.device) * longest, True))
+            empty = int(rows > 0 and longest == 0)
+        else:
+            holes, empty = next(numbers)
+            found.append(Spans(mask, *of_side[:2], not holes))
+        if empty and error is None:
+            error = f"{name}: text {empty - 1} of {rows} has no real token, so nothing has a maximum"
+    return found, error
+
+
+def _spans(mask_RT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lengths and starts [R], and, int64 [2], how many texts have holes, and 1 + a text without tokens or 0."""
+    real_RT, (rows, longest) = mask_RT != 0, mask_RT.shape
+    lengths, place_T = real_RT.sum(1), torch.arange(longest, device=mask_RT.device)
+    first = place_T.where(real_RT, longest).amin(1) if longest else lengths
+    last = place_T.where(real_RT, -1).amax(1) if longest else lengths - 1
+    number = torch.arange(1, rows + 1, device=mask_RT.device)
+    empty = number.where(lengths == 0, 0).amax() if rows else lengths.sum()
+    starts = torch.arange(rows, device=mask_RT.device) * longest + first
+    return lengths, starts, torch.stack([(last - first + 1 != lengths).sum(), empty])
+
+
+def packed(vectors: Tensor, spans: Spans) -> Tokens:
+    """Return the real tokens of texts [rows, T, D], text after text."""
+    flat, longest = vectors.flatten(0, 1), vectors.shape[1]
+    if spans.mask is not None:  # rather than vectors[mask], whose backward pass sorts
+        flat = flat.index_select(0, spans.mask.flatten().nonzero()[:, 0])
+    return Tokens(flat, spans.lengths, longest=longest)
+
+
+def in_place(vectors: Tensor, spans: Spans) -> Tokens:
     """Return the real tokens as `packed` does, but where they lie, if those of each text follow one another."""
-    rows, longest, _ = vectors.shape
-    if mask is None or not rows or not vectors.is_contiguous():
-        return packed(vectors, mask)
-    real = mask.to(vectors.device) != 0
-    first, lengths = real.int().argmax(1, keepdim=True), real.sum(1, keepdim=True)
-    place_T = torch.arange(longest, device=vectors.device)
-    if not torch.equal(real, (place_T >= first) & (place_T < first + lengths)):
-        return packed(vectors, mask)
-    starts = torch.arange(0, rows * longest, longest, device=vectors.device) + first[:, 0]
-    return Tokens(vectors.flatten(0, 1), lengths[:, 0], starts, longest)
+    if spans.mask is None or not len(vectors) or not vectors.is_contiguous() or not spans.whole:
+        return packed(vectors, spans)
+    return Tokens(vectors.flatten(0, 1), spans.lengths, spans.starts, vectors.shape[1])
 
 
 def max_sim(

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inbatch.losses import CLIP, FalseNegatives, InfoNCELoss, LossStats, Objective, info_nce
-from inbatch.losses.max_sim import Tokens, max_sim, packed
+from inbatch.losses.max_sim import max_sim, packed, read_spans
 
 DIM = 6
 
@@ -239,11 +239,12 @@ def test_scores_alone():
     queries, passages = torch.randn(3, 4, 8), torch.randn(6, 5, 8)
     mask = torch.rand(6, 5) > 0.3
     mask[:, 0] = True
-    found = max_sim(packed(queries, None), packed(passages, mask))
+    (of_queries, of_passages), error = read_spans({"queries": (queries, None), "passages": (passages, mask)})
+    assert error is None
+    found = max_sim(packed(queries, of_queries), packed(passages, of_passages))
     grid = torch.einsum("itd,jsd->ijts", queries, passages).masked_fill(~mask[None, :, None], -math.inf)
     torch.testing.assert_close(found, grid.amax(3).sum(2))
-    assert replace(packed(passages, mask)).vectors.shape == (int(mask.sum()), 8)
-    assert isinstance(packed(queries, None), Tokens)
+    assert packed(passages, of_passages).vectors.shape == (int(mask.sum()), 8)
 
 
 @pytest.mark.parametrize(

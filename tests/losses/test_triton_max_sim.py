@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the fused path needs triton")
 
 from inbatch import info_nce
 from inbatch.losses import CLIP, FalseNegatives
-from inbatch.losses.max_sim import Tokens, in_place, make_grid, max_sim, ring_max_sim
+from inbatch.losses.max_sim import Tokens, in_place, make_grid, max_sim, read_spans, ring_max_sim
 from inbatch.losses.triton import host as fused
 from inbatch.losses.triton import max_sim as kernels
 
@@ -57,7 +57,8 @@ def test_scores_places_and_gradients(shape, dtype, monkeypatch):
         scores = {}
         for fuse, (queries, passages) in ((True, leaves), (False, wide)):
             of_queries = Tokens(queries[sides[0][1]], sides[0][1].sum(1))
-            scores[fuse] = max_sim(of_queries, in_place(passages, sides[1][1]), fused=fuse, **options)
+            spans, _ = read_spans({"passages": (passages, sides[1][1])}, fused=fuse)
+            scores[fuse] = max_sim(of_queries, in_place(passages, *spans), fused=fuse, **options)
             (scores[fuse] * weights).sum().backward()
         assert scores[True].dtype == torch.float32
         assert error(scores[True], scores[False]) < (1e-6 if dtype == torch.float32 else 1e-5)

@@ -32,6 +32,7 @@ TILES = {
     "queries": {"BC": 16, "num_warps": 1},
     "order": {"BLOCK": 2048, "num_warps": 8},
     "passages": {"BK": 16, "num_warps": 1},
+    "spans": {"BT": 256, "num_warps": 2},
 }
 _BEST_MIB = 64.0  # of maxima that wait for their sum
 
@@ -162,6 +163,36 @@ def passage_gradient_kernel(
     d = tl.arange(0, BD)
     ptrs = out_ptr + (tl.load(start_ptr + c) + t) * D + d
     tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask=d < tl.where(real, D, 0))
+
+
+@triton.jit
+def spans_kernel(mask_ptr, length_ptr, start_ptr, state_ptr, T, BT: tl.constexpr):
+    """Write how many real tokens a text has and where its first one lies; note holes, and texts without any."""
+    row = tl.program_id(0).to(tl.int64)
+    length, first, last = tl.zeros((BT,), tl.int32), tl.zeros((BT,), tl.int32) + T, tl.zeros((BT,), tl.int32) - 1
+    for start in range(0, T, BT):
+        t = start + tl.arange(0, BT)
+        real = tl.load(mask_ptr + row * T + t, mask=t < T, other=0) != 0
+        length += real.to(tl.int32)
+        first, last = tl.where(real, tl.minimum(first, t), first), tl.where(real, t, last)
+    total, begin = tl.sum(length, 0), tl.min(first, 0)
+    tl.store(length_ptr + row, total.to(tl.int64))
+    tl.store(start_ptr + row, row * T + begin)
+    tl.atomic_max(state_ptr, (tl.max(last, 0) - begin + 1 != total).to(tl.int64))
+    tl.atomic_max(state_ptr + 1, tl.where(total == 0, row + 1, 0))
+
+
+def spans(mask_RT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lengths and starts [R], and, int64 [2], whether a text has holes, and 1 + a text without tokens or 0."""
+    mask_RT = mask_RT.contiguous()
+    rows, longest = mask_RT.shape
+    lengths_and_starts = torch.empty(2, rows, dtype=torch.int64, device=mask_RT.device)
+    state = torch.zeros(2, dtype=torch.int64, device=mask_RT.device)
+    if rows:
+        bytes_RT = mask_RT.view(torch.uint8) if mask_RT.dtype == torch.bool else mask_RT
+        with torch.cuda.device(mask_RT.device) if mask_RT.is_cuda else nullcontext():
+            _launch(spans_kernel, rows, (bytes_RT, *lengths_and_starts, state, longest), TILES["spans"])
+    return *lengths_and_starts, state  # pyright: ignore[reportReturnType]
 
 
 def _launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any]) -> None:
