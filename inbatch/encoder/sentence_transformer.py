@@ -51,8 +51,12 @@ class SentenceTransformerEncoder(BiEncoderModel):
         first: Any = model[0]
         kind = type(first).__name__
         if kind not in ("Transformer", "StaticEmbedding"):
-            raise ValueError(f"a model that begins with {kind} cannot be trained here: expected Transformer or "
-                             "StaticEmbedding")  # fmt: skip
+            remedy = (
+                "sentence-transformers' trainer does it, with the losses of inbatch.integrations.sentence_transformers"
+                if kind == "Router"
+                else "expected Transformer or StaticEmbedding"
+            )
+            raise ValueError(f"a model that begins with {kind} cannot be trained here: {remedy}")
         if any(getattr(module, "include_prompt", True) is False for module in model.modules()):
             raise ValueError("a pooling that leaves out prompts (include_prompt=false) cannot be trained here")
         if getattr(first, "query_expansion", None):

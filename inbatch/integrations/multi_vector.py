@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from inbatch.grad_cache import GradCache
-from inbatch.integrations.shared import cached_step, ids_of
+from inbatch.integrations.shared import cached_step, described, ids_of
 from inbatch.losses import InfoNCELoss
 
 
@@ -82,7 +82,7 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says of the loss."""
-        return {"temperature": float(self.loss.temperature), "negatives": self.loss.negatives, "masks": "by ids"}
+        return described(self.loss)
 
 
 def _tasks() -> Iterator[str]:

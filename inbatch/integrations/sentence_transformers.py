@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -23,7 +23,7 @@ from inbatch.encoder.loading import padding_shifts, position_table
 from inbatch.encoder.packing import BOUNDS, enable_packing, packed_inputs, token_slots, wish
 from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
-from inbatch.integrations.shared import cached_step, ids_of
+from inbatch.integrations.shared import cached_step, described, ids_of
 from inbatch.losses import InfoNCELoss, Objective
 from inbatch.retrieval.embed import unwrap
 
@@ -117,7 +117,7 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says of the loss."""
-        return {"temperature": float(self.loss.temperature), "negatives": self.loss.negatives, "masks": "by ids"}
+        return described(self.loss)
 
 
 def _enable_packing(model: nn.Module) -> str | None:
@@ -156,7 +156,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
     mini_batch_size: memory of so many rows of the model's max_seq_length. mini_batch_num_tokens: of so many tokens, in
     its place. Without either GradCache finds a size that fits. show_progress_bar is not used.
-    sentence-transformers' MatryoshkaLoss around it is right, with all dimensions in each step.
+    sentence-transformers' MatryoshkaLoss around it is right, with all dimensions in each step. Raises ValueError for a
+    StaticEmbedding, whose inputs cannot be cut into rows.
     """
 
     uses_gradient_cache = True  # to MatryoshkaLoss, which then replaces calculate_loss
@@ -175,6 +176,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         **options: Any,
     ):
         super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode, **options)
+        if any(isinstance(module, StaticEmbedding) for module in model.modules()):
+            raise ValueError("a StaticEmbedding's inputs cannot be cut into rows: use MultipleNegativesRankingLoss")
         self.micro_batch_tokens: int | str = mini_batch_num_tokens or "auto"
         if mini_batch_size is not None and mini_batch_num_tokens is None and model.max_seq_length:
             self.micro_batch_tokens = mini_batch_size * model.max_seq_length
@@ -218,6 +221,7 @@ class Collator(SentenceTransformerDataCollator):
         SentenceTransformerTrainer(..., data_collator=Collator(model.preprocess, ids={"positive": "doc_id"}))
 
     ids: text column -> the column with its ids, of any type; that is then no text. Texts without ids are hashed.
+    A data set with labels for another loss keeps them.
     """
 
     ids: Mapping[str, str] = field(default_factory=dict)
@@ -236,4 +240,12 @@ class Collator(SentenceTransformerDataCollator):
             for row in features
         ]
         kept = [{name: value for name, value in row.items() if name not in self.ids.values()} for row in features]
-        return {**super().__call__(kept), "label": torch.tensor(rows, dtype=torch.int64)}
+        return {"label": torch.tensor(rows, dtype=torch.int64), **super().__call__(kept)}
+
+    def _get_task_for_column(
+        self, column_name: str, column_position: int, router_mapping: dict[str, str]
+    ) -> str | None:
+        task = super()._get_task_for_column(column_name, column_position, router_mapping)
+        if task is None and isinstance(getattr(self.preprocess_fn, "__self__", None), MultiVectorEncoder):
+            return "document" if column_position else "query"  # as their collator for such models
+        return task

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import collectives
 from inbatch.grad_cache import GradCache
-from inbatch.losses import FalseNegatives
+from inbatch.losses import FalseNegatives, InfoNCELoss
 
 
 def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
@@ -26,6 +26,12 @@ def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
         return None
     queries = labels[:, 0].contiguous() if labels.shape[1] > passages else None
     return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)
+
+
+def described(loss: InfoNCELoss) -> dict[str, Any]:
+    """Return what a model card says of the loss."""
+    temperature = float(torch.as_tensor(loss.temperature).detach())
+    return {"temperature": temperature, "negatives": loss.negatives, "masks": "by ids"}
 
 
 def cached_step(

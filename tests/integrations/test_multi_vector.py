@@ -4,12 +4,14 @@ import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder import losses
+from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.integrations.multi_vector import (
     CachedMultiVectorMultipleNegativesRankingLoss,
     MultiVectorMultipleNegativesRankingLoss,
 )
+from inbatch.integrations.sentence_transformers import Collator
 from inbatch.testing import assert_gradient_parity
 from tests.integrations.test_sentence_transformers import assert_equal, gradients, records
 from tests.tiny_models import save_tiny
@@ -54,6 +56,16 @@ def test_value_and_gradient_are_theirs(folder):
         MultiVectorMultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
     with pytest.raises(ValueError, match="two columns or more"):
         loss(features[:1])
+
+
+def test_the_collator_of_ids_makes_queries_and_documents(folder):
+    model = MultiVectorEncoder(folder, device="cpu", prompts={"query": "query ", "document": "document "})
+    rows = [dict(zip(records(3), values, strict=True)) for values in zip(*records(3).values(), strict=True)]
+    expected, found = MultiVectorEncoderDataCollator(model.preprocess)(rows), Collator(model.preprocess)(rows)
+    assert found.pop("label").shape == (3, 3)
+    assert found.keys() == expected.keys() >= {"anchor_task", "anchor_input_ids"}
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value, name
 
 
 def step(model, batch, cls=MultiVectorMultipleNegativesRankingLoss):

@@ -1,22 +1,34 @@
 """The losses of sentence-transformers by ours: one import changed, equal losses and gradients; exact over processes."""
 
+import os
 from functools import partial
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Dense, Dropout, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    Normalize,
+    Pooling,
+    StaticEmbedding,
+    Transformer,
+)
 from sentence_transformers.util import dot_score
+from torch.utils.data import SequentialSampler
 
+from inbatch import collectives
 from inbatch.integrations import sentence_transformers as ours
-from inbatch.testing import _in_processes
-from tests.tiny_models import WORDS, save_tiny
+from inbatch.testing import assert_gradient_parity
+from tests.tiny_models import WORDS, save_tiny, tiny_tokenizer
 
 MINI = {"mini_batch_num_tokens": 24}
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -110,53 +122,84 @@ def test_without_padding_it_is_the_same(kind, tmp_path):
         ours.MultipleNegativesRankingLoss(torch.nn.Linear(2, 2), packed=True)
 
 
-def trained(folder, output, size):
-    """By case, in one process of `size`."""
-    return {
-        (name, accumulation): first_gradient(folder, output, name, options, accumulation, size)
-        for name, options in (("MultipleNegativesRankingLoss", {}), ("CachedMultipleNegativesRankingLoss", MINI))
-        for accumulation in (1, 2)
-    }
+DOCUMENTS = [0, 0, *range(1, 7)]  # of the positives: the first two are one
 
 
-def first_gradient(folder, output, name, options, accumulation, size, rows=8):
-    """The gradient at the first optimizer step of SentenceTransformerTrainer."""
-    model, seen = SentenceTransformer(folder, device="cpu"), []
+def in_order(dataset, **options):
+    return DefaultBatchSampler(SequentialSampler(dataset), **options)
+
+
+def by_their_trainer(name, options, accumulation, output, model, batch):
+    """The loss and gradient of one step of a user's script, whose import of the loss is ours."""
+    rows = [row for part in collectives.gather_objects(batch["rows"]) for row in part]
+    found = {}
 
     class Trainer(SentenceTransformerTrainer):
         def _clip_grad_norm(self, model):
-            seen.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+            found.update({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
             return super()._clip_grad_norm(model)
 
-    per_step = rows // accumulation // size
     arguments = SentenceTransformerTrainingArguments(
         output_dir=output,
         max_steps=1,
-        per_device_train_batch_size=per_step,
+        per_device_train_batch_size=len(rows) // accumulation // collectives.world_size(),
         gradient_accumulation_steps=accumulation,
+        batch_sampler=in_order,
         report_to=[],
         save_strategy="no",
         use_cpu=True,
-        ddp_backend="gloo" if size > 1 else None,
-        seed=1,
+        ddp_backend="gloo",
         dataloader_pin_memory=False,
         disable_tqdm=True,
         max_grad_norm=1e9,
     )
-    data = Dataset.from_dict({**records(rows), "doc": [0, 0, *range(1, rows - 1)]})
+    data = Dataset.from_dict({**records(8), "doc": DOCUMENTS}).select(rows)
     collator = ours.Collator(model.preprocess, ids={"positive": "doc"})
     loss = getattr(ours, name)(model, **options)
-    Trainer(model=model, args=arguments, train_dataset=data, loss=loss, data_collator=collator).train()
-    return seen[0]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, loss=loss, data_collator=collator)
+    return trainer.train().training_loss, found
 
 
-def test_their_trainer_on_two_processes_has_the_gradient_of_one(folder, tmp_path):
-    call = partial(trained, folder, str(tmp_path))
-    [alone] = _in_processes([partial(call, 1)], group=False)
-    assert len(alone) == 4
-    for found in _in_processes([partial(call, 2)] * 2, group=True):
-        for case, expected in alone.items():
-            assert_equal(found[case], expected)
+def by_formula(accumulation, model, batch):
+    """The mean of the parts' losses, where copies of a positive and other positives of a query are no negatives."""
+    texts, parts = records(8), torch.tensor(batch["rows"]).chunk(accumulation)
+    losses = []
+    for rows in (part.tolist() for part in parts):
+        columns = [[column[row] for row in rows] for column in texts.values()]
+        queries_BD, *passages = (
+            torch.nn.functional.normalize(model(model.preprocess(column))["sentence_embedding"]) for column in columns
+        )
+        scores_BN = 20 * queries_BD @ torch.cat(passages).T
+        for i, j in ((i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j):
+            if DOCUMENTS[rows[i]] == DOCUMENTS[rows[j]] or columns[0][i] == columns[0][j]:
+                scores_BN[i, j] = -torch.inf
+        losses.append(torch.nn.functional.cross_entropy(scores_BN, torch.arange(len(rows))))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss
+
+
+def parity(rank, folder, output):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="0")  # the group is there
+    batches = [{"rows": [0, 1, 2, 3]}, {"rows": [4, 5, 6, 7]}]
+    for name, options in (("MultipleNegativesRankingLoss", {}), ("CachedMultipleNegativesRankingLoss", MINI)):
+        for accumulation in (1, 2):
+            try:
+                report = assert_gradient_parity(
+                    partial(by_their_trainer, name, options, accumulation, output),
+                    SentenceTransformer(folder, device="cpu").eval(),
+                    batches,
+                    reference=partial(by_formula, accumulation),
+                    wrap=None,
+                )
+            finally:
+                AcceleratorState._reset_state(reset_partial_state=True)
+            assert report.loss_ratio == pytest.approx(1, abs=1e-5)
+
+
+def test_their_trainer_on_two_processes_has_the_gradient_of_one(pool, folder, tmp_path):
+    pool.run(parity, 2, folder, str(tmp_path), timeout_s=200)
 
 
 def test_ids_leave_out_copies_and_mistakes_are_named(folder):
@@ -169,12 +212,17 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
     features = [model.preprocess(texts) for texts in columns.values()]
     loss = ours.MultipleNegativesRankingLoss(model)
     assert loss([dict(f) for f in features], batch["label"]) < loss([dict(f) for f in features], None)
+    scored = ours.Collator(model.preprocess)([{"s1": "cat", "s2": "dog", "score": 0.5}])  # for another loss
+    assert scored["label"].tolist() == [0.5]
     with pytest.raises(ValueError, match="no column doc in the data set"):
         ours.Collator(model.preprocess, ids={"positive": "doc"})(rows)
     with pytest.raises(ValueError, match="similarity_fct must be cos_sim or dot_score"):
         ours.MultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
     with pytest.raises(ValueError, match="give one of them"):
         ours.MultipleNegativesRankingLoss(model, scale=20, temperature=0.05)
+    static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=4)])
+    with pytest.raises(ValueError, match="a StaticEmbedding's inputs cannot be cut into rows"):
+        ours.CachedMultipleNegativesRankingLoss(static)
     with pytest.raises(ValueError, match="doc_to_doc"):
         ours.MultipleNegativesRankingLoss(model, directions=GTE)([dict(f) for f in features], None)
 
