@@ -17,8 +17,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from inbatch import collectives
-from inbatch.data.files import naming, partial, publish, remove
+from inbatch.data.files import naming, partial, publish, remove, sync
 from inbatch.train.parallel import on_rank_0
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -100,52 +101,79 @@ def save(
     optimizer: torch.optim.Optimizer,
     keep_last: int,
     keep: int | None = None,
-) -> Path:
-    """Write the checkpoint of `step` (optimizer steps done) into `folder`; delete all but `keep_last` and `keep`.
+) -> "Saving":
+    """Copy the state after `step` optimizer steps to host memory and begin to write it into `folder`.
 
-    keep_last: how many of the newest stay. keep: a step whose checkpoint stays as well.
     Every rank calls it and writes a part: `folder` is on a file system that they share. modules: by name, without DDP
-    around them; the optimizer's parameters are theirs. Checkpoints of later steps, which are damaged or belong to a run
-    that was taken up again before them, are deleted too.
+    around them; the optimizer's parameters are theirs. `Saving.finish` gives the checkpoint its name; then all but the
+    `keep_last` newest and that of step `keep` are deleted, and so are those of later steps, which are damaged or belong
+    to a run that was taken up again before them.
     """
     path = Path(folder) / f"step-{step:08d}"
     weights = _weights(modules)
     tensors = {name: _local(value) for name, value in {**weights, **_moments(weights, optimizer)}.items()}
     mine = _share(tensors)
-    file = f"rank-{collectives.rank()}.safetensors"
 
     def begin() -> None:
         remove(partial(path))
         partial(path).mkdir(parents=True)
 
     on_rank_0(begin)
-    try:
-        digest = collectives.together(lambda: _write(partial(path) / file, mine))
-    except Exception:  # such as a full disk, which it would keep full
-        remove(partial(path))
-        raise
-    parts = {
-        name: (local.shape, file, local.start, len(local.tensor) if local.shape else 1) for name, local in mine.items()
-    }
-    reports = collectives.gather_objects((file, digest, parts))
+    return Saving(path, step, mine, keep_last=keep_last, keep=keep)
 
-    def finish() -> None:
-        index: dict[str, Any] = {"step": step, "tensors": {}}
+
+class Saving:
+    """A checkpoint that a thread of each rank writes while training goes on."""
+
+    def __init__(self, path: Path, step: int, tensors: Mapping[str, _Local], *, keep_last: int, keep: int | None):
+        self._path, self._step, self._keep_last, self._keep = path, step, keep_last, keep
+        self._file = file = f"rank-{collectives.rank()}.safetensors"
+        self._parts = {
+            name: (local.shape, file, local.start, len(local.tensor) if local.shape else 1)
+            for name, local in tensors.items()
+        }
+        copies = {name: replace(local, tensor=_host_copy(local.tensor)) for name, local in tensors.items()}
+        copied = None
+        if torch.cuda.is_initialized():
+            copied = torch.cuda.Event()
+            copied.record()
+        writer = ThreadPoolExecutor(1)
+        self._digest = writer.submit(_write, partial(path) / file, copies, copied)
+        writer.shutdown(wait=False)
+
+    def is_written(self) -> bool:
+        """Return whether this rank's part is on disk, or has failed."""
+        return self._digest.done()
+
+    def finish(self) -> Path:
+        """Wait until every rank's part is on disk, give the checkpoint its name and return it; every rank calls it.
+
+        A failed write is raised on every rank.
+        """
+        try:
+            digest = collectives.together(self._digest.result)
+        except Exception:  # such as a full disk, which it would keep full
+            remove(partial(self._path))
+            raise
+        reports = collectives.gather_objects((self._file, digest, self._parts))
+        on_rank_0(lambda: self._publish(reports))
+        return self._path
+
+    def _publish(self, reports: Sequence[tuple[str, str, Mapping[str, tuple]]]) -> None:
+        filled, folder = partial(self._path), self._path.parent
+        index: dict[str, Any] = {"step": self._step, "tensors": {}}
         for _, _, parts in reports:
             for name, (shape, *part) in parts.items():
                 index["tensors"].setdefault(name, {"shape": shape, "parts": []})["parts"].append(part)
         text = json.dumps(index)
-        (partial(path) / _INDEX).write_text(text)
+        (filled / _INDEX).write_text(text)
         sums = {file: digest for file, digest, _ in reports} | {_INDEX: hashlib.sha256(text.encode()).hexdigest()}
-        (partial(path) / _SUMS).write_text(_sums_text(sums))
-        publish(path)
-        kept = [keep, *[s for s, _ in list_checkpoints(folder) if s <= step][-keep_last:]]
+        (filled / _SUMS).write_text(_sums_text(sums))
+        publish(self._path)
+        kept = [self._keep, *[s for s, _ in list_checkpoints(folder) if s <= self._step][-self._keep_last :]]
         for s, old in list_checkpoints(folder):
             if s not in kept:
                 remove(old)
-
-    on_rank_0(finish)
-    return path
 
 
 def sweep(folder: str | Path) -> None:
@@ -168,8 +196,15 @@ def _share(tensors: Mapping[str, _Local]) -> dict[str, _Local]:
     return {name: local for name, local in mine.items() if local.tensor.numel()}
 
 
-def _write(path: Path, tensors: Mapping[str, _Local]) -> str:
-    """Write a safetensors file, a tensor at a time, and return its SHA-256."""
+def _host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, which later steps do not change; one from a GPU is ready when its stream is."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+
+
+def _write(path: Path, tensors: Mapping[str, _Local], copied: torch.cuda.Event | None) -> str:
+    """Write a safetensors file, a tensor at a time, force it to disk and return its SHA-256."""
+    if copied is not None:
+        copied.synchronize()
     header, stop = {}, 0
     for name, local in tensors.items():
         start, stop = stop, stop + local.tensor.nbytes
@@ -189,7 +224,9 @@ def _write(path: Path, tensors: Mapping[str, _Local]) -> str:
 
         put(len(text).to_bytes(8, "little") + text)
         for local in tensors.values():
-            put(local.tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            put(local.tensor.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        sync(path)
     return digest.hexdigest()
 
 

@@ -74,6 +74,8 @@ def train(
                 try:
                     finish(run, clock, loop(run, clock))
                 finally:
+                    if collectives.world_size() == 1:  # after an error, other ranks may be anywhere
+                        finish_saving(run, clock)
                     run.report.close()
             elif collectives.rank() == 0:
                 print(f"{folder.path}: this run is done; its model is in {folder.model}", file=sys.stderr)
@@ -115,12 +117,15 @@ def loop(run: Run, clock: Stopwatch) -> int:
                     about["source"] = int(run.plan.rows(step).sources[0])
                 run.report.step(done, {**about, **figures()}, {**clock.read(), **speed})
             # A rank may be signalled alone, and all must stop after the same step.
-            signals = collectives.agree("the end of a step", same={"step": step}, sizes={"signal": signal_so_far()})
-            stop = max(signals["signal"]) if not last else 0
+            sizes = {"signal": signal_so_far(), "writing": run.saving is not None and not run.saving.is_written()}
+            come = collectives.agree("the end of a step", same={"step": step}, sizes=sizes)
+            stop = max(come["signal"]) if not last else 0
+            if run.saving is not None and not any(come["writing"]):
+                finish_saving(run, clock)
             if stop or (config.checkpoint.every_steps and (last or is_due(done, config.checkpoint.every_steps))):
-                with clock.during("saving"):
-                    save_checkpoint(run, done)
+                save_checkpoint(run, clock, done)
             if stop:
+                finish_saving(run, clock)
                 raise Stopped(stop, f" after {done} steps, which are saved: the same command goes on from there")
             if not last:  # the last one waits for the model to be saved
                 evaluate_if_due(run, clock, done)
@@ -346,6 +351,7 @@ def evaluate_if_due(run: Run, clock: Stopwatch, done: int, *, last: bool = False
     config = run.config.eval
     if not last and not (config.at_start if done == 0 else is_due(done, config.every_steps)):
         return
+    finish_saving(run, clock)  # so that an evaluation that fails or is killed costs no training
     sets = {"sample": run.sample, "eval": run.evaluation if last or run.sample is None else None}
     evaluated = on_rank_0(lambda: run.report.evaluated(done))
     figures: dict[str, float] = {}
@@ -359,8 +365,7 @@ def evaluate_if_due(run: Run, clock: Stopwatch, done: int, *, last: bool = False
         return
     run.report.evaluation(done, figures)
     if config.keep_best and not last and on_rank_0(lambda: run.report.best_step) == done:
-        with clock.during("saving"):
-            save_checkpoint(run, done)
+        save_checkpoint(run, clock, done)
 
 
 def retrieval_figures(run: Run, data: RetrievalData) -> dict[str, float]:
@@ -413,22 +418,33 @@ def check_finite(parameters: Iterable[nn.Parameter], done: int) -> None:
         )
 
 
-def save_checkpoint(run: Run, done: int) -> None:
-    check_finite(run.learner.parameters, done)
-    run.report.sync()
-    checkpoint.save(
-        run.folder.checkpoints,
-        done,
-        modules=run.learner.modules,
-        optimizer=run.learner.optimizer,
-        keep_last=run.config.checkpoint.keep_last,
-        keep=run.report.best_step if run.config.eval.keep_best else None,
-    )
+def save_checkpoint(run: Run, clock: Stopwatch, done: int) -> None:
+    """Begin to write a checkpoint, once the one before is written."""
+    finish_saving(run, clock)
+    with clock.during("saving"):
+        check_finite(run.learner.parameters, done)
+        run.report.sync()
+        run.saving = checkpoint.save(
+            run.folder.checkpoints,
+            done,
+            modules=run.learner.modules,
+            optimizer=run.learner.optimizer,
+            keep_last=run.config.checkpoint.keep_last,
+            keep=run.report.best_step if run.config.eval.keep_best else None,
+        )
+
+
+def finish_saving(run: Run, clock: Stopwatch) -> None:
+    if run.saving is not None:
+        with clock.during("saving"):
+            saving, run.saving = run.saving, None
+            saving.finish()
 
 
 def finish(run: Run, clock: Stopwatch, done: int) -> None:
     """Save the model after `done` steps, evaluate it, save the best one and mark the run as finished."""
     clock.turn_to("saving")
+    finish_saving(run, clock)
     check_finite(run.learner.parameters, done)
     save_towers(run.learner.towers, run.config, run.folder.model)
     evaluate_if_due(run, clock, done, last=True)

@@ -92,6 +92,7 @@ class Run:
     validation: tuple[Batches, list[int]] | None
     first_step: int
     total_steps: int
+    saving: checkpoint.Saving | None = None  # what is being written
 
 
 def set_up(

@@ -30,7 +30,7 @@ def _trained(steps: int):
 
 def _save(folder, step, keep_last=2):
     module, optimizer = _trained(3)
-    return checkpoint.save(folder, step, modules={"model": module}, optimizer=optimizer, keep_last=keep_last)
+    return checkpoint.save(folder, step, modules={"model": module}, optimizer=optimizer, keep_last=keep_last).finish()
 
 
 def test_saved_state_comes_back_bit_for_bit(tmp_path):
@@ -47,6 +47,17 @@ def test_saved_state_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(other["unused"].weight, module["unused"].weight)
     assert torch.equal(other["frozen"].weight, frozen), "what is frozen is in no checkpoint"
     assert checkpoint.load(path, modules={"model": _trained(0)[0]}) == 7, "without an optimizer: to export"
+
+
+def test_what_is_written_is_the_state_when_it_was_saved(tmp_path):
+    module, optimizer = _trained(3)
+    before = module["used"].weight.clone()
+    saving = checkpoint.save(tmp_path, 7, modules={"model": module}, optimizer=optimizer, keep_last=1)
+    with torch.no_grad():
+        module["used"].weight.zero_()
+    assert not checkpoint.list_checkpoints(tmp_path), "it has no name before all ranks have written"
+    checkpoint.load(saving.finish(), modules={"model": module})
+    assert torch.equal(module["used"].weight, before)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

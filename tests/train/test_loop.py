@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -470,15 +471,31 @@ def test_an_evaluation_cut_off_after_its_checkpoint_is_made_up_for(folder, tmp_p
         save = checkpoint.save
 
         def interrupts(folder, step, **options):
-            save(folder, step, **options)
+            saving = save(folder, step, **options)
             if step == 4:
+                saving.finish()
                 raise KeyboardInterrupt
+            return saving
 
         patch.setattr(checkpoint, "save", interrupts)
         with pytest.raises(KeyboardInterrupt):
             train(cut)
     train(cut)
     assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder, tmp_path, monkeypatch):
+    config = make_config(folder, tmp_path, checkpoint=vars(CheckpointConfig(every_steps=2)), train={"max_steps": 3})
+    write, third_step, in_time = checkpoint._write, threading.Event(), []
+
+    def slow(*args):
+        in_time.append(third_step.wait(60))
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    train(config, on_figures=lambda step, _: third_step.set() if step == 3 else None)
+    assert in_time == [True, True]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
 
 
 def test_an_exploding_loss_stops_the_run(folder, tmp_path):
