@@ -17,7 +17,7 @@ from inbatch import collectives
 from inbatch.data import plan
 from inbatch.encoder.model import to_device
 from inbatch.encoder.precision import PRECISIONS, bf16_copies
-from inbatch.losses.max_sim import Tokens, packed
+from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.nearest import Embeddings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -132,8 +132,9 @@ def embed_windows(
                 bar.update(len(some))
             places = to_device(torch.cat(order), device)
             if parts[0].ndim == 3:
-                counted = [packed(part, part.any(-1)) for part in parts]
-                vectors, lengths = (torch.cat([getattr(one, n) for one in counted]) for n in ("vectors", "lengths"))
+                real = [part.any(-1) for part in parts]
+                vectors = torch.cat([part[mask] for part, mask in zip(parts, real, strict=True)])
+                lengths = torch.cat([mask.sum(1) for mask in real])
                 yield start, Tokens(vectors, lengths)[places.argsort()]
                 continue
             window = torch.cat(parts)

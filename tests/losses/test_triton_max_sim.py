@@ -113,7 +113,7 @@ def test_what_it_cannot_do():
 
 
 def _over_ranks(rank, counts):
-    device = torch.device("cuda", rank) if CUDA else DEVICE
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if CUDA else DEVICE
     sides = text_vectors(sum(counts[0]), 3, 16, 0), text_vectors(sum(counts[1]), 5, 16, 1)
     for negatives in ("gather", "ring"):
         found = {}
