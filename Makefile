@@ -41,7 +41,7 @@ lowest newest:
 peers:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet pylate==1.6.0 transformers==5.3.0 'pydantic>=2.10' 'pytest>=8' 'pytest-timeout>=2.3'
-	.venv-peers/bin/pip install --quiet --no-deps --editable . open_clip_torch==3.3.0
+	.venv-peers/bin/pip install --quiet --no-deps --editable . open_clip_torch==3.3.0 pytorch-metric-learning==2.9.0
 	.venv-peers/bin/pytest tests/integrations/test_pylate.py
 	.venv-peers/bin/inbatch audit --nproc-per-node 2
 

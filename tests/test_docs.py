@@ -53,6 +53,7 @@ def check_pages(rank: int) -> None:
         "README.md": {"encoder": nn.Linear(8, 8), "query_tokens": rows(4, 8), "passage_tokens": rows(8, 8)}
         | {"passage_ids": torch.arange(8)},
         "guide.md": {"queries": rows(4, 8), "passages": rows(8, 8)},
+        "false_negatives.md": {"queries": rows(4, 8), "passages": rows(8, 8), "passage_keys": list("abcaefgh")},
         "late_interaction.md": {"queries": rows(4, 3, 8), "passages": rows(4, 3, 8)}
         | {"query_mask": tokens_mask, "passage_mask": tokens_mask},
         "distillation.md": {"q": rows(4, 8), "p": rows(8, 8), "teacher_scores": torch.randn(4, 2)},

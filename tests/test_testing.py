@@ -1,6 +1,7 @@
 """assert_gradient_parity: what is exact passes, and every error that trainers make is named."""
 
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from inbatch import collectives, info_nce
 from inbatch.inbatch_neg_utils import dist_gather_tensor, positive_columns
 from inbatch.testing import _in_processes, assert_gradient_parity, gradient_parity
+from inbatch.testing.audit import audit, lines
+from tests.helpers import REPOSITORY
 
 TEMPERATURE = 0.1
 
@@ -135,3 +138,19 @@ def test_a_step_may_return_gradients_and_mistakes_are_named(pool):
     pool.run(check_mistakes, 2)
     with pytest.raises(ValueError, match="got 1 batches; expected one for each of two or more processes"):
         gradient_parity(ours, model(), batches(1))
+
+
+def check_audit(rank):
+    rows = list(islice(audit(), 8))  # the others are of libraries that need not be here
+    said = [found if isinstance(found, str) else found.looks_like.split(":")[0] for _, found in rows]
+    assert said == ["exact", "exact", "local negatives", "exact", "exact", "exact", "detached", "exact"], said
+    table = list(lines(iter(rows)))
+    assert len(table) == 10
+    assert table[2].startswith("| inbatch | info_nce, gather | 1.000, 1.000 | 1.000, 1.000 | 1.000, 1.000 | 1.000 |")
+    if rank == 0:
+        page = (REPOSITORY / "docs" / "gradient.md").read_text()
+        assert set(table[2:]) <= set(page.splitlines()), "docs/gradient.md has the table as it is printed"
+
+
+def test_the_audit_finds_what_the_docs_say(pool):
+    pool.run(check_audit, 2)

@@ -116,7 +116,8 @@ def lines(rows: Iterator[tuple[Row, GradientParity | str]]) -> Iterator[str]:
 
 def missing() -> list[str]:
     """Return the libraries that would be measured if they were installed."""
-    return [name for name in ("sentence-transformers", "pylate", "open_clip_torch") if installed(name) is None]
+    libraries = ("sentence-transformers", "pylate", "pytorch-metric-learning", "open_clip_torch")
+    return [name for name in libraries if installed(name) is None]
 
 
 def installed(distribution: str) -> str | None:
@@ -209,6 +210,14 @@ def _clip(options: dict[str, Any], model: nn.Module, batch: Batch) -> Tensor:
     return _backward(loss(images, texts, 1 / temperature))
 
 
+def _metric_learning(efficient: bool, model: nn.Module, batch: Batch) -> Tensor:
+    losses, distributed = (import_module(f"pytorch_metric_learning.{name}") for name in ("losses", "utils.distributed"))
+    loss = distributed.DistributedLossWrapper(losses.NTXentLoss(temperature=TEMPERATURE), efficient=efficient)
+    queries, passages, _ = _embedded(model, batch)
+    labels = torch.arange(len(queries)) + collectives.rank() * len(queries)
+    return _backward(loss(queries, labels, ref_emb=torch.cat(passages), ref_labels=torch.cat([labels, labels + ROWS])))
+
+
 def _open_clip_loss() -> Any:
     """Return the module open_clip.loss, of which the package itself would import torchvision."""
     package = find_spec("open_clip")
@@ -253,6 +262,10 @@ def _rows() -> Iterator[Row]:
                 step = partial(_theirs, "pylate.losses", name, options)
                 setting = f"{name}, gather_across_devices={gathers}" + ("" if gathers else " (default)")
                 yield Row(f"PyLate {known}", setting, step, "maxsim")
+    if (known := installed("pytorch-metric-learning")) is not None:
+        for efficient in (False, True):
+            setting = f"NTXentLoss, DistributedLossWrapper, efficient={efficient}" + ("" if efficient else " (default)")
+            yield Row(f"pytorch-metric-learning {known}", setting, partial(_metric_learning, efficient))
     if (known := installed("open_clip_torch")) is not None:
         for local_loss in (False, True):
             for with_grad in (False, True):
