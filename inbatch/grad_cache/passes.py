@@ -173,23 +173,27 @@ class Passes:
 
 
 def second_pass(
-    groups: Sequence[Group], gradients: Mapping[int, Tensor], give: Callable[[Tensor, Tensor], None]
-) -> None:
+    groups: Sequence[Group],
+    gradients: Mapping[int, Tensor],
+    give: Callable[[Tensor, Tensor], None],
+    give_last: Callable[[Tensor, Tensor], None] | None = None,
+) -> bool:
     """Go backward through the kept graphs, which frees them, then encode the rest again, each with its backward.
 
-    gradients: of the embeddings, by the number of the batch. give: (output, its gradient) -> None, the backward.
+    gradients: of the embeddings, by the number of the batch. give: (output, its gradient) -> None, the backward;
+    give_last: that of the last micro-batch. Returns False where there was none.
     """
-    rest = []
-    for group in groups:
-        if not group.trains:
-            continue
-        for one, gradient in zip(group.passes, group.gradients(gradients), strict=True):
-            if one.output.requires_grad:
-                give(one.output, gradient)
-                one.output = one.output.detach()
-            else:
-                rest.append((group, one, gradient))
-    for group, one, gradient in rest:
-        with one.state.again():
-            output = group.encoded(one.micro_batch)
-        give(output, gradient)
+    jobs = [
+        (group, one, gradient)
+        for group in groups
+        if group.trains
+        for one, gradient in zip(group.passes, group.gradients(gradients), strict=True)
+    ]
+    jobs.sort(key=lambda job: not job[1].output.requires_grad)
+    for left, (group, one, gradient) in zip(reversed(range(len(jobs))), jobs, strict=True):
+        output, one.output = one.output, one.output.detach()
+        if not output.requires_grad:
+            with one.state.again():
+                output = group.encoded(one.micro_batch)
+        (give if left or give_last is None else give_last)(output, gradient)
+    return bool(jobs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from inbatch.grad_cache.memory import missing_bytes, restored_random_state, shar
 from inbatch.grad_cache.micro_batches import Batch, check_batches
 from inbatch.grad_cache.passes import Passes, second_pass
 from inbatch.grad_cache.wrappers import (
+    accumulate_and_reduce,
     await_gradients,
     is_ddp,
     is_fsdp2,
@@ -124,9 +126,12 @@ class GradCache:
                 )
             loss.backward()
             gradients = {n: torch.zeros_like(e) if e.grad is None else e.grad for n, e in enumerate(embeddings)}
+            # Several modules would reduce in an order that depends on whose micro-batch is a rank's last.
+            overlaps = reduce and len(modules) == 1 and is_ddp(modules[0])
             with self._encoding(modules), restored_random_state():
-                second_pass(groups, gradients, accumulate)
-        if reduce:
+                last = partial(accumulate_and_reduce, modules[0]) if overlaps else None
+                reduced = second_pass(groups, gradients, accumulate, last) and overlaps
+        if reduce and not reduced:
             reduce_gradients(modules)
         return loss.detach()
 

@@ -1,8 +1,9 @@
 """One gradient reduction a step through DDP and FSDP2 modules, by their own means, for any number of passes.
 
-Every pass runs with the module's own synchronisation off. The reduction is then started by one backward pass of its
-own, which reaches every parameter and adds nothing: so it does not matter which parameters the last micro-batch used,
-in which order graphs were freed, or whether this rank had rows at all.
+Every pass runs with the module's own synchronisation off. The reduction is started by a backward pass that reaches
+every parameter and adds nothing: so it does not matter which parameters the last micro-batch used, in which order
+graphs were freed, or whether this rank had rows at all. Where there is one DDP module, that pass is also the last
+micro-batch's backward.
 """
 
 import gc
@@ -208,10 +209,18 @@ def await_gradients(module: nn.Module) -> Tensor:
     try:
         # It broadcasts buffers, position ids say, which would be an error to other losses whose graphs hold them.
         with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(wrapped.buffers())):
-            # DDP with device_ids moves its inputs there, and wants one to move.
-            return module(torch.empty(0))
+            # DDP with device_ids moves its inputs there, and wants one to move. `local_gradients` replaces `forward`.
+            return nn.parallel.DistributedDataParallel.forward(module, torch.empty(0))  # type: ignore[arg-type]
     finally:
         module.module = wrapped
+
+
+def accumulate_and_reduce(module: nn.Module, output: Tensor, gradient: Tensor) -> None:
+    """Go backward from the last micro-batch's output while a DDP module reduces, each bucket as it is complete.
+
+    One backward from both reaches every parameter once: those that this micro-batch does not use, too.
+    """
+    torch.autograd.backward([output, await_gradients(module)], [gradient, None])
 
 
 def reduce_gradients(modules: Sequence[nn.Module]) -> None:

@@ -494,6 +494,37 @@ def test_one_reduction_a_step(pool, kind):
     pool.run(check_reductions, 2, kind)
 
 
+def check_overlap(rank: int):
+    """DDP reduces the last layer's bucket before the first layer has its gradient, and no backward is added for it."""
+    _, local = global_batches(rank, [6, 3])
+    tower = DistributedDataParallel(Tower(dropout=0.0).to(device()), bucket_cap_mb=0.01)
+    first = tower.module.backbone.embeddings.word_embeddings.weight
+    first.register_post_accumulate_grad_hook(lambda _: events.append("first layer"))
+
+    def reduce(_, bucket):
+        events.append("bucket")
+        work = torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def encode(batch):
+        events.append("encode")
+        return tower(batch)
+
+    tower.register_comm_hook(None, reduce)
+    options = {"batches": local, "encode": encode, "modules": [tower], "loss": distributed_loss}
+    for _ in range(3):  # in the first DDP learns in which order gradients come
+        events: list[str] = []
+        step_gradients([tower], keep_graph_mib=NO_LIMIT_MIB, **options)
+    assert events.count("first layer") == events.count("encode") - measured_twice()
+    last = max(place for place, event in enumerate(events) if event == "first layer")
+    assert events[:last].count("bucket") > 3, events
+
+
+def test_ddp_reduces_during_the_last_backward(pool):
+    pool.run(check_overlap, 2)
+
+
 class TwoTowers(nn.Module):
     """Both towers and a layer that is never used, in one module."""
 
