@@ -91,9 +91,8 @@ def loop(run: Run, clock: Stopwatch) -> int:
     config = run.config
     step_function = StepFunction(run.learner, config, run.total_steps)
     clock.turn_to("training")
-    steps = run.batches.ahead_from(run.first_step, run.total_steps, num_workers=config.data.num_workers)
     with held_back() as signal_so_far:
-        for step, parts in enumerate(steps, run.first_step):
+        for step, parts in enumerate(run.steps, run.first_step):
             if step == run.first_step:
                 announce(run, parts)
                 evaluate_if_due(run, clock, step)

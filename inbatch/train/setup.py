@@ -1,7 +1,7 @@
 """Everything before the first step: the data, the model, the optimizer, and where to go on from."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ from torch import nn
 
 from inbatch import collectives
 from inbatch.data import BatchPlan, Collator, Mixture, RetrievalData, load_retrieval, open_examples
-from inbatch.data.batches import Batches
+from inbatch.data.batches import Batches, Part
 from inbatch.data.identity import keys_of
 from inbatch.data.judged import is_judged, sample
 from inbatch.data.readers import SETTINGS, Examples
@@ -77,8 +77,8 @@ class Learner:
 class Run:
     """A run that is ready to begin or to go on: what the loop works with.
 
-    evaluation: the whole retrieval set; sample: the part for evaluations before the end. validation: the batches of the
-    held-out records, and their sizes.
+    evaluation: the whole retrieval set; sample: the part for evaluations before the end. steps: this rank's
+    batches. validation: the batches of the held-out records, and their sizes.
     """
 
     config: Config
@@ -86,7 +86,7 @@ class Run:
     report: Report
     learner: Learner
     plan: Mixture
-    batches: Batches
+    steps: Iterator[list[Part]]
     evaluation: RetrievalData | None
     sample: RetrievalData | None
     validation: tuple[Batches, list[int]] | None
@@ -115,19 +115,9 @@ def set_up(
     evaluation = together(lambda: open_evaluation(config.eval))
     held_out = together(lambda: open_validation(config))
     check_data(examples, evaluation, held_out)
-    learner = open_learner(config, device, total_steps)
-    if config.distill.teacher is not None:
-        read = [one for one in (examples, held_out) if one is not None]
-        learner.teacher = teacher_vectors(config.distill.teacher, read, folder.path / "teacher", device)
-        check_vectors(config, learner)
-    if evaluation is not None:
-        how = RetrieveOptions(similarity=config.eval.similarity)
-        together(lambda: similarity_of(learner.network("passage"), how))
-    first_step = 0
-    if newest is not None:
-        first_step = checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)
-        folder.check_lines(config, first_step)
-    model = next(iter(learner.towers.values()))
+    towers = together(lambda: open_towers(config, wish(config.model.packed, device)))
+    check_towers(towers)
+    model = next(iter(towers.values()))
 
     def batches(
         examples: Examples, plan: BatchPlan | Mixture, sources: Sequence[TrainSource], repeats: bool
@@ -141,6 +131,22 @@ def set_up(
             accumulation_steps=config.train.accumulation_steps,
         )
 
+    first_step = 0 if newest is None else newest[0]
+    # Workers tokenise while the model moves to its device, a teacher embeds and a checkpoint is read.
+    steps = batches(examples, plan, config.data.sources, repeats=total_steps > plan.steps_per_epoch).ahead_from(
+        first_step, total_steps, num_workers=config.data.num_workers
+    )
+    learner = open_learner(config, towers, device, total_steps)
+    if config.distill.teacher is not None:
+        read = [one for one in (examples, held_out) if one is not None]
+        learner.teacher = teacher_vectors(config.distill.teacher, read, folder.path / "teacher", device)
+        check_vectors(config, learner)
+    if evaluation is not None:
+        how = RetrieveOptions(similarity=config.eval.similarity)
+        together(lambda: similarity_of(learner.network("passage"), how))
+    if newest is not None:
+        checkpoint.load(newest[1], modules=learner.modules, optimizer=learner.optimizer)
+        folder.check_lines(config, first_step)
     validation = None
     if held_out is not None:
         plan_of_it = BatchPlan(len(held_out), config.train.global_batch_size, config.train.seed)
@@ -160,7 +166,7 @@ def set_up(
         report=report,
         learner=learner,
         plan=plan,
-        batches=batches(examples, plan, config.data.sources, repeats=total_steps > plan.steps_per_epoch),
+        steps=steps,
         evaluation=evaluation,
         sample=part,
         validation=validation,
@@ -289,11 +295,11 @@ def open_evaluation(config: EvalConfig) -> RetrievalData | None:
     return data
 
 
-def open_learner(config: Config, device: torch.device, total_steps: int) -> Learner:
-    """Open the towers, spread them over the ranks, and build loss and optimizer."""
-    towers = collectives.together(lambda: open_towers(config, wish(config.model.packed, device)))
+def open_learner(
+    config: Config, towers: Mapping[str, BiEncoderModel], device: torch.device, total_steps: int
+) -> Learner:
+    """Spread the towers over the ranks, and build loss and optimizer."""
     model = next(iter(towers.values()))
-    check_towers(towers)
     sharded = config.train.parallel == "fsdp2"
     precision = chosen(config.train.precision, device)
     compiled = config.train.compile

@@ -622,4 +622,5 @@ def test_compiling_is_repaid_by_the_operations_of_the_whole_run(folder, tmp_path
     layers = [m for m in towers["model"].backbone.modules() if isinstance(m, torch.nn.Linear)]
     weights = sum(m.in_features * m.out_features for m in layers)
     assert operations(towers, config, total_steps=5) == 6 * weights * (8 + 2 * 12) * 8 * 5
-    assert not open_learner(config, torch.device("cpu"), total_steps=10**15).compiled  # on a GPU alone, unless asked
+    compiled = open_learner(config, towers, torch.device("cpu"), total_steps=10**15).compiled
+    assert not compiled, "on a GPU alone, unless asked"
