@@ -86,7 +86,7 @@ def agree(
 
 @contextmanager
 def agreeing_on(**values: int | bool) -> Iterator[None]:
-    """Make every agreement inside be about these values too: a rank that skipped a step is noticed at no cost."""
+    """Add these values to every agreement inside: a rank that skipped a step is noticed at no cost."""
     global _circumstances
     before = _circumstances
     _circumstances = {**before, **values}
@@ -161,15 +161,14 @@ def barrier(group: ProcessGroup | None = None) -> None:
 
 
 class OtherRankError(RuntimeError):
-    """Raised by `together` for a failure of another rank that was no ValueError."""
+    """Report a failure of another rank other than a ValueError, from `together`."""
 
 
 def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
-    """Call function() on every rank and returns its value; if it raises on any rank, every rank raises.
+    """Call function() on every rank and return its value; if it raises on any rank, every rank raises.
 
-    A rank whose own call failed raises its own exception. The others raise one that names the failed ranks and their
-    messages: a ValueError if the first failure was one, else a RuntimeError (OtherRankError). The function must not
-    communicate.
+    A rank whose call failed raises its exception. The others raise one that names the failed ranks and their messages:
+    a ValueError if the first failure was one, else OtherRankError. The function must not communicate.
     """
     if world_size(group) == 1:
         return function()
@@ -179,12 +178,11 @@ def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
     except Exception as exception:
         failure = exception
     if any(agree("together", group=group, sizes={"failed": int(failure is not None)})["failed"]):
-        is_value_error = isinstance(failure, ValueError)
-        text = str(failure) if is_value_error else f"{type(failure).__name__}: {failure}"
-        reports = gather_objects(None if failure is None else (is_value_error, text), group)
+        mistake = isinstance(failure, ValueError)
+        text = None if failure is None else str(failure) if mistake else f"{type(failure).__name__}: {failure}"
+        reports = enumerate(gather_objects((mistake, text), group))
         if failure is not None:
             raise failure
-        failures = {r: report for r, report in enumerate(reports) if report is not None}
-        message = "; ".join(f"rank {r}: {text}" for r, (_, text) in failures.items())
-        raise ValueError(message) if next(iter(failures.values()))[0] else OtherRankError(message)
+        failures = [(mistake, f"rank {r}: {text}") for r, (mistake, text) in reports if text is not None]
+        raise (ValueError if failures[0][0] else OtherRankError)("; ".join(text for _, text in failures))
     return value  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""Gathers rows of all ranks, with gradient, and adds rows up over the ranks.
+"""Gather rows of all ranks, with gradient, and add rows up over the ranks.
 
 `group`, ranks and `rows` are as in `inbatch.collectives`, which passes these names on.
 """
@@ -53,7 +53,7 @@ def _resolve(name: str) -> ProcessGroup | None:
 # An operator of our own is opaque to torch.compile, so the output's size may depend on what other ranks hold.
 @torch.library.custom_op("inbatch::all_gather_rows", mutates_args=())
 def _gather_op(tensor: Tensor, group: str, rows: list[int] | None, differentiable: bool) -> tuple[Tensor, Tensor]:
-    """Returns the gathered tensor and the row counts [W] (int64 on the CPU, for the backward)."""
+    """Return the gathered tensor and the row counts [W] (int64 on the CPU, for the backward)."""
     pg = _resolve(group)
     if rows is None:
         error = None if tensor.ndim else _NO_ROWS

@@ -28,9 +28,9 @@ _watch: Watch | None = None
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that communicates: torch.compile around it runs it as it is.
+    """Decorate a function that communicates: torch.compile leaves it uncompiled.
 
-    Compiled, it would keep the number of processes of its first call, and take seconds to compile to as many parts.
+    Compiled, it would keep the number of processes of its first call, and take seconds to compile into many parts.
     """
 
     @functools.wraps(function)
@@ -43,7 +43,7 @@ def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def world_size(group: ProcessGroup | None = None) -> int:
-    """Number of processes in the group; 1 without a process group."""
+    """Return the number of processes in the group; 1 without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     size = dist.get_world_size(group)
@@ -74,13 +74,12 @@ def start(
     say: Callable[[str], object] | None = None,
     setting: str = "timeout_s",
 ) -> torch.device:
-    """Initialises the default process group from torchrun's environment and returns this process's device.
+    """Initialise the default process group from torchrun's environment and return this process's device.
 
-    Without that environment (RANK is not set) nothing is initialised: one process. A process group that is already
-    there is kept. backend None: where there are GPUs, NCCL between them (and gloo for CPU tensors); else gloo.
-    "gloo": everything on the CPU. timeout_s bounds every collective; with `say` it bounds how long no rank may get
-    further, or one be silent, whatever collectives wait: then every rank calls say(message) and ends,
-    see `inbatch.collectives.watch`. setting: what the message calls timeout_s.
+    Without that environment (RANK is not set) nothing is initialised: one process. An existing process group is kept.
+    backend None: NCCL between GPUs (and gloo for CPU tensors) where there are any, else gloo. "gloo": everything on the
+    CPU. timeout_s bounds every collective. With `say` it bounds how long all ranks may stand still, or one be silent:
+    then every rank calls say(message) and ends, see `inbatch.collectives.watch`. setting: the message's name for it.
     Raises ValueError if the environment is incomplete or contradicts itself, or there are fewer GPUs than processes.
     """
     global _bound_device, _watch
@@ -117,8 +116,8 @@ def start(
 def _attempt(store: Any, rank: int, world_size: int, timeout_s: float) -> int:
     """Return a number that only the ranks of this start share; RuntimeError if some do not come within `timeout_s`.
 
-    torchrun's store outlives a restart, and holds the addresses of ranks that are dead. Rank 0 draws the number. The
-    others ask for it by a name that nobody had before; until one confirms it, what rank 0 hears may be a dead one's.
+    torchrun's store outlives a restart and still holds what dead ranks wrote. Rank 0 draws the number. The others ask
+    for it under new names, and confirm it: a request without a confirmation may be a dead rank's.
     """
     if rank > 0:
         name = uuid.uuid4().hex
@@ -140,7 +139,7 @@ def _attempt(store: Any, rank: int, world_size: int, timeout_s: float) -> int:
 
 @contextmanager
 def group_of_one(device: torch.device) -> Iterator[None]:
-    """Hold a process group around this process alone, where there is none: FSDP2 does not go without."""
+    """Hold a process group of this process alone, where there is none: FSDP2 needs one."""
     if dist.is_initialized():
         yield
         return
@@ -154,7 +153,7 @@ def group_of_one(device: torch.device) -> Iterator[None]:
 
 
 def _torchrun_environment() -> bool:
-    """Return whether torchrun (or the like) started this process; half an environment would hang, so it is an error."""
+    """Return True if torchrun (or the like) started this process; half an environment would hang, so it is an error."""
     size, my_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
     if my_rank is None:
         if size != "1":
@@ -169,7 +168,7 @@ def _torchrun_environment() -> bool:
 
 
 def stop() -> None:
-    """Destroys the default process group, if there is one."""
+    """Destroy the default process group, if there is one."""
     global _watch
     if _watch is not None:
         _watch = _watch.close()

@@ -1,4 +1,4 @@
-"""Shifts rows around the ring of ranks while computation goes on.
+"""Shift rows around the ring of ranks while computation goes on.
 
 `group`, ranks and `rows` are as in `inbatch.collectives`, which passes these names on.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inbatch.collectives.process_group import ProcessGroup
+from inbatch.collectives.process_group import ProcessGroup, global_rank
 
 
 class RingShift:
@@ -43,9 +43,7 @@ def ring_shift(tensors: Sequence[Tensor], rows: Sequence[int], group: ProcessGro
     assert all(t.shape[0] == rows[me] for t in tensors), f"expected {rows[me]} rows, got {[t.shape for t in tensors]}"
     sent = [t.contiguous() for t in tensors]
     received = [t.new_empty(rows[me - 1], *t.shape[1:]) for t in tensors]
-    to, source = (me + 1) % size, (me - 1) % size
-    if group is not None:
-        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
+    to, source = (global_rank(other % size, group) for other in (me + 1, me - 1))
     ops = []
     for tag, (out, into) in enumerate(zip(sent, received, strict=True)):
         # Bytes travel, so that every dtype works on every backend.

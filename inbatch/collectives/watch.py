@@ -1,8 +1,8 @@
 """Watch the ranks of a job: one that hangs or vanishes is named, and every rank ends, within a time-out.
 
-Each rank sends rank 0 a beat through the store that the ranks met at: how far it is, what it does, and where. Rank 0
-judges; its verdict, beside its beat, is what the others read. So long work is no hang while it uses the processor or
-the disk, and what hangs is named whatever the others wait in. Collectives themselves need no tight limit.
+Each rank sends rank 0 a beat through the store of the rendezvous: its progress, its activity, and its place in the
+code. Rank 0 judges, and the others read its verdict with its beat. Long work that uses the processor or the disk is not
+taken for a hang, and a hang is named whatever the others wait in. Collectives themselves need no tight limit.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVES = str(Path(__file__).parent)
-_IDLE_SHARE = 0.02  # of a processor: what threads that only wait use less of
+_IDLE_SHARE = 0.02  # of a processor: threads that only wait use less
 _IDLE_BYTES = 4 << 20
 
 
 class _Activity:
-    """Hold what the main thread says of itself; plain assignments, for it says so in every step."""
+    """Hold the activity of the main thread, in plain attributes: they are set in every step."""
 
     name, steps_only, ticks = "starting", False, 0
 
 
 def doing(activity: str, *, steps_only: bool = False) -> None:
-    """Say what this rank does from here on; it counts as progress. steps_only: nothing but `tick` does afterwards.
+    """Name this rank's activity from here on, which counts as progress. steps_only: only `tick` does afterwards.
 
-    Otherwise use of the processor and the disk counts too, as while data are opened: it takes as long as it takes. A
-    GPU's rank that waits may keep the processor busy.
+    Otherwise use of the processor and the disk counts too, such as opening data, which may take long. With steps_only
+    it does not: a rank that waits for its GPU may keep the processor busy.
     """
     _Activity.name, _Activity.steps_only = activity, steps_only
     tick()
@@ -48,8 +48,8 @@ def tick() -> None:
 
 
 class Watch:
-    """The threads that watch; `close` ends them. After `timeout_s` without progress of any rank, or without a word of
-    one, every rank that still can calls say(message) and ends with status 1.
+    """Watch in threads, until `close`. After `timeout_s` without progress of any rank, or without a beat of one, every
+    rank that still can calls say(message) and ends with status 1.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Watch:
     # ---- the beats
 
     def _exchange(self) -> None:
-        """Send and fetch, again and again; where a link is cut this blocks or fails, and nothing new is heard."""
+        """Send and fetch beats in a loop; where a link is cut this blocks or fails, and no beat arrives."""
         progress, sources = 0, self._others if self._rank == 0 else [0]
         store, used = None, _used()
         for number in itertools.count():
@@ -98,7 +98,7 @@ class Watch:
                         self._beats[rank] = json.loads(store.get(str(rank)))
 
     def _connect(self) -> Any:
-        """Return a connection of this thread's: on the main thread's a long wait would keep everybody waiting."""
+        """Return a connection for this thread: sharing the main thread's would wait for its long waits."""
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=self._timeout_s))
         return PrefixStore(self._prefix, store)

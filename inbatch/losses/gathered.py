@@ -26,7 +26,7 @@ from inbatch import collectives
 from inbatch.losses import ring
 from inbatch.losses.masking import Keys
 from inbatch.losses.objective import Term
-from inbatch.losses.softmax import Columns, Problem, Rows, new_gradient, places, refuse_second_derivatives, row_major
+from inbatch.losses.softmax import Columns, Problem, Rows, places, refuse_second_derivatives, row_major
 from inbatch.losses.tiled import add_rows
 
 T = TypeVar("T")
@@ -95,8 +95,10 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     work = [(piece, block) for piece in pieces for block in rows.blocks(piece.columns)]
     together = len(pieces) == 1  # nothing to leave early: one call, which makes fewer launches
     num_columns = sum(block.columns.shape[0] for _, block in work)
-    for start, stop in rows.chunks(num_columns):
-        score_r, chunk = rows.score_B[start:stop], [(piece, block.part(start, stop)) for piece, block in work]
+    chunks = rows.chunks(num_columns)
+    for start, stop in chunks:
+        chunk = work if len(chunks) == 1 else [(piece, block.part(start, stop)) for piece, block in work]
+        score_r = rows.score_B[start:stop]
         exps, sums, pivots = [], [], []
         for piece, block in chunk:
             piece.wait()
@@ -163,21 +165,11 @@ class Piece:
 
 def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> list[Piece]:
     """Return all columns of the softmax: those given, or everyone's passages, which then are under way."""
-    problem, total = rows.problem, rows.loss_B.shape[0]
+    problem = rows.problem
     if problem.negatives != "gather" or len(problem.passage_counts) == 1:
-        columns = {}
-        if any(direction.endswith("passage") for direction in rows.term.directions):
-            positive = places(problem.positives, 0, passages.device)
-            gradient = new_gradient(passages, rows.wanted[1], total)
-            columns["passage"] = Columns(
-                embeddings=passages, keys=problem.passage_keys, positive=positive, gradient=gradient
-            )
-        if query_columns is not None:
-            positive = places(slice(0, total, 1), problem.first_query, passages.device)
-            gradient = new_gradient(query_columns, rows.wanted[2], total)
-            columns["query"] = Columns(
-                embeddings=query_columns, keys=problem.query_keys, positive=positive, gradient=gradient
-            )
+        columns = rows.columns(passages, query_columns)
+        for kind, those in columns.items():
+            rows.add_gradient(kind, those)
         return [Piece(columns, None, None, problem)]
     position, pieces = problem.rank, []
     number = _how_many(passages, problem)
@@ -194,9 +186,9 @@ def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) ->
 
         (embeddings, keys), wait = beside(passages.device, gather) if number > 1 else (gather(), None)
         positive = places(problem.positives, sum(counts[:position]), passages.device, cut)
-        gradient = new_gradient(embeddings, rows.wanted[1], total)
-        columns = {"passage": Columns(embeddings=embeddings, keys=keys, positive=positive, gradient=gradient)}
-        pieces.append(Piece(columns, counts, wait, problem))
+        columns = Columns(embeddings=embeddings, keys=keys, positive=positive)
+        rows.add_gradient("passage", columns)
+        pieces.append(Piece({"passage": columns}, counts, wait, problem))
     return pieces
 
 

@@ -73,16 +73,16 @@ def info_nce(
     temperature: positive float, or a 0-d tensor that may require grad
     negatives: "gather", "ring" (never gathers: memory independent of the number of ranks) or "local" (this rank's only)
     impl: "auto", "reference" (dense), "tiled" (plain PyTorch, bounded memory) or "fused" (Triton)
-    chunk_mib: bound on the exponentials held at once by "tiled" (default 32) and "fused" (default 1024, or 4096 rows up
-        to 2048, but 2048 rows at least)
-    stats: counts what the softmax saw
+    chunk_mib: bound on the exponentials held at once; None: 32 for "tiled", 1024 for "fused", which takes up to 2048
+        for 4096 rows, and 2048 rows in any case
+    stats: counts candidates, masked columns and hits
     weights [B], not negative: of the rows' losses; the sum of weight times loss is divided by the number of queries
 
     Late interaction: queries [B, Tq, D], passages [M, Tp, D] (Tq, Tp may differ by rank). q . p is then the sum over
     the tokens of q (their mean with token_reduction="mean") of the maximum over the tokens of p of their products.
-    query_mask, passage_mask [B, Tq], [M, Tp]: not 0 where a token is real, as attention masks; None: all are. What is
-    masked neither wins nor counts, whatever its sign, and does not travel. Equal maxima: the first token gets the
-    gradient. Directions: query_to_passage and passage_to_query. "fused": up to 256 dimensions.
+    query_mask, passage_mask [B, Tq], [M, Tp]: not 0 where a token is real, as attention masks; None: all are. A masked
+    token neither wins nor counts, and does not travel. Of equal maxima the first token gets the gradient. Directions:
+    query_to_passage and passage_to_query. "fused": up to 256 dimensions.
 
     Returns a 0-d tensor, float32 (float64 for float64 inputs): W * (this rank's sum) / (queries of all ranks). Averaged
     over the W ranks it is the loss, and gradients averaged over ranks (DDP, FSDP2) are those of one process. They are
@@ -94,14 +94,7 @@ def info_nce(
     if isinstance(temperature, Real):
         temperature = float(temperature)  # NumPy's, too
     extras = positives, objective, chunk_mib, stats, weights, query_mask, passage_mask
-    late = isinstance(queries, Tensor) and queries.ndim == 3
-    if (
-        impl == "auto"
-        and not late
-        and isinstance(queries, Tensor)
-        and queries.is_cuda
-        and all(x is None for x in extras)
-    ):
+    if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(x is None for x in extras):
         from inbatch.losses.triton import small  # here, since it imports triton
 
         alone = negatives in NEGATIVES and collectives.world_size(group) == 1
@@ -124,18 +117,17 @@ def info_nce(
     kernels, error, spans = None, find_error(queries, passages, asked, masks), []
     if error is None:
         kernels, error = _choose(impl, queries)
-    if late and error is None:
+    late = error is None and queries.ndim == 3
+    if late:
         sides = {"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)}
         spans, error = read_spans(sides, fused=kernels not in (None, tiled))
     problem = _agree(queries, passages, asked, kernels, error)
-    if late:
-        with torch.autocast(queries.device.type, enabled=False):
-            return multi_vector(queries, passages, spans, problem)
-    softmaxes = terms(problem.objective, queries.shape[1])
-    if kernels is not None and len(softmaxes) == 1 and softmaxes[0].plain:
-        return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
+    if kernels is not None and not late:
+        softmaxes = terms(problem.objective, queries.shape[1])
+        if len(softmaxes) == 1 and softmaxes[0].plain:
+            return Softmax.apply(queries, passages, None, problem.temperature, problem, softmaxes[0])
     with torch.autocast(queries.device.type, enabled=False):
-        return composed(queries, passages, problem)
+        return multi_vector(queries, passages, spans, problem) if late else composed(queries, passages, problem)
 
 
 def _detached(value: Any) -> Any:
@@ -246,7 +238,7 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
     temperature = asked.temperature
     candidates, masked = asked.false_negatives.candidates, asked.false_negatives.mask_own_negatives
     if isinstance(temperature, Tensor):
-        # Reading one that is on a GPU would make the CPU wait for it.
+        # Reading a value from a GPU would make the CPU wait.
         value = "" if temperature.is_cuda else f" of {temperature.item():g}"
         temperature = f"a tensor{value}" + (" requiring grad" if temperature.requires_grad else "")
     return {
@@ -328,13 +320,11 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
             )
         return None
     if not isinstance(positives, Tensor) or positives.dtype != torch.int64 or positives.shape != (num_queries,):
-        return (
-            f"positives must be an int64 tensor [{num_queries}], one column for each query, got {describe(positives)}"
-        )
+        return f"positives must be an int64 tensor [{num_queries}], one column a query, got {describe(positives)}"
     if num_queries == 0:
         return None
     if positives.is_cuda and collectives.world_size(group) == 1:
-        # Reading the values would make the CPU wait for the GPU, and alone there is nobody who would hang.
+        # Reading the values would make the CPU wait for the GPU, and no other rank can hang.
         inside = ((positives >= 0) & (positives < num_passages)).all()
         torch.ops.aten._assert_async.msg(inside, f"positives must be columns of the {num_passages} local passages")
         return None

@@ -35,13 +35,8 @@ class Groups:
 
     def select(self, rows: slice | Tensor) -> "Groups":
         """Return those of some rows."""
-        return Groups(
-            rows=self.rows[rows],
-            columns=self.columns,
-            rules=self.rules[rows],
-            own=self.own[rows],
-            others=self.others[rows],
-        )
+        of_rows = {name: getattr(self, name)[rows] for name in ("rows", "rules", "own", "others")}
+        return Groups(columns=self.columns, **of_rows)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,22 +69,19 @@ class Block:
     adds_to_rows: bool = False
     adds_to_columns: bool = False
 
-    def part(self, start: int, stop: int) -> "Block":
-        """Return the chunk of rows start..stop. The chunk that starts at 0 comes first."""
-        if start == 0 and stop == self.rows.shape[0]:
-            return self
+    def select(self, rows: slice | Tensor) -> "Block":
+        """Return some rows: views of a slice, copies of places in a tensor."""
+        of_rows = {name: getattr(self, name) for name in ("rows", "positive", "scale", "limit", "counts", "d_rows")}
         return replace(
             self,
-            rows=self.rows[start:stop],
-            positive=self.positive[start:stop],
-            scale=self.scale[start:stop],
-            keys=tuple((row_keys[start:stop], column_keys) for row_keys, column_keys in self.keys),
-            limit=None if self.limit is None else self.limit[start:stop],
-            groups=None if self.groups is None else self.groups.select(slice(start, stop)),
-            counts=None if self.counts is None else self.counts[start:stop],
-            d_rows=None if self.d_rows is None else self.d_rows[start:stop],
-            adds_to_columns=self.adds_to_columns or start > 0,
+            keys=tuple((row_keys[rows], column_keys) for row_keys, column_keys in self.keys),
+            groups=None if self.groups is None else self.groups.select(rows),
+            **{name: None if tensor is None else tensor[rows] for name, tensor in of_rows.items()},
         )
+
+    def part(self, start: int, stop: int) -> "Block":
+        """Return the chunk of rows start..stop. The chunk that starts at 0 comes first."""
+        return replace(self.select(slice(start, stop)), adds_to_columns=self.adds_to_columns or start > 0)
 
 
 class Kernels(Protocol):
@@ -122,10 +114,10 @@ class Kernels(Protocol):
         """Return (E_RC, sum_R, pivot_R), and add to the block's counts.
 
         s_ij = scale_i * rows_i . columns_j in float32 (float64 for float64), times the group's factor if there are
-        groups; E_ij = exp(s_ij - pivot_i), exactly 0 on
-        the positive and on every masked column, in the dtype of the gradient products (None with keep=False).
-        sum_i = sum_j E_ij in float32, taken before E is rounded. The pivots returned are those given, but the row's
-        greatest score wherever it exceeds the pivot by more than MAX_EXPONENT: nothing overflows, nothing is clamped.
+        groups. E_ij = exp(s_ij - pivot_i), exactly 0 on the positive and on every masked column, in the dtype of the
+        gradient products (None with keep=False). sum_i = sum_j E_ij in float32, taken before E is rounded. A row whose
+        greatest score exceeds the pivot by more than MAX_EXPONENT gets that score as its pivot; the others keep
+        theirs. Nothing overflows, and nothing is clamped.
         """
         ...
 

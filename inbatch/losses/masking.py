@@ -91,12 +91,8 @@ class Keys:
 
     def part(self, start: int, stop: int) -> Keys:
         """Return those of rows or columns start..stop."""
-        documents, queries, groups = self.documents, self.queries, self.groups
-        return Keys(
-            documents=None if documents is None else documents[start:stop],
-            queries=None if queries is None else queries[start:stop],
-            groups=None if groups is None else groups[start:stop],
-        )
+        keys = {"documents": self.documents, "queries": self.queries, "groups": self.groups}
+        return Keys(**{name: None if key is None else key[start:stop] for name, key in keys.items()})
 
 
 NO_KEYS = Keys()

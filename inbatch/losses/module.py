@@ -62,13 +62,8 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"impl must be {one_of(IMPLEMENTATIONS)}, got {impl!r}")
         self._fixed_temperature, self.token_reduction = float(temperature), token_reduction
         self.log_temperature = nn.Parameter(torch.tensor(math.log(float(temperature)))) if learnable else None
-        self.negatives, self.impl, self.group, self.objective, self.chunk_mib = (
-            negatives,
-            impl,
-            group,
-            objective,
-            chunk_mib,
-        )
+        self.negatives, self.impl, self.group = negatives, impl, group
+        self.objective, self.chunk_mib = objective, chunk_mib
 
     @property
     def temperature(self) -> float | Tensor:

@@ -10,18 +10,19 @@ Scores are made twice (8 B N D operations instead of 6), and memory holds a few 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from inbatch import collectives
 from inbatch.losses.masking import Keys
-from inbatch.losses.softmax import Columns, Rows, new_gradient, places
+from inbatch.losses.softmax import Columns, Rows
 
 
 def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Fill `rows`; return the gradients of this rank's passages as columns, and of its queries as columns."""
-    own = _own_columns(rows, passages, query_columns)
+    own = rows.columns(passages, query_columns)
     kernels, score_B = rows.kernels, rows.score_B
     # Each softmax so far is sum_j exp(s_ij) = total_B * exp(score_B + top_B); top_B is 0 but for rows that overflowed.
     top_B, total_B = torch.zeros_like(score_B), torch.zeros_like(score_B)
@@ -42,7 +43,7 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     shifts: dict[str, collectives.RingShift] = {}
     for hop, columns in enumerate(_hops(rows, own)):
         for kind, those in columns.items():
-            those.gradient = new_gradient(those.embeddings, rows.wanted[_WANTED[kind]], len(score_B))
+            rows.add_gradient(kind, those)
         for block in rows.blocks(columns):
             for start, stop in rows.chunks(len(block.columns)):
                 chunk = block.part(start, stop)
@@ -60,26 +61,11 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     return arrived.get("passage"), arrived.get("query")
 
 
-_WANTED = {"passage": 1, "query": 2}  # places in Rows.wanted
-
-
-def _own_columns(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> dict[str, Columns]:
-    """Return this rank's columns by kind, with which the ring begins."""
-    problem, columns = rows.problem, {}
-    if any(direction.endswith("passage") for direction in rows.term.directions):
-        positive = places(problem.positives, 0, passages.device)
-        columns["passage"] = Columns(embeddings=passages, keys=problem.passage_keys, positive=positive)
-    if query_columns is not None:
-        positive = places(slice(0, len(rows.score_B), 1), 0, passages.device)
-        columns["query"] = Columns(embeddings=query_columns, keys=problem.query_keys, positive=positive)
-    return columns
-
-
 def _hops(rows: Rows, own: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
-    """Yield the columns of each rank, this one's first, the next rank's being on their way meanwhile."""
+    """Yield the columns of each rank, beginning with this one, while those of the next are on their way."""
     hops, group = len(rows.problem.passage_counts), rows.problem.group
     elsewhere = None
-    held = {kind: Columns(embeddings=c.embeddings, keys=c.keys, positive=c.positive) for kind, c in own.items()}
+    held = {kind: replace(those) for kind, those in own.items()}
     for hop in range(hops):
         shifts = {}
         if hop < hops - 1:

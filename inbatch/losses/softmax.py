@@ -84,11 +84,8 @@ class Rows:
     def __init__(self, queries: Tensor, passages: Tensor, problem: Problem, term: Term, wanted: tuple[bool, ...]):
         assert problem.kernels is not None
         self.problem, self.term, self.kernels, self.wanted = problem, term, problem.kernels, wanted
-        temperature, positives, margin = (
-            problem.temperature,
-            passages[problem.positives],
-            problem.false_negatives.margin,
-        )
+        temperature, margin = problem.temperature, problem.false_negatives.margin
+        positives = passages[problem.positives]
         dtype = torch.promote_types(queries.dtype, torch.float32)
         if isinstance(temperature, Tensor):
             self.scale = temperature.detach().to(queries.device, dtype).reciprocal()
@@ -97,9 +94,7 @@ class Rows:
         self.score_B, self.scale_B = self.kernels.positive_scores(queries, positives, self.scale)
         self.limit_B = None if margin is None else self.score_B + margin * self.scale
         self.weight = term.weight * problem.row_weight
-        self.loss_B, self.coefficient_B = torch.empty(
-            (2, queries.shape[0]), dtype=dtype, device=queries.device
-        ).unbind()
+        self.loss_B, self.coefficient_B = torch.empty((2, len(queries)), dtype=dtype, device=queries.device).unbind()
         self.counts = None
         if problem.stats is not None:
             self.counts = torch.zeros((queries.shape[0], 2), dtype=torch.int32, device=queries.device)
@@ -111,6 +106,23 @@ class Rows:
             if (needed or wanted[3]) and (side in used or side == "query")
         }
         self.written: set[str] = set()  # the sides whose gradient holds more than garbage
+
+    def columns(self, passages: Tensor, query_columns: Tensor | None) -> dict[str, Columns]:
+        """Return the columns at hand by kind: the passages, if the softmax compares with any, and the queries."""
+        problem, columns = self.problem, {}
+        if any(direction.endswith("passage") for direction in self.term.directions):
+            positive = places(problem.positives, 0, passages.device)
+            columns["passage"] = Columns(embeddings=passages, keys=problem.passage_keys, positive=positive)
+        if query_columns is not None:
+            positive = places(slice(0, len(self.score_B), 1), problem.first_query, passages.device)
+            columns["query"] = Columns(embeddings=query_columns, keys=problem.query_keys, positive=positive)
+        return columns
+
+    def add_gradient(self, kind: str, columns: Columns) -> None:
+        """Make room for the columns' gradient, if it is wanted: garbage, or zeros if no row will ever write it."""
+        if self.wanted[1 if kind == "passage" else 2]:
+            make: Any = torch.empty_like if len(self.score_B) else torch.zeros_like
+            columns.gradient = make(columns.embeddings, dtype=self.loss_B.dtype)
 
     def blocks(self, columns: dict[str, Columns]) -> list[Block]:
         """Return the blocks of this softmax with these columns, by kind, in the order of work."""
@@ -140,19 +152,13 @@ class Rows:
         return blocks
 
     def _groups(self, direction: str, columns: Keys) -> Groups:
-        rows, rules, objective = self.problem.row_keys.groups, self.problem.rules, self.problem.objective
+        rows, rules = self.problem.row_keys.groups, self.problem.rules
         assert rows is not None
         assert rules is not None
         assert columns.groups is not None
-        own, others = objective.hardness if direction == "query_to_passage" else (0.0, 0.0)
-        same_B = torch.ones_like(self.scale_B)
-        return Groups(
-            rows=rows,
-            columns=columns.groups,
-            rules=rules,
-            own=same_B + own / self.scale if own else same_B,
-            others=same_B + others / self.scale if others else same_B,
-        )
+        strengths = self.problem.objective.hardness if direction == "query_to_passage" else (0.0, 0.0)
+        own_B, others_B = (torch.ones_like(self.scale_B) + strength / self.scale for strength in strengths)
+        return Groups(rows=rows, columns=columns.groups, rules=rules, own=own_B, others=others_B)
 
     def chunks(self, num_columns: int) -> list[tuple[int, int]]:
         """Return equal ranges of rows whose exponentials against so many columns fit the chunk size."""
@@ -169,10 +175,7 @@ class Rows:
 
     def finish(self, start: int, stop: int, sums: list[Tensor], pivots: list[Tensor]) -> list[Tensor]:
         """Finish rows start..stop of the loss, and return by block what weighs their exponentials."""
-        vectors = (self.score_B, self.loss_B, self.coefficient_B)
-        if stop - start < self.score_B.shape[0]:
-            vectors = tuple(vector[start:stop] for vector in vectors)
-        score_r, loss_r, coefficient_r = vectors
+        score_r, loss_r, coefficient_r = (v[start:stop] for v in (self.score_B, self.loss_B, self.coefficient_B))
         block_weights = self.kernels.finish(sums, pivots, score_r, self.scale, self.weight, loss_r, coefficient_r)
         if self.problem.weights is not None:
             for vector_r in (loss_r, coefficient_r, *block_weights):
@@ -191,14 +194,6 @@ class Rows:
         for side, gradient in self.gradients.items():
             total = total + (self.sides[side].to(gradient.dtype) * gradient).sum()
         return -total * self.scale
-
-
-def new_gradient(columns: Tensor, wanted: bool, num_rows: int) -> Tensor | None:
-    """Return where the gradient of columns goes: garbage, or zeros if no row will ever write it; None: not wanted."""
-    if not wanted:
-        return None
-    make: Any = torch.empty_like if num_rows else torch.zeros_like
-    return make(columns, dtype=torch.promote_types(columns.dtype, torch.float32))
 
 
 def row_major(embeddings: Tensor, dtype: torch.dtype) -> Tensor:

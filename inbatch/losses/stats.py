@@ -1,4 +1,4 @@
-"""What the softmax saw, for the log: counted by the loss itself, read when wanted."""
+"""Figures of the softmax for the log: the loss counts them, and they are read when wanted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inbatch import collectives
 
 
 class LossStats:
-    """Collects from every info_nce(..., stats=...) until `reset`; costs no pass over the scores and no synchronisation.
+    """Collect from every info_nce(..., stats=...) until `reset`; costs no pass over the scores and no synchronisation.
 
     `result()` is collective (every rank of the group calls it) and returns figures over all rows of all ranks:
 
@@ -28,7 +28,7 @@ class LossStats:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was collected."""
+        """Forget what was collected."""
         self._totals: Tensor | None = None
         self._group: ProcessGroup | None = None
 

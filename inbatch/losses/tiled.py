@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,9 +17,8 @@ from torch import Tensor
 from inbatch.losses.kernels import MAX_EXPONENT, Block, Groups
 from inbatch.losses.masking import by_group
 
-DEFAULT_CHUNKS: tuple[tuple[float, float], ...] = (
-    (32.0, math.inf),
-)  # products want at least 256 rows; beyond 16 MiB speed is flat
+# Products want at least 256 rows; beyond 16 MiB speed is flat.
+DEFAULT_CHUNKS: tuple[tuple[float, float], ...] = ((32.0, math.inf),)
 ROW_MULTIPLE: int = 16
 _WIDENED_COLUMNS = 4096
 
@@ -44,16 +42,7 @@ def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Ten
     sum_R = exp_RC.sum(1)
     too_large = (sum_R > math.exp(MAX_EXPONENT)).nonzero().squeeze(1)
     if too_large.numel():
-        again = replace(
-            block,
-            rows=block.rows[too_large],
-            positive=block.positive[too_large],
-            scale=block.scale[too_large],
-            keys=tuple((row_keys[too_large], column_keys) for row_keys, column_keys in block.keys),
-            limit=None if block.limit is None else block.limit[too_large],
-            groups=None if block.groups is None else block.groups.select(too_large),
-        )
-        again_fC, _ = _masked_scores(again)
+        again_fC, _ = _masked_scores(block.select(too_large))
         top_f = again_fC.amax(1)
         again_fC.sub_(top_f[:, None]).exp_()
         sum_R[too_large] = again_fC.sum(1)
