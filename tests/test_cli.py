@@ -75,7 +75,7 @@ def only_message(capsys) -> str:
         (["--data.train={home}/broken.jsonl"], ["broken.jsonl, line 3", "not JSON"]),
         (["--data.train={home}/no_positive.jsonl"], ["no_positive.jsonl, line 2", "positive"]),
         (["--eval.data={home}/bad_qrels", "--eval.split=test"], ["bad_qrels/qrels/test.tsv, line 2", "'d9'"]),
-        (["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[foo@10]"], ["'foo@10' is no measure"]),
+        (["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[foo@10]"], ["'foo@10' is not a measure"]),
         (
             ["--eval.data={home}/beir", "--eval.split=test", "--eval.measures=[nDCG@1000]"],
             ["nDCG@1000 looks at more documents than the 100 that training retrieves; lower the cut-off"],
@@ -84,7 +84,7 @@ def only_message(capsys) -> str:
         (["--loss.impl=fused"], ['impl="fused" cannot run here']),
         (["--train.output_dir={home}/good.jsonl"], ["train.output_dir", "good.jsonl is a file or lies below one"]),
         (["--optim.learning_rate=1"], ["unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"]),
-        (["--model.name_or_path={home}/beir"], ["beir is no model"]),
+        (["--model.name_or_path={home}/beir"], ["beir is not a model"]),
         (["--train.accumulation_steps=3"], ["global_batch_size 4 is not divisible by train.accumulation_steps 3"]),
         (["--train.device=cuda"], ["device is cuda but torch sees no GPU"]),
         (["--loss.temperature=cold"], ["loss.temperature is cold: expected a number"]),

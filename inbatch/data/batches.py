@@ -1,4 +1,4 @@
-"""This rank's training batches, made ahead by worker processes; what they hold is a function of the step alone."""
+"""This rank's training batches, made ahead by worker processes; their content is a function of the step alone."""
 
 import atexit
 import ctypes
@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,37 +76,39 @@ class Batches(Dataset):
             # their own threads off in the workers, with a warning.
             options = {"num_workers": num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
             options["worker_init_fn"] = start_worker
-        loader = DataLoader(self, sampler=range(first, last), batch_size=None, collate_fn=_as_it_is, **options)
+        loader = DataLoader(
+            self, sampler=range(first, last), batch_size=None, collate_fn=lambda parts: parts, **options
+        )
         others = set(multiprocessing.active_children())
         steps = map(_unpacked, iter(loader))
         for worker in set(multiprocessing.active_children()) - others:
-            # An iterator that outlives its use, as in an exception's traceback, keeps its workers. They ignore the
-            # SIGTERM of multiprocessing's own end, which would then wait for them for ever.
+            # An iterator that outlives its use, as in an exception's traceback, keeps its workers. They ignore
+            # SIGTERM, by which multiprocessing ends them, and it would wait for ever.
             atexit.register(worker.kill)
         return _received_ahead(steps) if num_workers else steps
 
     def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:
-        """Return what travels from a worker. An error travels as it is: the loader would wrap it in its traceback."""
+        """Return what travels from a worker, an error included: the loader would wrap one in its traceback."""
         try:
-            return [(_packed(asdict(part.batch)), part.share_of_step) for part in self.step(step)]
+            return [(_packed(vars(part.batch)), part.share_of_step) for part in self.step(step)]
         except Exception as error:
             return error
 
 
 def start_worker(number: int) -> None:
-    """Leave a worker one thread, and the cores first to the process that launches kernels: the GPU waits for it."""
+    """Give a worker one thread and low priority: the process that launches kernels comes first."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.nice(10)
     # Schedulers signal every process of a job; the rank needs its batches for as long as it goes on.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Nor does a worker end with a rank that is killed, where it waits for the other end of a full pipe.
+    # Without this, a worker that waits at a full pipe outlives a rank that is killed.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:
-    """Yield the same, received one step ahead: megabytes come through a worker's pipe while another step runs."""
+    """Yield the steps, each received while the one before runs: megabytes come through a worker's pipe."""
     with ThreadPoolExecutor(1) as receiver:
         coming = receiver.submit(next, steps, None)
         while (parts := coming.result()) is not None:
@@ -115,17 +117,13 @@ def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:
 
 
 def _workers_that_fit() -> int:
-    """Return up to 8, and a core less than this machine has for each of its ranks; at least 1."""
+    """Return one worker less than there are cores for this rank, from 1 to 8."""
     cores_per_rank = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, cores_per_rank - 1))
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
 def _packed(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return it as arrays: tensors would travel through shared memory, of which containers often have too little."""
+    """Return arrays: tensors would travel through shared memory, of which containers often have too little."""
     return {
         name: {key: tokens.numpy().astype(bool if key == _MASK else np.int32) for key, tokens in value.items()}
         if isinstance(value, dict)

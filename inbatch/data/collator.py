@@ -18,15 +18,13 @@ Tokenize = Callable[[list[str], int], Mapping[str, Tensor]]
 class Collator:
     """Make one rank's ``TrainBatch`` of its examples of one source: pure, the same for the same examples and epoch.
 
-    Each query brings one positive, then its negatives: positive number ``epoch % len(positives)``, and
-    ``train_n_passages - 1`` negatives (all where that is None), taken in turn over the epochs where there are more;
-    a query with fewer brings fewer. With ``rotate_passages`` off it brings the first ones in every epoch, negatives
-    repeated up to that number. All its positives are in ``positive_ids``, so that none counts as a negative. Passages
-    are "title text" behind ``passage_prefix``, unless the example brings a prefix of its own and ``instructions`` heeds
-    it; lengths are in tokens. Ids are keys of texts, or what ``same`` (see ``identity.merged``) gives for them.
-    ``negatives`` and ``mask_own_negatives`` say which passages the queries are compared with, as in
-    ``FalseNegatives``; ``loss_weight`` multiplies their losses. ``teacher_scores`` are
-    put into the batch where asked for.
+    Each query brings positive number ``epoch % len(positives)``, then up to ``train_n_passages - 1`` negatives (None:
+    all); if it has more, they rotate over the epochs. Without ``rotate_passages`` every epoch takes the first ones,
+    and negatives are repeated up to that number. All positives of a query are in ``positive_ids``, so that none counts
+    as a negative. Passages are "title text" behind ``passage_prefix``, or behind the example's prefix if
+    ``instructions``; lengths are in tokens. Ids are keys of texts, replaced by ``same`` (see ``identity.merged``).
+    ``negatives`` and ``mask_own_negatives`` are the candidates and the masks of ``FalseNegatives``; ``loss_weight``
+    multiplies the queries' losses; ``teacher_scores`` adds those of the examples to the batch.
 
     ``tokenize(texts, max_length)`` returns padded int64 tensors ``[len(texts), T]``. No examples give tensors of 0
     rows under the same names.
@@ -57,7 +55,7 @@ class Collator:
         return collate([(self, example, epoch) for example in examples], [self])
 
     def key(self, key: int) -> int:
-        """Return what stands for the key of a text."""
+        """Return the key that stands for the key of a text."""
         return self.same.get(key, key)
 
     def passages(self, example: Example, epoch: int) -> list[Passage]:
@@ -71,17 +69,17 @@ class Collator:
         wanted = number if self.train_n_passages is None else self.train_n_passages - 1
         if not self.rotate_passages:
             return [0, *(first + i % number for i in range(wanted if number else 0))]
-        # A window that moves on by its own width each epoch, so that every negative gets its turn.
+        # A window that moves by its width each epoch, so that every negative gets its turn.
         taken = [first + (epoch * wanted + i) % number for i in range(min(wanted, number))]
         return [epoch % first, *taken]
 
     def prefixed(self, given: str | None, usual: str) -> str:
-        """Return the prefix of a text: what the example brings, or the usual one."""
+        """Return the prefix of a text: the example's, if instructions count, or the usual one."""
         return given if given is not None and self.instructions else usual
 
     def tokenized(self, texts: list[str], max_length: int) -> dict[str, Tensor]:
         """Return the tokens of texts, of which there may be none."""
-        # Tokenizers refuse an empty list, but the names and dtypes of what they give are needed all the same.
+        # Tokenizers refuse an empty list, but its tensors need the usual names and dtypes.
         tensors = self.tokenize(texts or [""], max_length)
         return {name: tensor[: len(texts)] for name, tensor in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""Which columns of a record hold what: one table of the names that the field uses, and readers of what they hold."""
+"""The columns of a record: one table of the names that the field uses, and readers of their content."""
 
 import json
 import re
@@ -18,8 +18,7 @@ Roles = Mapping[str, tuple[str, ...]]
 
 _DOCS = "docs?|documents?|passages?"
 _NEGATIVE = f"neg(ative)?s?(_({_DOCS}|ctxs?|contexts?|texts?|messages|list))?(_?[0-9]+)?"
-# role: patterns of its columns' names, the preferred first. Names are compared in lower case and with _ for spaces,
-# hyphens and the joints of camelCase.
+# role: patterns of its columns' names, the preferred first. Names are compared as `_plain` makes them.
 EXAMPLE: Roles = {
     "query": ("query|question|anchor|query_text|question_text|messages",),
     "query_id": ("query_id", "question_id", "qid"),
@@ -91,8 +90,8 @@ _short.maxlevel = 2
 class Columns:
     """The columns of one source by role: those that the caller gave, the others by their usual names.
 
-    Each record counts on its own, since some files say `query` in one line and `question` in the next: a given column
-    has its role in the records that have it. `unread` collects the columns that hold something and have no role.
+    Roles are found record by record, since some files say `query` in one line and `question` in the next. A given
+    column has its role in the records that have it. `unread` collects the columns with content and no role.
     """
 
     def __init__(self, roles: Roles, given: GivenColumns | None = None):
@@ -139,7 +138,7 @@ class Columns:
         return [name for name in names if name not in rest]
 
     def knows(self, names: Sequence[str]) -> bool:
-        """Return True where some column has a role by its usual or by its given name."""
+        """Return True if a column has a role by its usual or its given name."""
         return len(self._arrange(tuple(names))[""]) < len(names)
 
     def nested(self, name: Any) -> "Columns":
@@ -149,11 +148,11 @@ class Columns:
         return self._nested[str(name)]
 
     def all_unread(self) -> list[str]:
-        """Return the names of all columns that hold something and have no role, those within others as a.b."""
+        """Return the names of all columns with content and no role, those within others as a.b."""
         return [*self.unread, *(f"{name}.{inner}" for name, part in self._nested.items() for inner in part.unread)]
 
     def check_given(self) -> None:
-        """Raise ValueError where a given column is in some records, and another one in its place in others."""
+        """Raise ValueError if some records have a given column and others another column for its role."""
         for role, where in self._instead.items():
             if self._present.intersection(self.given[role]):
                 raise ValueError(
@@ -168,7 +167,7 @@ class Columns:
     def one_of(self, record: Mapping, role: str, where: Where) -> list[Any]:
         """Return the columns that hold the query or the positive: one, or a numbered series (positive_1, positive_2).
 
-        It may be empty, or missing where other records have it. ValueError where none is known, or several are filled.
+        The column may be empty, or missing in this record. ValueError if none is known, or several are filled.
         """
         names = self.layout(record)[role] or [name for name, known in self.roles.items() if known == role][:1]
         full = [name for name in names if not empty(record.get(name))]
@@ -177,7 +176,7 @@ class Columns:
         if labels := self.layout(record)["label"]:
             pair = "query: <column>, positive: <column>"
             raise ValueError(
-                f"{where()}: {listed(labels)} may say that a pair is no positive one. Keep the positive pairs alone, "
+                f"{where()}: {listed(labels)} may mark pairs that are not positive. Keep the positive pairs alone, "
                 f"without that column, or name the columns yourself, by columns: {{{pair}}}, and all pairs count."
             )
         if not names or len({re.sub(r"_?[0-9]+$", "", str(name)) for name in full}) > 1:
@@ -194,19 +193,14 @@ class Columns:
             self.unread[str(name)] = None
 
     def seen(self) -> np.ndarray:
-        """Return what was seen of the columns so far as bytes, which `learn` takes back in another process."""
+        """Return the findings so far as bytes, for `learn` in another process."""
         nested = {name: columns.unread for name, columns in self._nested.items()}
-        seen = {
-            "roles": self.roles,
-            "unread": self.unread,
-            "present": sorted(self._present),
-            "instead": self._instead,
-            "nested": nested,
-        }
+        seen = {"roles": self.roles, "unread": self.unread, "present": sorted(self._present)}
+        seen |= {"instead": self._instead, "nested": nested}
         return np.frombuffer(json.dumps(seen).encode() + b"\n", np.uint8)
 
     def learn(self, seen: np.ndarray) -> None:
-        """Add what others saw, one after the other."""
+        """Add the findings of other processes, which follow one another in `seen`."""
         for line in seen.tobytes().splitlines():
             other = json.loads(line)
             self.roles |= other["roles"]
@@ -229,7 +223,7 @@ class Columns:
         named = {name for present in by_role.values() for name in present}
         usual = [(place, _number(name), name) for name in names if name not in named and (place := self._usual(name))]
         for (_, role), _, name in sorted(usual, key=lambda found: (found[0][0], found[1])):
-            # What is optional and single counts once; the query and the positive may be in any one of several columns.
+            # An optional role takes one column; the query and the positive may be in any of several.
             if not given.get(role) and (not by_role[role] or role in ("query", "positive", "negative")):
                 by_role[role].append(name)
                 named.add(name)
@@ -253,7 +247,7 @@ def _pair(names: tuple, by_role: dict[str, list[Any]]) -> None:
 
 
 def _plain(name: Any) -> str:
-    """Return a name in lower case, with _ for spaces, hyphens and the joints of camelCase."""
+    """Return a name in lower case, with _ for spaces, hyphens and between the words of camelCase."""
     return re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", str(name).strip()).lower()
 
 
@@ -263,7 +257,7 @@ def _number(name: Any) -> int:
 
 
 def empty(value: object) -> bool:
-    """Return True for what stands for nothing: null, and a text, list or object without content."""
+    """Return True for null, and for a text, list or object without content."""
     return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
 
 
@@ -276,7 +270,7 @@ def notice(message: str) -> None:
 
 
 def not_read(source: str, names: Sequence[str], advice: str = "") -> None:
-    """Say in one line which parts of a source are not read, if any."""
+    """Name in one line the parts of a source that are not read, if any."""
     if names:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         notice(f"{source}: not read: {', '.join(map(_short.repr, names[:20]))}{more}{advice}")
@@ -310,7 +304,7 @@ def is_conversation(value: object) -> bool:
 def passages(value: object, name: str, columns: Columns, where: Where) -> list[Passage]:
     """Read a text, an object {text, title, id}, a conversation of one message, or a list of these.
 
-    Empty texts and nulls stand for nothing.
+    Empty texts and nulls are left out.
     """
     if value is None:
         return []
@@ -354,11 +348,16 @@ def _document(record: Mapping, columns: Columns, where: Where) -> Passage | None
     return Passage(content, heading, None if key is None else id_text(record[key], str(key), where))
 
 
+def one_line(error: BaseException) -> str:
+    """Return the text of an error, or its class where it has none, in one line, for messages."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
 def listed(names: Sequence[Any]) -> str:
     """Return the first names of a list, each cut to a length that fits a message."""
     return f"[{', '.join(map(_short.repr, names[:20]))}{', ...' if len(names) > 20 else ''}]"
 
 
 def show(value: object) -> str:
-    """Return a short, one-line picture of any value, however large or deep, for messages."""
+    """Return any value, however large or deep, in one short line, for messages."""
     return f"{type(value).__name__} {_short.repr(value if isinstance(value, str) else str(_short.repr(value)))}"

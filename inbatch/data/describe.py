@@ -1,4 +1,4 @@
-"""What was recognised in a source, for people: the command `inbatch data`."""
+"""A report of what was recognised in a source: the command `inbatch data`."""
 
 import warnings
 from collections import Counter
@@ -39,13 +39,13 @@ def describe(
             except ValueError:
                 raise error from None
             if len(caught) > opened:  # something is not read: it may be training data by other names
-                warnings.warn(f"shown as documents, since it is no training data: {error}", stacklevel=1)
+                warnings.warn(f"shown as documents, since it is not training data: {error}", stacklevel=1)
     notes = dict.fromkeys(str(warning.message) for warning in caught)
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 def _has_positives(source: Any, split: str) -> bool:
-    """Return True where the first record has a column for positives: then it is no document."""
+    """Return True if the first record has a column for positives, and so is not a document."""
     columns = Columns(EXAMPLE)
     try:
         record = open_table(source, columns, split)[0]

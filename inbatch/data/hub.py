@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from inbatch.data.columns import one_line
 from inbatch.data.corpus import Corpora, Corpus, open_corpus
 
 PREFIX = "hf://"
@@ -13,7 +14,7 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
     """Return the records of a split, and the corpus_id of the documents that they name by id, if any.
 
     Documents are in a subset of the same name and `_corpus`, as NeMo AutoModel's data sets have them; their corpus_id
-    and instructions are in dataset_metadata.json. Raises ValueError, in one line, for whatever cannot be had.
+    and instructions are in dataset_metadata.json. Raises ValueError, in one line, if anything cannot be fetched.
     """
     repository, subset = _parts(name)
     try:
@@ -27,9 +28,9 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
         documents = datasets.load_dataset(repository, f"{subset}_corpus", split="train")
         metadata = _metadata(repository, subset)
     except Exception as error:  # of any class: no network, no such name, no permission
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name} cannot be fetched from the hub ({type(error).__name__}: {reason}): without a network give a folder"
+            f"{name} cannot be fetched from the hub ({type(error).__name__}: {one_line(error)}): "
+            "without a network give a folder"
         ) from error
     corpus_id = metadata.get("corpus_id") or subset
     prefixes = {f"{role}_prefix": metadata.get(f"{role}_instruction") for role in ("query", "passage")}

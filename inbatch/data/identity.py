@@ -1,7 +1,7 @@
-"""Which passages are one document, and which queries one query: those of equal text, and those of one id in a corpus.
+"""Identity of passages and queries: equal texts are one document or query, and so are texts of one id in a corpus.
 
-The key of either is its text's hash, so copies are known wherever they come from. An id adds something only where it
-comes with several texts: `merged` finds those, and gives all of them one key.
+The key is a hash of the text, so copies are known whatever their source. An id matters only if it comes with several
+texts: `merged` finds those, and gives all of them one key.
 """
 
 import unicodedata
@@ -20,7 +20,7 @@ from inbatch.ids import stable_id
 
 
 def normalised(text: str) -> str:
-    """Return a text as it is compared: Unicode NFC, runs of white space as one space. Case is kept: models see it."""
+    """Return the form in which texts are compared: Unicode NFC, white space as one space, case kept."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -44,8 +44,8 @@ def without_positives(positives: Sequence[Passage], negatives: Sequence[Passage]
 
 
 def apart(positives: Iterable[str], negatives: Iterable[str]) -> bool:
-    """Return True if no text of the one is a text of the other, as `without_positives` compares them."""
-    if {_first_word(text) for text in positives}.isdisjoint(map(_first_word, negatives)):  # which says it for most
+    """Return True if no text is in both, as `without_positives` compares them."""
+    if {_first_word(text) for text in positives}.isdisjoint(map(_first_word, negatives)):  # enough for most
         return True
     return {normalised(text) for text in positives}.isdisjoint(map(normalised, negatives))
 
@@ -55,9 +55,9 @@ def _first_word(text: str) -> str:
 
 
 def keys_of(rows: Rows[Example], same: Mapping[int, int], also: Sequence[Path] | None, settings: object) -> Keys:
-    """Return the keys of each example's query and positives, of which two examples of a batch shall share none.
+    """Return the keys of each example's query and positives. Two examples of a batch shall share none.
 
-    same: what stands for a text's key, as from `merged`. The keys are kept beside the data (see `inbatch.data.index`)
+    same: {key: the key that stands for it}, from `merged`. The keys are kept beside the data (see `inbatch.data.index`)
     while the files of the rows, those `also` read (None: not all are files) and the settings stay the same.
     """
 
@@ -106,7 +106,7 @@ def distinct(pairs: np.ndarray | array) -> np.ndarray:
 def merged(pairs: np.ndarray) -> dict[int, int]:
     """Return {text key: the text key that stands for it} for the texts that share an id, from what `id_texts` returns.
 
-    Sharing carries over: a text under two ids joins what either id comes with.
+    Sharing is transitive: a text under two ids joins the texts of both.
     """
     ids, texts = distinct(pairs).T
     several = np.flatnonzero(ids[1:] == ids[:-1])

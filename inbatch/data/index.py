@@ -1,8 +1,8 @@
-"""What is computed over whole data files: made once, by one process, and kept for every rank and later run.
+"""Results over whole data files: computed once, by one process, and kept for every rank and later run.
 
-Kept in the folder `.inbatch` beside the data, or where that cannot be written below the user's cache; INBATCH_CACHE
-names another folder for all. A kept file counts only while the data files have the size, time and ends that they had,
-the code that made it is this code, and its checksum is right. Data of a few megabytes are read again instead.
+They are kept in the folder `.inbatch` beside the data, or below the user's cache if that cannot be written;
+INBATCH_CACHE names another folder for all. A kept file counts only while size, time and ends of the data files, the
+code that made it and its checksum are the same. Data of a few megabytes are read again instead.
 """
 
 import errno
@@ -39,11 +39,11 @@ _task: Callable[[range], Any]
 
 
 def made_once(files: Sequence[Path], kind: str, settings: object, make: Callable[[IO[bytes]], None]) -> IO[bytes]:
-    """Return a file open for reading, whose content from byte HEADER on is what `make(file)` writes for `files`.
+    """Return a file open for reading, with the output of `make(file)` for `files` from byte HEADER on.
 
-    kind, settings: what else the content depends on. Other processes that want the same wait for the first, then map
-    its file. A ValueError of `make` is kept too, and raised again while the files stay the same. Small files, and a
-    machine without a place to write, get an unnamed temporary file; so does what is made of no `files`.
+    kind, settings: the content depends on them too. Other processes wait for the first, then map its file. A ValueError
+    of `make` is kept too, and raised again while the files stay the same. An unnamed temporary file takes the place if
+    there are no `files`, if they are small, or if nothing can be written.
     """
     if not files or sum(file.stat().st_size for file in files) < _SMALL:
         return _unnamed(make)
@@ -121,7 +121,7 @@ def _make(path: Path, data: Path, made_of: str, make: Callable[[IO[bytes]], None
 
 
 def _open_kept(path: Path, made_of: str) -> IO[bytes] | None:
-    """Return the file at `path` if it is whole and made of what is there now; raise the error that it holds."""
+    """Return the file at `path` if it is whole and up to date; raise the error that it holds."""
     try:
         file = path.open("rb")
     except OSError:
@@ -131,7 +131,7 @@ def _open_kept(path: Path, made_of: str) -> IO[bytes] | None:
     except ValueError:
         header = {}
     size = os.fstat(file.fileno()).st_size
-    # The dearest last.
+    # The checksum, which takes longest, comes last.
     facts = {"made_of": lambda: made_of, "size": lambda: size, "checksum": lambda: _checksum(file, size)}
     if not all(header.get(name) == fact() for name, fact in facts.items()):
         file.close()
@@ -154,14 +154,14 @@ def _unnamed(make: Callable[[IO[bytes]], None]) -> IO[bytes]:
 
 
 def _checksum(file: IO[bytes], size: int) -> int:
-    """Return a checksum over all that is kept or, beyond half a GiB, over 512 MiB spread evenly."""
+    """Return a checksum over the content or, beyond half a GiB, over 512 MiB spread evenly."""
     total = 0
     for start in range(HEADER, size, max(_MIB, (size - HEADER) // 512)):
         total = zlib.crc32(os.pread(file.fileno(), _MIB, start), total)
     return total
 
 
-# ---- what a file is made of, and where it lies
+# ---- identity and place of a kept file
 
 
 def _identity(files: Sequence[Path], settings: object) -> str:
@@ -177,19 +177,19 @@ def _identity(files: Sequence[Path], settings: object) -> str:
 
 @lru_cache(maxsize=1)
 def _code() -> bytes:
-    """Return a digest of the sources that decide what is read from a record: another version reads everything anew."""
+    """Return a digest of the sources that read records: another version reads everything anew."""
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "ids.py"]
     return hashlib.blake2b(b"".join(source.read_bytes() for source in sources)).digest()
 
 
 def places(files: Sequence[Path], kind: str, settings: object) -> list[Path]:
-    """Return the paths at which something made of `files` may be kept, the best first."""
+    """Return the paths at which a result over `files` may be kept, the preferred first."""
     if given := os.environ.get("INBATCH_CACHE"):
         if not writable(Path(given)):
-            raise ValueError(f"INBATCH_CACHE is {given!r}, which is no folder that can be written to: name another")
+            raise ValueError(f"INBATCH_CACHE is {given!r}, which is not a writable folder: name another")
         return [Path(given) / _name(files, Path("/"), kind, settings)]
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Named by places relative to the data where it lies beside it, so that a folder that is moved keeps its index.
+    # Beside the data, the name depends on relative places, so that a folder that is moved keeps its index.
     beside = files[0].parent
     paths = [beside / ".inbatch" / _name(files, beside, kind, settings)]
     if os.path.isabs(user):
@@ -204,9 +204,9 @@ def _name(files: Sequence[Path], home: Path, kind: str, settings: object) -> str
 
 
 def writable(folder: Path) -> bool:
-    """Return True if files can be made in a folder, which is made where it does not exist.
+    """Return True if files can be made in a folder, which is created if needed.
 
-    Not in one whose mode bits let nobody write, which is meant to stay as it was, although root could.
+    False if its mode bits let nobody write: it is meant to stay unchanged, although root could write.
     """
     present = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not present.stat().st_mode & 0o222:
@@ -224,7 +224,7 @@ def writable(folder: Path) -> bool:
 
 @contextmanager
 def _alone(path: Path, data: Path) -> Iterator[None]:
-    """Hold the lock of a kept file, which the kernel frees when its holder ends, however that ends."""
+    """Hold the lock of a kept file; the kernel frees it when the process ends, in whatever way."""
     with path.with_name(f"{path.name}.lock").open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,7 +243,7 @@ def _alone(path: Path, data: Path) -> Iterator[None]:
 def spread(task: Callable[[range], T], count: int, nbytes: int) -> list[T]:
     """Return `task(rows)` for ranges that follow one another through range(count), by a process for each core.
 
-    nbytes: what the rows take, which decides how many ranges there are. The first error in row order is raised.
+    nbytes: the size of the rows, which decides how many ranges there are. The first error in row order is raised.
     """
     cores = len(os.sched_getaffinity(0))
     parts = max(1, min(count, nbytes // _PART_BYTES))

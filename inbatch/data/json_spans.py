@@ -1,11 +1,11 @@
-"""Where the elements of a large JSON array or object lie, so that none is held but the one that is read."""
+"""The places of the elements in a large JSON array or object, so that only the element in use is held."""
 
 import json
 import re
 from collections.abc import Iterator
 
-# A string is one token, up to its end (group 1) or, of one that does not end or has more escapes than the engine should
-# hold, as far as that. Commas matter at one level alone.
+# A string is one token. Group 1 is its end, and is empty if the string does not end or has more escapes than the engine
+# should hold. Commas matter at one level alone.
 _ESCAPES = rb'[^"\\]*(?:\\.[^"\\]*){0,999}'
 _STRING = rb'"' + _ESCAPES + rb'("?)'
 _MARKS = re.compile(_STRING + rb"|[\[\]{},]", re.DOTALL)
@@ -19,8 +19,8 @@ _DEEPEST = 200
 def elements(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of each element, or "key": value, of the array or object from `start` to `end`.
 
-    ValueError where something follows it, brackets do not match, a string does not end, an element is missing, or
-    nesting is absurd. What an element holds is not looked at.
+    ValueError if something follows it, brackets do not match, a string does not end, an element is missing, or nesting
+    is absurd. The content of elements is not checked.
     """
     closing = _CLOSING[_OPENING.index(data[start])]
     begin = place = start + 1

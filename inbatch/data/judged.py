@@ -7,19 +7,18 @@ collection.tsv  queries.train.tsv  qrels.train.tsv              MS MARCO
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from heapq import nsmallest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from inbatch.data.columns import JUDGEMENT, Columns, not_read, notice, show
 from inbatch.data.corpus import CORPUS_NAMES, Documents, open_corpus
 from inbatch.data.identity import without_positives
-from inbatch.data.lines import Lines, Rows, text_value
+from inbatch.data.lines import Lines, Rows, chosen, text_value
 from inbatch.data.records import Example, RetrievalData
 from inbatch.data.tables import SUFFIXES, find_part, has_split, listing, open_file, suffix
 from inbatch.ids import stable_id
@@ -61,19 +60,6 @@ def load_retrieval(path: str | os.PathLike, split: str = "test") -> RetrievalDat
     )
 
 
-class Chosen(Sequence[str]):
-    """Some rows of texts that may stay on disk."""
-
-    def __init__(self, texts: Sequence[str], rows: Sequence[int]):
-        self._texts, self._rows = texts, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._texts[self._rows[index]]
-
-
 def sample(data: RetrievalData, queries: int | None, documents: int | None) -> RetrievalData:
     """Return a part of a test set that depends on its ids alone: so many queries, and documents to search in.
 
@@ -95,7 +81,7 @@ def sample(data: RetrievalData, queries: int | None, documents: int | None) -> R
         query_ids=[data.query_ids[place] for place in places],
         queries=[data.queries[place] for place in places],
         doc_ids=[data.doc_ids[row] for row in rows],
-        documents=Chosen(data.documents, rows),
+        documents=chosen(data.documents, rows),
         qrels=qrels,
     )
 
@@ -160,7 +146,7 @@ def qrels_files(folder: Path) -> dict[str, list[Path]]:
 def open_judged(folder: Path, split: str) -> Judged:
     """Open the corpus, the queries and one split's judgements."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: expected a folder with {SHAPE}")
+        raise ValueError(f"{folder} is not a folder: expected a folder with {SHAPE}")
     corpus = find_part(folder, *CORPUS_NAMES)
     queries = find_part(folder, f"queries.{split}", f"queries-{split}", f"msmarco-doc{split}-queries", "queries")
     files = qrels_files(folder)
@@ -226,14 +212,10 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int, Callable[[], str]]]
     for index, record in enumerate(rows):
         where = partial(rows.where, index)
         cells = _cells(record, columns)
-        if (
-            index == 0
-            and isinstance(record, str)
-            and len(cells) == 3
-            and re.fullmatch("[A-Za-z][A-Za-z_ -]*", cells[2])
-        ):
+        text = isinstance(record, str) and len(cells) == 3
+        if index == 0 and text and re.fullmatch("[A-Za-z][A-Za-z_ -]*", cells[2]):  # a header
             roles = columns.layout(dict.fromkeys(cells))
-            if all(roles[role] for role in JUDGEMENT):  # else they say nothing, and stand in the usual order
+            if all(roles[role] for role in JUDGEMENT):  # else the columns are in the usual order
                 order = [cells.index(roles[role][0]) for role in JUDGEMENT]
             continue
         cells = [cells[place] for place in order] if len(cells) == 3 else cells
@@ -247,7 +229,7 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int, Callable[[], str]]]
 
 
 def _cells(record: object, columns: Columns) -> list[str]:
-    """Return query id, document id and score, each as text; another number of cells if it is no judgement."""
+    """Return query id, document id and score, as texts; another number of cells for anything else."""
     if isinstance(record, str):
         cells = [cell.strip() for cell in (record.split("\t") if "\t" in record else record.split())]
         quoted = [len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells]

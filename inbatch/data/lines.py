@@ -1,4 +1,4 @@
-"""Random access to the records of a file without holding them: their places mapped from an index, the bytes on disk."""
+"""Random access to the records of a file: an index of their places is mapped, and the bytes stay on disk."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ Visit = Callable[[Iterator[tuple[Any, Where]]], Arrays]
 class Rows(Sequence[T], Generic[T]):
     """A sequence of `count` items that are made on access, by `read(index)`; `where(index)` names one in messages.
 
-    files: what they are read from, if from files alone. nbytes: about what reading all of them reads.
+    files: the sources, if all are files. nbytes: about the bytes that reading all items reads.
     """
 
     def __init__(
@@ -62,6 +62,13 @@ class Rows(Sequence[T], Generic[T]):
         return map(self._read, rows)
 
 
+def chosen(items: Sequence[T], rows: Sequence[int] | np.ndarray) -> Rows[T]:
+    """Return some of the items, which may stay on disk, by their rows."""
+    where = items.where if isinstance(items, Rows) else "item {}".format
+    files = items.files if isinstance(items, Rows) else ()
+    return Rows(len(rows), lambda index: items[int(rows[index])], lambda index: where(int(rows[index])), files=files)
+
+
 def joined(parts: Sequence[Rows[T]]) -> Rows[T]:
     """Return several sequences as one, in order."""
     return parts[0] if len(parts) == 1 else _Joined(parts)
@@ -70,7 +77,7 @@ def joined(parts: Sequence[Rows[T]]) -> Rows[T]:
 class _Joined(Rows[T]):
     def __init__(self, parts: Sequence[Rows[T]]):
         self._parts, self._starts = parts, np.cumsum([0] + [len(part) for part in parts])
-        # Some without files: nothing can tell whether the whole is what it was.
+        # Without the files of every part nothing tells whether the whole has changed.
         files = [file for part in parts for file in part.files] if all(part.files for part in parts) else []
         nbytes = sum(part.nbytes for part in parts)
         super().__init__(int(self._starts[-1]), self._item, self._place, files=files, nbytes=nbytes)
@@ -107,10 +114,10 @@ def scanned(
     finish: Callable[[Arrays], Arrays] = dict,
     also: Sequence[Path] = (),
 ) -> Arrays:
-    """Return what one pass over all rows finds: `finish` of the arrays that `visit` makes of parts of them, joined.
+    """Return the result of one pass over all rows: `finish` of the arrays that `visit` makes of parts, joined.
 
-    visit: gets (item, its `where`) for consecutive rows, in one of several processes, and raises ValueError for a
-    broken one. The result is kept (see `inbatch.data.index`) while the rows' files, the files `also` read and
+    visit: gets (item, its `where`) of consecutive rows, in one of several processes; raises ValueError for a broken
+    item. The result is kept (see `inbatch.data.index`) while the rows' files, the other files read (`also`) and
     `settings` stay the same.
     """
 
@@ -126,9 +133,9 @@ def scanned(
 
 
 class Content:
-    """The bytes of a file, unpacked if its name ends in .gz; what `unpack` writes, where that is given.
+    """The bytes of a file, unpacked if its name ends in .gz; or the output of `unpack`, if given.
 
-    `content[a:b]` reads them, and `mapped()` maps them for a pass over all. What is unpacked is kept: see
+    `content[a:b]` reads them, and `mapped()` maps them for a pass over all. Unpacked bytes are kept, see
     `inbatch.data.index`.
     """
 
@@ -175,7 +182,7 @@ def _gunzip(path: Path, file: IO[bytes]) -> None:
 
 
 def json_value(line: bytes) -> Any:
-    """Parse one JSON value; ValueError says what is wrong, also of a key that stands twice: JSON would keep one."""
+    """Parse one JSON value; ValueError for bad JSON, and for a repeated key, of which json would keep the last."""
     try:
         text = line.decode().removeprefix("\ufeff")
         value = _DECODER.decode(text)
@@ -193,9 +200,9 @@ def _require_utf8(value: Any, text: str, start: int, stop: int) -> None:
 
 
 def _json_lines(block: bytes) -> Iterator[Any]:
-    """Yield what `json_value` would return for one line after the other, in half the time, up to a line that differs.
+    """Yield the value of one line after the other as `json_value` does, in half the time, up to an unusual line.
 
-    Such a line may be wrong, or blank, or begin with white space: the caller goes on from it with care.
+    Such a line may be wrong, or blank, or begin with white space: the caller goes on from there line by line.
     """
     try:
         text = block.decode()
@@ -236,9 +243,8 @@ def text_value(line: bytes) -> str:
 class Lines(Rows[Any]):
     """The records of a file, a line each unless `bounds` says otherwise, parsed on access. Blank lines are no records.
 
-    bounds: `stops` of the records and, where one does not begin behind the one before it, `starts`. skip: how many
-    lines at the top are no records. `parse(bytes)` raises ValueError with what is wrong, which is reported with the
-    record's place.
+    bounds: `stops` of the records and, unless each begins behind the one before it, `starts`. skip: the number of
+    lines at the top that hold no record. A ValueError of `parse(bytes)` is raised again with the record's place.
     """
 
     def __init__(
@@ -307,7 +313,7 @@ class Lines(Rows[Any]):
 
 
 def _blank_lines(data: bytes) -> int:
-    """Return where the first line begins that is not blank."""
+    """Return the place of the first line that is not blank."""
     start = 0
     while (stop := data.find(b"\n", start)) >= 0 and not data[start:stop].strip(_BLANK):
         start = stop + 1
@@ -315,7 +321,7 @@ def _blank_lines(data: bytes) -> int:
 
 
 def line_stops(content: Content) -> np.ndarray:
-    """Return where every line that is not blank ends, of `places_dtype`."""
+    """Return the ends of the lines that are not blank, of `places_dtype`."""
     dtype = places_dtype(len(content))
 
     def scan(numbers: range) -> np.ndarray:
@@ -331,7 +337,7 @@ def line_stops(content: Content) -> np.ndarray:
                 stops = np.append(stops, len(block))
             starts = np.append(0, stops[:-1] + 1)[: len(stops)]
             kept = (stops > starts) & (stops >= before)
-            # Short lines are the only ones that can be blank, so only they are looked at, one by one.
+            # Only short lines are tested, one by one: longer ones count as filled.
             for i in np.flatnonzero(kept & (stops - starts < _LONG)):
                 kept[i] = bool(block[starts[i] : stops[i]].strip(_BLANK))
             stops = stops[kept]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inbatch.data.columns import one_line
 from inbatch.data.lines import Content, Rows
 
 _BATCH_ROWS = 1 << 13
@@ -53,7 +54,7 @@ class ParquetRows(Rows[dict[str, Any]]):
         except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date beyond Python's
             if len(batch) > 1:
                 return [self._values(batch.slice(row, 1), first + row)[0] for row in range(len(batch))]
-            raise ValueError(f"{self.where(first)} holds what cannot be read: {_one_line(error)}") from None
+            raise ValueError(f"{self.where(first)} holds what cannot be read: {one_line(error)}") from None
 
 
 def _unpack(path: Path, names: list[str], target: IO[bytes]) -> None:
@@ -73,15 +74,11 @@ def _batches(path: Path, source: pq.ParquetFile, names: list[str], schema: pa.Sc
             batch.validate(full=True)  # a damaged offset would be read outside the file
             yield batch
     except (pa.ArrowException, OSError, MemoryError) as error:  # MemoryError: of an absurd size
-        raise ValueError(f"{path} is not a whole Parquet file: {_one_line(error)}") from None
+        raise ValueError(f"{path} is not a whole Parquet file: {one_line(error)}") from None
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:  # Unicode: pyarrow 17
-        raise ValueError(f"{path} is not a Parquet file: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is not a Parquet file: {one_line(error)}") from None

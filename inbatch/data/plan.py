@@ -1,4 +1,4 @@
-"""Which examples make up which batch: a pure function of (seed, step), so that nothing has to be saved to resume.
+"""The plan of batches: a pure function of (seed, step), so that nothing has to be saved to resume.
 
 Shapes: G rows of a global batch, S sources.
 """

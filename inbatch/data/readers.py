@@ -30,7 +30,7 @@ from inbatch.data.hub import PREFIX, open_hub
 from inbatch.data.identity import apart, distinct, id_pairs, merged, without_positives
 from inbatch.data.index import Arrays
 from inbatch.data.judged import is_judged, judged_examples, open_judged
-from inbatch.data.lines import Rows, Where, joined, scanned
+from inbatch.data.lines import Rows, Where, chosen, joined, scanned
 from inbatch.data.records import Example, Passage
 from inbatch.data.tables import find_files, find_part, name_of, open_json, open_table, suffix
 from inbatch.ids import stable_id
@@ -43,7 +43,7 @@ SETTINGS = ("path", "num_samples", "split", "columns", "corpus")
 class Source:
     """One opened source: its examples, which columns hold what (None: a judged folder), and `id_texts` of its ids.
 
-    also: files that examples are read from beside those of their rows; None where not all of it are files.
+    also: other files that examples are read from; None if some of it is not in files.
     """
 
     name: str
@@ -75,16 +75,16 @@ def open_examples(
 ) -> Examples:
     """Open the training examples of one or several sources, one after the other, with random access.
 
-    A source is a file, folder or glob of records, hf://owner/name[/subset] on the hub, a judged folder (BEIR and its
+    A source is a file, folder or glob of records, hf://owner/name[/subset] on the hub, a judged folder (BEIR and the
     like), of which `split` is read, a sequence of mappings such as a `datasets.Dataset`, or a mapping {path,
-    num_samples, split, columns, corpus} of a source and its own settings; docs/formats.md lists the formats. Columns
-    are found by their usual names or named by `columns` (our field -> column), in those sources that have them.
-    `corpus`: where documents are that records name by id, unless it lies beside them. `num_samples` examples of a
-    source are drawn by `seed`.
+    num_samples, split, columns, corpus} of a source and its settings; docs/formats.md lists the formats. Columns are
+    found by their usual names, or by `columns` (our field -> column) in the sources that have them. `corpus`: the place
+    of documents that records name by id, if it is not beside the records. `num_samples` examples of a source are drawn
+    by `seed`.
 
     Examples are parsed on access; memory holds their places in the file (about 4 bytes each), not their texts. Opening
-    reads everything once, so that whatever is wrong is said now: ValueError, naming file and place. What is not used is
-    named in a warning: columns, files, negatives that equal a positive, judged documents that are in no corpus.
+    reads everything once, and raises ValueError, naming file and place, for any mistake. Warnings name what is not
+    used: columns, files, negatives that equal a positive, judged documents that are in no corpus.
     """
     asked = [_settings(source, split, columns, corpus) for source in _listed(sources)]
     if not asked:
@@ -99,7 +99,7 @@ def open_examples(
 
 
 def _listed(sources: Any) -> list[Any]:
-    """Return the sources of an argument that may be one of them."""
+    """Return a list of sources, from one source or several."""
     if not isinstance(sources, (list, tuple)):
         return [sources]
     first = sources[0] if sources else None
@@ -138,7 +138,7 @@ class _Lookup:
         self._name, self._corpora = name, corpora
         self._corpus = asked["corpus"] if asked["corpus"] is not None else folder and find_part(folder, *CORPUS_NAMES)
         self._queries = folder and find_part(folder, f"queries.{asked['split']}", "queries")
-        # The corpora of a corpus-id file, all of whose documents are named by id; each record says which is its own.
+        # The corpora of a corpus-id file, which names all documents by id; each record names its corpus.
         self.by_id: list[str] | None = None
 
     @property
@@ -148,7 +148,7 @@ class _Lookup:
 
     @property
     def files(self) -> list[Path] | None:
-        """Return the files that examples may be read from beside their records; None if not all are files."""
+        """Return the files of documents and queries; None if not all are in files."""
         if self.by_id is not None:
             return [file for name in self.by_id for file in self._corpora[name].documents.files]
         if self._corpus is not None and not isinstance(self._corpus, (str, os.PathLike)):
@@ -156,7 +156,7 @@ class _Lookup:
         return [file for part in self.parts for file in find_files(part, None)]
 
     def open_for(self, record: Any, columns: Columns) -> None:
-        """Open what a first record names by id, so that not each of several processes has to."""
+        """Open what a first record names by id, before several processes would do so each."""
         if self.by_id is None and isinstance(record, Mapping):
             layout = columns.layout(record)
             if self._corpus is not None and any(not empty(record[column]) for column in layout["positive_ids"]):
@@ -215,7 +215,7 @@ def _open_records(place: Any, asked: Mapping[str, Any], corpora: Corpora, corpus
     examples = Rows(len(rows), read, rows.where, files=rows.files, nbytes=rows.nbytes)
     if len(lacking):
         notice(f"{name}: {len(lacking)} of {len(rows)} records have no positive, as DPR's may, and are left out")
-        examples = _chosen(examples, np.delete(np.arange(len(rows)), lacking))
+        examples = chosen(examples, np.delete(np.arange(len(rows)), lacking))
     if not len(examples):
         raise ValueError(f"{name}: no record has a positive: expected at least one in positive_ctxs")
     return Source(name=name, examples=examples, columns=columns, also=lookup.files, id_texts=found)
@@ -275,10 +275,10 @@ def _example(record: Any, columns: Columns, lookup: _Lookup, name: str, where: W
 def _scores(
     record: Mapping, full: Mapping, found: Mapping[str, list[Passage]], columns: Columns, where: Where
 ) -> list[float]:
-    """Return a teacher's scores of the positives, then of the negatives; where some lack none, and a note of it.
+    """Return a teacher's scores of the positives, then of the negatives; none, with a note, if some are missing.
 
-    A list of labels may hold the margins between the positive's score and the negatives' instead: to a softmax over
-    the scores they are the same.
+    A list of labels may instead hold the margins between the scores of the positive and of each negative, which give
+    the same softmax.
     """
     positives, negatives = (len(found[role]) for role in ("positive", "negative"))
     names = {role: full[role][0] for role in _SCORES if full[role]}
@@ -316,9 +316,9 @@ def _lacks_positive(record: Any, columns: Columns) -> bool:
 
 
 def _is_plain(record: Any, columns: Columns) -> bool:
-    """Return True for a record of texts alone in which `_example` finds nothing wrong, no id and no text left out.
+    """Return True for a record of texts alone that `_example` reads whole, without fault and without ids.
 
-    False says nothing. It takes a tenth of the time, and so do most records of most files.
+    False says nothing. This takes a tenth of the time of `_example`, and holds for most records of most files.
     """
     if type(record) is not dict:
         return False
@@ -379,9 +379,9 @@ def _by_id(value: Any, column: str, documents: Documents, corpus: str, where: Wh
 
 
 def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> tuple[np.ndarray, np.ndarray]:
-    """Parse every record once: what is broken must not wait for its step of a run, nor what is not read go unnamed.
+    """Parse every record once: report faults before the run, and name columns that are not read.
 
-    Return the ids and the texts that they come with, int64 [n, 2], and the rows of records to be left out.
+    Return the ids with their texts, int64 [n, 2], and the rows of records to be left out.
     """
 
     def visit(some: Iterator[tuple[Any, Where]]) -> Arrays:
@@ -404,7 +404,7 @@ def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> tu
             "lacking": np.array(lacking, np.int64), "counts": np.array([[number + 1, len(lacking)]]),
         }  # fmt: skip
 
-    if lookup.files is None:  # documents that are no files: nothing can tell whether they are what they were
+    if lookup.files is None:  # documents that are not in files: nothing tells whether they have changed
         rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)
     found = scanned(rows, "training examples", (columns.given, lookup.by_id), visit, also=lookup.files or ())
     columns.learn(found["columns"])
@@ -429,16 +429,7 @@ def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
         if number is not None and number > len(examples):
             notice(f"{source.name}: num_samples is {number}, but there are {len(examples)}: all are taken")
         return examples
-    return _chosen(examples, np.array(random.Random(seed).sample(range(len(examples)), number)))
-
-
-def _chosen(examples: Rows[Example], chosen: np.ndarray) -> Rows[Example]:
-    return Rows(
-        len(chosen),
-        lambda index: examples[int(chosen[index])],
-        lambda index: examples.where(int(chosen[index])),
-        files=examples.files,
-    )
+    return chosen(examples, np.array(random.Random(seed).sample(range(len(examples)), number)))
 
 
 def _check_given(opened: Sequence[Columns | None], name: str, columns: GivenColumns | None) -> None:

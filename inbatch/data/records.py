@@ -1,7 +1,8 @@
-"""What travels through the package's data side: examples, training batches, retrieval sets."""
+"""The records of the data side: examples, training batches, retrieval sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Example:
     """One query with its known positives (at least one) and its hard negatives (possibly none).
 
     ``corpus`` names what the ids belong to: equal ids of two corpora are different documents. ``query_prefix`` and
-    ``passage_prefix`` are the instructions that the data itself brings, instead of the collator's; None if it has none.
+    ``passage_prefix`` are the data's instructions, which replace the collator's; None if the data has none.
     ``scores`` are a teacher's, of the positives and then of the negatives; empty if the record has none.
     ``left_out`` counts the negatives that were dropped because they equal a positive.
     """
@@ -81,21 +82,12 @@ class TrainBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
         """Return the same batch with every tensor on ``device``."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(tensor) for name, tensor in value.items()}
+            return None if value is None else value.to(device, non_blocking=non_blocking)
 
-        return TrainBatch(
-            queries={name: move(tensor) for name, tensor in self.queries.items()},
-            passages={name: move(tensor) for name, tensor in self.passages.items()},
-            positives=move(self.positives),
-            query_ids=move(self.query_ids),
-            passage_ids=move(self.passage_ids),
-            positive_ids=move(self.positive_ids),
-            candidates=None if self.candidates is None else move(self.candidates),
-            mask_own_negatives=None if self.mask_own_negatives is None else move(self.mask_own_negatives),
-            weights=None if self.weights is None else move(self.weights),
-            teacher_scores=None if self.teacher_scores is None else move(self.teacher_scores),
-        )
+        return TrainBatch(**{name: move(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from inbatch.data.columns import Columns, listed, not_read, show
+from inbatch.data.columns import Columns, listed, not_read, one_line, show
 from inbatch.data.index import Arrays, arrays_made_once
 from inbatch.data.json_spans import elements, members
 from inbatch.data.lines import Lines, Rows, joined, json_value, places_dtype, text_value
@@ -64,13 +64,13 @@ def open_file(path: Path, columns: Columns) -> Rows[Any]:
     if kind == ".json":
         rows, corpora = open_json(path)
         if corpora is not None:
-            raise ValueError(f"{path} names corpora: give it as a source of its own, not in a folder or glob")
+            raise ValueError(f"{path} names corpora: give it as a separate source, not in a folder or glob")
         return rows
     raise ValueError(f"{path} is of no known kind: expected {KINDS}")
 
 
 def suffix(path: Path) -> str:
-    """Return the ending that says what a file holds, less .gz, in lower case."""
+    """Return the ending of a file's name, before .gz, in lower case."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
@@ -78,7 +78,7 @@ def suffix(path: Path) -> str:
 
 
 def find_part(folder: Path, *stems: str) -> Path | None:
-    """Return the first file or folder of a name without its ending, such as corpus: corpus.jsonl.gz or corpus/."""
+    """Return the first file or folder of these stems: for corpus, corpus.jsonl.gz or corpus/."""
     for stem in stems:
         for name in (stem + ending + packed for ending in SUFFIXES for packed in ("", ".gz")):
             if (folder / name).is_file():
@@ -94,7 +94,7 @@ def has_split(folder: Path, split: str) -> bool:
 
 
 def name_of(source: Any) -> str:
-    """Return what a source is called in messages."""
+    """Return the name of a source for messages."""
     return str(source) if isinstance(source, (str, os.PathLike)) else f"the given {type(source).__name__}"
 
 
@@ -132,14 +132,14 @@ def _shards(folder: Path, split: str | None, without: Sequence[Path]) -> list[Pa
             f"{folder} holds several sets, in {places[:20]}: name one of them, or all by a glob such as "
             f"{str(folder / '**' / ('*' + suffix(taken[0])))!r}"
         )
-    # A split that was not asked for needs no mention; a corpus has none, so what is left of it does.
+    # Files of other splits need no mention. A corpus has no splits, so all its files that are not read do.
     rest = [file for file, name in files.items() if file not in taken and (name is None or split is None)]
     not_read(str(folder), [str(file.relative_to(folder)) for file in rest])
     return taken
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a file's name, or else the folder next above it, is named by."""
+    """Return the split in a file's name, or else in that of the nearest folder above."""
     for part in reversed(path.parts):
         if match := _SPLIT.search(part):
             return _SAME_SPLIT.get(match[1].lower(), match[1].lower())
@@ -155,7 +155,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def is_datasets_folder(path: Path) -> bool:
-    """Return True for what `datasets` writes with save_to_disk."""
+    """Return True for a folder that save_to_disk of `datasets` wrote."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -167,7 +167,7 @@ def _load_from_disk(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # of any class, from JSON to Arrow
-        raise ValueError(f"{path} cannot be read by datasets.load_from_disk: {_one_line(error)}") from None
+        raise ValueError(f"{path} cannot be read by datasets.load_from_disk: {one_line(error)}") from None
 
 
 def _sequence(source: Any, columns: Columns, split: str | None, name: str) -> Rows[Any]:
@@ -184,7 +184,7 @@ def _sequence(source: Any, columns: Columns, split: str | None, name: str) -> Ro
         try:
             return source[index]
         except Exception as error:
-            raise ValueError(f"{where(index)} cannot be read: {_one_line(error)}") from None
+            raise ValueError(f"{where(index)} cannot be read: {one_line(error)}") from None
 
     def where(index: int) -> str:
         return f"{name}, record {index + 1}"
@@ -198,10 +198,10 @@ def _sequence(source: Any, columns: Columns, split: str | None, name: str) -> Ro
 
 
 def open_json(path: Path) -> tuple[Lines, Any]:
-    """Return the records of a .json file, and what it says of corpora (None: nothing).
+    """Return the records of a .json file, and its value of `corpus` (None: absent).
 
-    It is a list of records, an object {data: [...]} or {corpus, data: [...]}, or has one record a line, as some write
-    it. Only the places of the records are kept, whatever the layout.
+    It is a list of records, an object {data: [...]} or {corpus, data: [...]}, or has one record a line. Only the places
+    of the records are kept, whatever the layout.
     """
     lines = Lines(path)
     try:
@@ -266,8 +266,8 @@ def _next(data: memoryview, start: int) -> int:
 def _delimited(path: Path, columns: Columns) -> Lines:
     """Return the rows of a CSV or TSV file, under the names of its header.
 
-    The cells of a .csv may be quoted, over several lines too. So may those of a .tsv with a header, if its quotes obey
-    the rules of CSV throughout; else, and in MS MARCO's files without a header, quotes are text.
+    The cells of a .csv may be quoted, over several lines too; so may those of a .tsv with a header, if all its quotes
+    obey the rules of CSV. Otherwise, and in MS MARCO's files without a header, quotes are text.
     """
     lines = Lines(path, text_value)
     if not len(lines):
@@ -338,7 +338,7 @@ def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
 
 
 def _csv_rows(lines: Lines, delimiter: str, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield each row's first line and the one after it, twice the same for a row without text.
+    """Yield the first line of each row and of the next one, or twice the same for a row without text.
 
     ValueError for a row that is not CSV, or has other cells.
     """
@@ -371,7 +371,3 @@ def _plain_row(names: Sequence[str], line: bytes) -> dict[str, str | None]:
 def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, str | None]:
     """Return the cells by name; an empty one is null, which these files cannot tell from an empty text."""
     return {name: cell or None for name, cell in zip(names, cells, strict=True)}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{error or type(error).__name__}".split())[:300]

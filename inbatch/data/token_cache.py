@@ -1,9 +1,9 @@
-"""Tokens once: what a tokenizer made of each text, kept in two files that all ranks, workers and runs share.
+"""The tokens of each text, kept in two files that all ranks, workers and runs share, so that it is tokenised once.
 
 `NAME.entries` holds one entry a text, appended: a header (digest of text and length limit, checksum, number of tokens)
 and the tokens. `NAME.table` is a hash table of their places, in buckets of eight. Nothing is locked: an entry counts
-only if its header has the digest of the very text asked for and its checksum is right, so what another process
-overwrote, did not finish, cut or belongs to another text is a text that is not there, and is tokenised again.
+only if its header has the digest of the text asked for and its checksum is right. An entry that another process
+overwrote, cut or did not finish counts as missing, and its text is tokenised again.
 
 Shapes: B texts, T token positions.
 """
@@ -40,9 +40,8 @@ class TokenCache:
     """`tokenize(texts, max_length)` with a memory: the same tensors, bit for bit.
 
     tokenize: returns padded int64 `input_ids` and `attention_mask` [B, T], T the longest text's length, every row
-    tokenised for itself. path: how the files' names begin; it names what else decides the tokens, the tokenizer and its
-    settings. texts: about how many there are. pad_id, padding_side: how rows are padded. Where nothing can be written,
-    tokenising goes on.
+    tokenised alone. path: the beginning of the files' names, which must tell tokenizers and their settings apart.
+    texts: about their number. pad_id, padding_side: how rows are padded. If nothing can be written, tokenising goes on.
     """
 
     def __init__(self, tokenize: Tokenize, path: Path, *, texts: int, pad_id: int, padding_side: str = "right"):
@@ -167,7 +166,7 @@ def with_memory(
     elif writable(Path(kept)):
         path = Path(kept) / "-".join(named)
     else:
-        raise ValueError(f"data.token_cache is {kept!r}, which is no folder that can be written to: name another")
+        raise ValueError(f"data.token_cache is {kept!r}, which is not a writable folder: name another")
     first = examples[0]
     return TokenCache(
         tokenize,

@@ -61,12 +61,12 @@ print(model.similarity(queries, documents))
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
     """Upload a saved folder to the hub as `repo_id`, which is made where it is missing; return its address.
 
-    Sign in with `hf auth login`, or set HF_TOKEN. Raises ValueError for a folder that is no model, and with the hub's
+    Sign in with `hf auth login`, or set HF_TOKEN. Raises ValueError for a folder without a model, and with the hub's
     words where it refuses.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("modules.json", "query/modules.json")):
-        raise ValueError(f"{folder} is no saved model: expected a folder with modules.json")
+        raise ValueError(f"{folder} is not a saved model: expected a folder with modules.json")
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")

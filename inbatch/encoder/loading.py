@@ -44,17 +44,17 @@ def local_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
-            raise ValueError(f"{name} is no model: the folder has neither config.json nor modules.json")
+            raise ValueError(f"{name} is not a model: the folder has neither config.json nor modules.json")
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ValueError(f"{name} is no model: there is no such folder")
+        raise ValueError(f"{name} is not a model: there is no such folder")
     try:
         path = snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_OTHER_RUNTIMES)
         if not any(Path(path).glob("**/*.safetensors")):
             path = snapshot_download(name, allow_patterns=[*_FILES, "*.bin"], ignore_patterns=_OTHER_RUNTIMES)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name!r} is no folder here, and the hub has no such model for us: {reason}") from error
+        raise ValueError(f"{name!r} is not a folder here, and the hub has no such model: {reason}") from error
     return Path(path)
 
 

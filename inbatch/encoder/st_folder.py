@@ -110,7 +110,7 @@ def read_layout(folder: Path) -> Folder | None:
         except UnsupportedError as error:  # sentence-transformers' class for one vector a text would not open it either
             raise ValueError(str(error)) from None
     if model_type not in (None, "SentenceTransformer"):
-        raise ValueError(f"{folder}: model_type {model_type:.80} with the modules {kinds!s:.200} is no bi-encoder")
+        raise ValueError(f"{folder}: model_type {model_type:.80} with the modules {kinds!s:.200} is not a bi-encoder")
     prompts = _read_prompts(folder, top)
     similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
     truncate_dim = top.take("truncate_dim", "a positive integer")
@@ -181,7 +181,7 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
         isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("type", "path"))
         for module in modules
     ):
-        raise ValueError(f"{path} is no list of modules: expected objects, each with a type and a path")
+        raise ValueError(f"{path} is not a list of modules: expected objects, each with a type and a path")
     for module in modules:
         if module["path"].startswith("/") or ".." in Path(module["path"]).parts:
             raise ValueError(f"{path}: the path {module['path']!r:.200} leads out of the model's folder")

@@ -105,7 +105,7 @@ def evaluate(
 def _check_writable(path: Path) -> None:
     """Raise ValueError where no file of this name can be written; make the folder it goes into."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"the run cannot be written to {path}, which is no file: name a file")
+        raise ValueError(f"the run cannot be written to {path}, which is not a file: name a file")
     try:
         with replacing(path.with_name(f".{path.name}.trial")) as trial:
             trial.touch()

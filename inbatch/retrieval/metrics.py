@@ -48,7 +48,7 @@ def parse_measure(name: str) -> Measure:
         letters, options, digits = re.findall(r"([^\W\d]*)(\(.*\))?\D*(\d*)", name.strip())[0]
         near = difflib.get_close_matches(letters.lower(), known, n=1, cutoff=0.4)
         meant = f"{known[near[0]] if near else 'nDCG'}{options}@{digits or 10}"
-        raise ValueError(f"{name!r} is no measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
+        raise ValueError(f"{name!r} is not a measure; did you mean {meant}? Known are {', '.join(sorted(_MEASURES))}")
     base = "Accuracy" if match["name"] == "Accuracy" else base
     cutoff = f"@{match['cutoff']}" if match["cutoff"] else ""
     at_recall = _MEASURES[base].AT_PARAM == "recall"  # a fraction, where others count documents

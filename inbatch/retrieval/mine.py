@@ -20,7 +20,8 @@ from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
 from inbatch.data.files import naming, partial, publish, remove, sync, write_json
 from inbatch.data.identity import normalised
-from inbatch.data.judged import Chosen, is_judged
+from inbatch.data.judged import is_judged
+from inbatch.data.lines import chosen
 from inbatch.ids import stable_id
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import share
@@ -127,7 +128,7 @@ def _distinct(texts: Sequence[str]) -> tuple[list[int], dict[int, int], Sequence
             keys[key] = len(first)
             first.append(place)
         rows.append(keys.get(key, -1))
-    return rows, keys, Chosen(texts, first)
+    return rows, keys, chosen(texts, first)
 
 
 Scores = Callable[[range, Tensor], Tensor]  # (queries' rows, pairs [P, 2]) -> [P] on the CPU, the same on every rank

@@ -54,7 +54,7 @@ def test_a_judged_folder_and_a_corpus(tmp_path):
     listwise = write_jsonl(folder / "listwise.jsonl", [{"query": "q", "docs": ["p", "n"], "labels": [1, 0]}])
     notes = [line for line in describe(listwise).splitlines() if line.startswith("note: ")]
     assert "not read: 'docs', 'labels'" in notes[0]
-    assert "shown as documents, since it is no training data" in notes[1]
+    assert "shown as documents, since it is not training data" in notes[1]
     assert "none is known to be the positive" in notes[1]
 
 

@@ -181,7 +181,7 @@ def test_incomplete_beir_folder(tmp_path):
     with pytest.raises(ValueError, match=r"set has no queries\.jsonl \(nor queries\.jsonl\.gz\)") as error:
         load_retrieval(folder)
     one_line(error)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         load_retrieval(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="leave `columns` out"):
         open_examples(write_beir(tmp_path / "other"), columns={"query": "q"})

@@ -165,7 +165,7 @@ def test_where_it_is_kept(tmp_path, monkeypatch):
     assert len(kept(tmp_path / "given")) == 4
     assert len(open_examples(path)) == 300
     monkeypatch.setenv("INBATCH_CACHE", str(path))
-    with pytest.raises(ValueError, match=r"INBATCH_CACHE is .*no folder that can be written to") as error:
+    with pytest.raises(ValueError, match=r"INBATCH_CACHE is .*not a writable folder") as error:
         open_examples(path)
     one_line(error)
 

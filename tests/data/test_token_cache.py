@@ -228,7 +228,7 @@ def test_where_tokens_are_kept(tmp_path):
     for which in (tokenizer, tokenizer, other):
         memory(str(tmp_path / "given"), repeats=False, tokenizer=which)(["a"], 9)
     assert len(list((tmp_path / "given").iterdir())) == 4
-    with pytest.raises(ValueError, match=r"data.token_cache is .*no folder that can be written to") as error:
+    with pytest.raises(ValueError, match=r"data.token_cache is .*not a writable folder") as error:
         memory(str(path))
     one_line(error)
 

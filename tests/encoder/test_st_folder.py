@@ -295,8 +295,8 @@ def test_files_of_a_folder_that_say_nothing(folders, tmp_path):
                 '{"max_seq_length": "\xe9"}',
                 r"sentence_bert_config\.json is not valid JSON",
             ),
-            ("modules.json", "{}", r"modules\.json is no list of modules"),
-            ("modules.json", '[{"type": "Transformer"}]', r"modules\.json is no list of modules"),
+            ("modules.json", "{}", r"modules\.json is not a list of modules"),
+            ("modules.json", '[{"type": "Transformer"}]', r"modules\.json is not a list of modules"),
         )
     ):
         folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
@@ -319,9 +319,9 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
     shutil.copytree(folders["bert"], tmp_path / "no-tokens")
     (tmp_path / "no-tokens" / "tokenizer.json").write_text("[]")
     for path, message in (
-        (tmp_path / "missing", "missing is no model: there is no such folder"),
+        (tmp_path / "missing", "missing is not a model: there is no such folder"),
         (tmp_path, "no model: the folder has neither config.json"),
-        ("nobody/no-such-model", "'nobody/no-such-model' is no folder here, and the hub has no such model"),
+        ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here, and the hub has no such model"),
         ("./here/nothing", "no such folder"),
         (tmp_path / "adapter", "names no base_model_name_or_path"),
         (tmp_path / "broken", "cannot be opened as a transformers model"),

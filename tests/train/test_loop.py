@@ -345,7 +345,7 @@ def test_kept_tokens_change_nothing(folder, tmp_path):
     assert len(lines["read"]) == 9
     assert {path.suffix for path in (tmp_path / "kept").iterdir()} == {".entries", ".table"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"data.token_cache is .*no folder that can be written to"):
+    with pytest.raises(ValueError, match=r"data.token_cache is .*not a writable folder"):
         train(make_config(folder, tmp_path / "refused", data={"token_cache": str(tmp_path / "file")}))
 
 

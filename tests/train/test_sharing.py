@@ -80,7 +80,7 @@ def test_a_run_from_python_is_watched_and_leaves_a_card_that_repeats_it(folder, 
     assert (asked, private, not_said) == ("me/it", True, None)
     assert files == again >= {"README.md", "modules.json", "model.safetensors", "tokenizer.json"}
     for arguments, message in (
-        ([str(folder / "beir"), "me/it"], "is no saved model"),
+        ([str(folder / "beir"), "me/it"], "is not a saved model"),
         ([str(tmp_path / "files" / "model"), "not mine"], "the hub takes no not mine: Repo id must be"),
     ):
         assert cli.run(["push", *arguments]) == 1
