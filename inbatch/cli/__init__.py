@@ -1,6 +1,6 @@
 """The command line: `inbatch train | check | evaluate | encode | mine | group | data | audit | export | push`.
 
-A mistake of the user's ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
+A user's mistake ends every rank with status 1 and one line. INBATCH_TRACEBACK=1 shows where it was raised.
 """
 
 import argparse
@@ -62,11 +62,11 @@ def main() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process without the interpreter's finalisation and C++ destructors.
+    """End the process without the interpreter's finalisation and C++ destructors.
 
-    A rank that failed would wait there for its peers. One that is done would at times abort: threads of
-    torch.distributed outlive the process group, and one that asks for the interpreter while it ends takes the process
-    with it. What was to run at exit still does after success, such as ending processes that compile.
+    A rank that failed would wait there for its peers. A rank that succeeded would at times abort: threads of
+    torch.distributed outlive the process group, and may ask for the interpreter while it ends. After success the
+    functions of atexit run, such as those that end compiling processes.
     """
     if status == 0:
         atexit._run_exitfuncs()
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse a command other than `train`; what `check` does not know are overrides of the configuration."""
+    """Parse a command other than `train`; arguments unknown to `check` are overrides of the configuration."""
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
     if rest and known.command != "check":
@@ -119,11 +119,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parse_train(arguments: list[str]) -> argparse.Namespace:
-    """CONFIG comes first, and is optional; what this parser does not know are overrides of the configuration."""
+    """Parse CONFIG, which is optional, and options; unknown ones are overrides of the configuration."""
     config = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    parser = argparse.ArgumentParser(
-        prog="inbatch train", parents=[common_options()], add_help=False, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("inbatch train", parents=[common_options()], add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--from-nemo", metavar="RECIPE")
     parser.add_argument("--print_config", "--print-config", action="store_true")
@@ -154,7 +152,7 @@ def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") 
     collectives.stop()
 
 
-# ---- the commands, each after its name; what they need is imported when they run, so that --help is quick
+# ---- the commands, each under its name; they import what they need when they run, so that --help is quick
 
 
 def _load_config(known: argparse.Namespace, *, say: bool = True) -> "Config":
@@ -172,24 +170,21 @@ def _load_config(known: argparse.Namespace, *, say: bool = True) -> "Config":
     return config
 
 
-def _print_config(known: argparse.Namespace) -> None:
-    from inbatch.train.config import dump
-
-    print(dump(_load_config(known)), end="")
-
-
 def _train(known: argparse.Namespace) -> None:
-    if known.print_config:
-        return _print_config(known)
     config = _load_config(known)
+    if known.print_config:
+        from inbatch.train.config import dump
+
+        print(dump(config), end="")
+        return
     with _processes(config.train.device, config.train.timeout_minutes, "train.timeout_minutes") as device:
         import torch
 
         from inbatch.train.loop import train
 
         if device.type == "cuda":
-            # What torch still computes on the CPU is small. Its pool of threads would compete for the cores with the
-            # workers that tokenise and the thread that launches kernels, and then wait for its own slowest thread.
+            # Torch computes little on the CPU here. Its threads would compete for the cores with the workers that
+            # tokenise and the thread that launches kernels.
             torch.set_num_threads(1)
         train(config, device=device)
 

@@ -1,4 +1,4 @@
-"""Processes on this machine, and what is said of a failure: once, in one line."""
+"""Processes on this machine, and the report of a failure: once, in one line."""
 
 import ctypes
 import json
@@ -21,13 +21,12 @@ _last_word = threading.Event()
 
 
 def launch(arguments: list[str], processes: int) -> int:
-    """Run the command `inbatch ARGUMENTS` in several processes on this machine and return the status of the first end
-    that was no success, 0 if there is none.
+    """Run the command `inbatch ARGUMENTS` in several processes on this machine; return the first status other than 0.
 
     SIGINT, SIGTERM and SIGHUP go to all of them. None outlives this process, however it ends.
     """
     with socket.socket() as reserved:
-        # Bound and never listened on: the kernel gives the port to nobody, and rank 0 may listen on it.
+        # Bound but not listened on: the kernel gives the port to no other process, and rank 0 may listen on it.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         environment = os.environ | {
@@ -81,7 +80,7 @@ def _forward(number: int, ranks: list[subprocess.Popen]) -> None:
 
 
 def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
-    """Wait for the ranks, say why the first of them failed, and return its status."""
+    """Wait for the ranks, print why the first one failed, and return its status."""
     said, ended = b"", {}
     deadline = float("inf")
     while len(ended) < len(ranks) and time.monotonic() < deadline:
@@ -95,8 +94,13 @@ def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
     reports = [json.loads(line) for line in (said + _read(reading)).splitlines()]
     failed = {rank: status for rank, status in ended.items() if status}
     silent = {rank: failed[rank] for rank in failed.keys() - {report["rank"] for report in reports}}
-    _report_killed(silent)
-    # A rank that lost another one says less than that one, and less than its end.
+    for rank, status in sorted(silent.items()):
+        how = f"ended with status {status} and said nothing"
+        if status < 0:
+            hint = " (memory may have run out)" if -status == signal.SIGKILL else ""
+            how = f"was ended by {signal.Signals(-status).name}{hint}"
+        print(f"inbatch: error: rank {rank} {how}", file=sys.stderr)
+    # A rank that lost its connection to another says less than that rank's report, or its end.
     causes = [report for report in reports if report["cause"]] or ([] if silent else reports)
     for message in dict.fromkeys(report["message"] for report in causes if report["message"]):
         print(f"inbatch: error: {message}", file=sys.stderr)
@@ -110,18 +114,8 @@ def _read(reading: int) -> bytes:
         return b""
 
 
-def _report_killed(statuses: dict[int, int]) -> None:
-    """Name the ranks that ended without a word."""
-    for rank, status in sorted(statuses.items()):
-        how = f"ended with status {status} and said nothing"
-        if status < 0:
-            hint = " (memory may have run out)" if -status == signal.SIGKILL else ""
-            how = f"was ended by {signal.Signals(-status).name}{hint}"
-        print(f"inbatch: error: rank {rank} {how}", file=sys.stderr)
-
-
 def no_fault_of_this_process(error: BaseException) -> str | None:
-    """Return what to say of an end that came from outside, whose traceback would tell nothing, or None."""
+    """Return the message for a failure caused outside this process, whose traceback would not help, or None."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -137,10 +131,10 @@ def no_fault_of_this_process(error: BaseException) -> str | None:
 
 
 def report(message: str, *, cause: bool = True) -> None:
-    """Say why this process ends: one line on stderr, from one of this machine's ranks.
+    """Print why this process ends: one line on stderr, from one of this machine's ranks.
 
-    The launcher says it where there is one; torchrun repeats it in its last report. cause: False where another rank is
-    to blame, which may say more.
+    A launcher of ours prints it for the rank; torchrun repeats it in its last report. cause: False if another rank is
+    to blame, whose report may say more.
     """
     if _last_word.is_set():
         return
@@ -165,7 +159,7 @@ def report(message: str, *, cause: bool = True) -> None:
 
 
 def report_last(message: str) -> None:
-    """Report, and nothing after it: what the main thread meets from here on is a consequence."""
+    """Report this and nothing after it: later errors of the main thread are consequences."""
     report(message)
     _last_word.set()
 

@@ -8,19 +8,17 @@ from typing import Any
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "text": _is_text,
+    "text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
     "a positive integer": lambda value: type(value) is int and value >= 1,
     "an object": lambda value: isinstance(value, dict),
     "an object of texts": lambda value: (
-        isinstance(value, dict) and all(_is_text(text) or text is None for text in value.values())
+        isinstance(value, dict) and all(isinstance(text, str | None) for text in value.values())
     ),
-    "text or a list of texts": lambda value: _is_text(value) or (isinstance(value, list) and all(map(_is_text, value))),
+    "text or a list of texts": lambda value: all(
+        isinstance(text, str) for text in (value if isinstance(value, list) else [value])
+    ),
     "'left' or 'right'": lambda value: value in ("left", "right"),
     f"one of {', '.join(SIMILARITIES)}": lambda value: value in SIMILARITIES,
 }
@@ -31,7 +29,7 @@ class UnsupportedError(ValueError):
 
 
 class Settings:
-    """The settings of one file, taken one by one; `done` refuses by name what nobody took."""
+    """The settings of one file, taken one by one; `done` refuses the rest by name."""
 
     def __init__(self, path: Path, values: dict[str, Any], inner: str = ""):
         self._path, self._where, self._left = path, f"{path}: {inner}", dict(values)
@@ -44,7 +42,7 @@ class Settings:
         return value
 
     def require(self, key: str, *usual: Any) -> None:
-        """Refuse a value other than these, of which the first is meant where the key is absent."""
+        """Refuse a value other than these; the first is the default."""
         value = self._left.pop(key, usual[0])
         if not any(type(value) is type(allowed) and value == allowed for allowed in usual):
             raise UnsupportedError(f"{self._where}{key} {short(value)} is not supported")

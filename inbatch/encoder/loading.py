@@ -1,4 +1,4 @@
-"""Opening a backbone and its tokenizer: where they are, and what their configuration must say.
+"""Open a backbone and its tokenizer, and check that they fit their configuration and each other.
 
 Shapes: B texts, T token positions, D dimension.
 """
@@ -35,7 +35,7 @@ _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _OTHER_RUNTIMES = ["onnx/*", "openvino/*"]
 # Words, signs and letters that most vocabularies lack.
 _PROBE = "The 1st text, \u00fcn\u00efc\u00f6de: \u4e16\u754c \U0001f600."
-# Decoders that heed config.is_causal = False, each held by a test; any other one is asked, by a forward pass.
+# Decoders that heed config.is_causal = False, as tests show; others are tried by a forward pass.
 BIDIRECTIONAL_DECODERS = ("llama", "ministral3", "qwen3")
 
 
@@ -66,7 +66,7 @@ def load_backbone(
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Open the backbone in folder / home; ValueError in one line, before anything large is built, where it is wrong."""
+    """Open the backbone in folder / home; for faults ValueError in one line, before anything large is built."""
     place = folder / home
     if (adapter := read_object(folder, str(Path(home, "adapter_config.json")))) is not None:
         return _with_adapter(place, adapter, dtype, attn_implementation, trust_remote_code=trust_remote_code)
@@ -120,15 +120,12 @@ def in_one_line(error: BaseException) -> str:
     """Return the error's text, and its class where the text alone says little."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else f"{text[:297]}..."
-    return (
-        text
-        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
-        else f"{type(error).__name__}: {text}"
-    )
+    clear = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    return text if clear else f"{type(error).__name__}: {text}"
 
 
 def _refuse_custom_code(path: Path, values: dict[str, Any], *, known: bool) -> None:
-    """Say what code is not run: an error, or a warning where transformers has a class of that name."""
+    """Name custom code that is not run: by an error, or by a warning if transformers has a class of that name."""
     auto_map = values.get("auto_map", {})
     if not isinstance(auto_map, dict):
         raise ValueError(f"{path}: auto_map is {auto_map!r:.80}; expected an object")
@@ -151,10 +148,10 @@ def _weights_of(place: Path) -> tuple[int | None, int]:
 
 
 def _require_countable(place: Path, values: dict[str, Any]) -> None:
-    """ValueError where transformers would loop over more layers, experts or labels than the weights can hold."""
+    """Raise ValueError if transformers would loop over more layers, experts or labels than the weights can hold."""
     tensors, _ = _weights_of(place)
     for key, value in _numbers(values):
-        limit = max(512, tensors or 0) if tensors is not None else 4096
+        limit = 4096 if tensors is None else max(512, tensors)
         if re.search(r"(layers?|blocks|experts|labels|stages)$", key) and value > limit:
             raise ValueError(f"config.json: {key} is {value}, more than its weights can hold")
 
@@ -168,7 +165,7 @@ def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
 
 
 def _require_weights_for(place: Path, config: PretrainedConfig) -> None:
-    """ValueError where the model that config.json describes is far larger than the weights beside it."""
+    """Raise ValueError if the model in config.json is far larger than the weights beside it."""
     with torch.device("meta"):
         model = AutoModel.from_config(deepcopy(config), trust_remote_code=False)
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -182,7 +179,7 @@ def _require_weights_for(place: Path, config: PretrainedConfig) -> None:
 def load_tokenizer(
     folder: Path, options: Mapping[str, Any] | None = None, *, lower_case: bool, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Open the tokenizer with these options of its own; lower_case puts a Lowercase in front, saved with it."""
+    """Open the tokenizer with these options; lower_case puts a Lowercase in front, which is saved with it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **(options or {}))
     except (KeyboardInterrupt, SystemExit):
@@ -202,7 +199,7 @@ def load_tokenizer(
 
 
 def cut_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
-    """Return the padding and truncation that tokenizer.json would be saved with; each call sets them anew."""
+    """Return the padding and truncation that tokenizer.json would be saved with; each tokenization changes them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return (None, None) if backend is None else (backend.padding, backend.truncation)
 
@@ -230,7 +227,7 @@ def _lower_case(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError where transformers made up an empty vocabulary, to which a text is nothing but unknown tokens."""
+    """Raise ValueError if transformers made up an empty vocabulary, which makes every token unknown."""
     # Merges or settings alone hold no tokens. Tokenizers of bytes or characters need no file.
     other = ("merges_file", "normalizer_file", "tokenizer_config_file")
     names = sorted(name for kind, name in tokenizer.vocab_files_names.items() if kind not in other)
@@ -266,17 +263,17 @@ def set_attention(backbone: PreTrainedModel, bidirectional: bool | None, default
 
 
 def _is_decoder(backbone: PreTrainedModel) -> bool:
-    """Return whether its attention looks back only, unless told otherwise."""
+    """Return True if its attention looks back only by default."""
     if any(getattr(module, "is_causal", False) is True for module in backbone.modules()):
         return True
-    # Some decoders do not say so in their modules; they are the ones without a masked-language model.
+    # The modules of some decoders do not say so; those have no masked-language model.
     kind = backbone.config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 @torch.no_grad()
 def _require_bidirectional(backbone: PreTrainedModel) -> None:
-    """ValueError unless the first token's state feels the last token."""
+    """Raise ValueError unless the first token's state depends on the last token."""
     ids_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=backbone.device)
     states_BTD = backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).last_hidden_state
     if torch.equal(states_BTD[0, 0], states_BTD[1, 0]):
@@ -287,7 +284,7 @@ def _require_bidirectional(backbone: PreTrainedModel) -> None:
 
 
 def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
-    """Return (positions that a learned table offers, number of its first one); (None, 0) without such a table."""
+    """Return (number of positions in a learned table, number of the first); (None, 0) without such a table."""
     for module in backbone.modules():
         table = getattr(module, "position_embeddings", getattr(module, "wpe", None))
         if isinstance(table, nn.Embedding):
@@ -299,7 +296,7 @@ def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
 
 
 def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
-    """ValueError where the tokenizer gives what the backbone cannot take: ids, types, or a limit that is none."""
+    """Raise ValueError for a tokenizer that does not fit the backbone: its ids, token types or length limit."""
     limit = tokenizer.model_max_length
     if type(limit) not in (int, float) or limit < 1 or (limit < _NO_LIMIT and type(limit) is float):
         raise ValueError(f"{place}: the tokenizer's model_max_length is {limit!r:.60}; expected a positive integer")
@@ -332,7 +329,7 @@ def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTr
 
 
 def padding_shifts(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, pooling: str) -> str | None:
-    """Return what padding on the left shifts in sentence-transformers, which counts it in; None where nothing."""
+    """Return what padding on the left shifts in sentence-transformers, which counts padding; None for nothing."""
     if tokenizer.padding_side != "left":
         return None
     if pooling == "weighted_mean":
@@ -344,7 +341,7 @@ def padding_shifts(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel
 def length_limit(
     place: Path, saved: int | None, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel
 ) -> int | None:
-    """Return the tokens that a text is cut to: what was saved, else the least that tokenizer and config state."""
+    """Return the tokens that a text is cut to: the saved limit, else the least of tokenizer and config."""
     positions = position_table(backbone)[0]
     if saved is not None:
         if positions is None or saved <= positions:

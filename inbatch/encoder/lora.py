@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) on the backbone, through peft; saved as an adapter, or merged into the weights before.
+"""LoRA (Hu et al. 2021) on the backbone, through peft; saved as an adapter, or merged into the weights.
 
 Like the other modules for training, it changes a BiEncoderModel in place.
 """
@@ -24,7 +24,7 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     seed: int = 0,
 ) -> None:
-    """W x becomes W x + (alpha / r) B A x in the chosen layers; only A [r, in] and B [out, r] = 0 are trained.
+    """Replace W x by W x + (alpha / r) B A x in the chosen layers; only A [r, in] and B [out, r] = 0 are trained.
 
     target_modules: "all-linear", or names (endings) of linear layers such as ["q_proj", "v_proj"]. seed: of A, so
     that all ranks start alike. Raises ValueError where peft is missing or no layer has such a name.
@@ -55,13 +55,13 @@ def has_lora(model: "BiEncoderModel") -> bool:
 
 
 def merge_lora(model: "BiEncoderModel") -> None:
-    """W + (alpha / r) B A as plain weights again; a model without LoRA stays as it is."""
+    """Merge (alpha / r) B A into the weights W; leave a model without LoRA unchanged."""
     if has_lora(model):
         model.backbone = model.backbone.merge_and_unload()  # type: ignore[operator]
 
 
 def check_adapter(model: "BiEncoderModel") -> None:
-    """Raise ValueError for a model of which an adapter would not say all: a decoder made bidirectional, new tokens.
+    """Raise ValueError for a model that an adapter cannot describe: a decoder made bidirectional, new tokens.
 
     An adapter's folder has no config.json: sentence-transformers would take it for the whole model.
     """
@@ -69,7 +69,7 @@ def check_adapter(model: "BiEncoderModel") -> None:
     base = AutoConfig.from_pretrained(str(config.name_or_path), trust_remote_code=False)
     if getattr(config, "is_causal", None) != getattr(base, "is_causal", None):
         raise ValueError(
-            f"{config.name_or_path} says nothing of bidirectional attention, and an adapter cannot: set lora.merge to "
+            f"{config.name_or_path} does not record bidirectional attention, and an adapter cannot: set lora.merge to "
             "true, or model.bidirectional to false"
         )
     if config.vocab_size != base.vocab_size:

@@ -1,7 +1,7 @@
 """The folder layout of sentence-transformers, read and written without importing it.
 
-Every key of its files is known here: it is honoured, or changes no embedding, or is refused by name. Written: the
-module names and pooling flags that every release since 2.0 reads.
+Every key of its files is honoured, or changes no embedding, or is refused by name. Module names and pooling flags are
+written as every release since 2.0 reads them.
 """
 
 import json
@@ -65,7 +65,7 @@ _USUAL_TOKENS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Hold what a sentence-transformers folder says beyond the files of its backbone and tokenizer."""
+    """Hold the settings of a sentence-transformers folder beside those of its backbone and tokenizer."""
 
     pooling: str
     l2_normalize: bool
@@ -93,10 +93,10 @@ class Folder:
 
 
 def read_layout(folder: Path) -> Folder | None:
-    """Return what `folder` says, or None where it has no modules.json.
+    """Return the settings of `folder`, or None if it has no modules.json.
 
-    Raises UnsupportedError for what only sentence-transformers can do, such as modules of custom code, ValueError for
-    unknown keys and values of a wrong type.
+    Raises UnsupportedError for what only sentence-transformers can do, such as modules of custom code, and ValueError
+    for unknown keys and values of a wrong type.
     """
     if not file_within(folder, "modules.json").is_file():
         return None
@@ -174,7 +174,7 @@ def _read_prompts(folder: Path, top: Settings) -> dict[str, Any]:
 
 
 def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the kinds and folders of the modules, which must be those that we have, in their order."""
+    """Return the kinds and folders of the modules; ValueError for modules, or an order, that are not supported."""
     path = folder / "modules.json"
     modules = read_json(path)
     if not isinstance(modules, list) or not all(
@@ -217,7 +217,7 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
 def _read_transformer(
     folder: Path, home: str, options: MultiVector | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], MultiVector | None]:
-    """Return what the Transformer module's file says: fields of Layout, options for the tokenizer, and `options`."""
+    """Return the settings of the Transformer module: fields of Layout, options for the tokenizer, and `options`."""
     for name in _PROCESSOR_FILES:
         if (folder / home / name).is_file():
             raise UnsupportedError(f"{folder / home / name}: a model of several modalities is not supported")

@@ -55,8 +55,8 @@ def composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
 def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Spans], problem: Problem) -> Tensor:
     """Return the loss of texts of several vectors, whose scores alone, [B, N], are held whole.
 
-    Only real tokens travel; what does not is read where it lies. The softmax over the scores is the reference's: they
-    are a small part of the grid.
+    Only real tokens travel; passages that stay are read in place. The softmax over the scores is the reference's: the
+    scores are a small part of the grid.
     """
     softmaxes, group, own = terms(problem.objective, queries_BTD.shape[2]), problem.group, problem.positives
     travels = problem.negatives == "ring" and problem.kernels is not None and len(problem.passage_counts) > 1
@@ -79,7 +79,7 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
 
     def scores(rows: Tokens, columns: Tokens) -> Tensor:
         if problem.kernels is None:
-            if not len(rows.lengths) or not len(columns.lengths):  # connected, since others wait for its backward pass
+            if not len(rows.lengths) or not len(columns.lengths):  # with gradient: others wait for the backward pass
                 nothing = rows.vectors.new_zeros(len(rows.lengths), len(columns.lengths))
                 return nothing * (rows.vectors.sum() + columns.vectors.sum())
             texts = (side.vectors.split(side.lengths.tolist()) for side in (rows, columns))
@@ -99,13 +99,13 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
         direction, similarity_BC = next(iter(similarities.items()))
         if problem.unmasked and term.plain and len(softmaxes) == 1 and len(similarity_BC):
             # The same formula in few launches: small batches wait for nothing else.
-            place_B = _own(problem, len(similarity_BC), similarity_BC.device)["passage"]
+            place_B = _places(problem, len(similarity_BC), similarity_BC.device)["passage"]
             temperature = problem.temperature
             if isinstance(temperature, Tensor):
                 temperature = temperature.to(similarity_BC.device, similarity_BC.dtype)
             loss = F.cross_entropy(similarity_BC / temperature, place_B, reduction="sum")
             return loss * (term.weight * problem.row_weight)
-        place_B1 = _own(problem, len(queries.lengths), similarity_BC.device)[direction.split("_to_")[1]][:, None]
+        place_B1 = _places(problem, len(queries.lengths), similarity_BC.device)[direction.split("_to_")[1]][:, None]
         parts.append((similarity_BC.gather(1, place_B1), similarities, term.weight))
     return _dense(parts, problem)
 
@@ -116,7 +116,7 @@ def _gathers(problem: Problem) -> bool:
 
 
 def _at_hand(problem: Problem, *, query_columns: bool) -> Problem:
-    """Return the problem of one process that holds the columns of all ranks; their keys are gathered here."""
+    """Return the problem of one process that holds the columns of all ranks, whose keys are gathered here."""
     before, positives = sum(problem.passage_counts[: problem.rank]), problem.positives
     if isinstance(positives, slice):
         positives = slice(positives.start + before, positives.stop + before, positives.step)
@@ -124,16 +124,16 @@ def _at_hand(problem: Problem, *, query_columns: bool) -> Problem:
         positives = positives + before
     packed = problem.passage_keys.packed()
     passages = None if packed is None else collectives.gather_rows(packed, problem.passage_counts, problem.group)
-    found = replace(problem, negatives="local", positives=positives, passage_keys=problem.passage_keys.like(passages))
+    local = replace(problem, negatives="local", positives=positives, passage_keys=problem.passage_keys.like(passages))
     if not query_columns:
-        return found
+        return local
     packed = problem.query_keys.packed()
     queries = None if packed is None else collectives.gather_rows(packed, problem.query_counts, problem.group)
     first = sum(problem.query_counts[: problem.rank])
-    return replace(found, query_keys=problem.query_keys.like(queries), first_query=first)
+    return replace(local, query_keys=problem.query_keys.like(queries), first_query=first)
 
 
-def _own(problem: Problem, num_rows: int, device: torch.device) -> dict[str, Tensor]:
+def _places(problem: Problem, num_rows: int, device: torch.device) -> dict[str, Tensor]:
     """Return the place of each row's positive among the passages at hand, and of the row among the queries, [B]."""
     passage = problem.positives
     if isinstance(passage, slice):
@@ -145,14 +145,14 @@ def _own(problem: Problem, num_rows: int, device: torch.device) -> dict[str, Ten
 
 
 def _dense(softmaxes: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], problem: Problem) -> Tensor:
-    """Give the specification what it asks for: plain tensors. softmaxes: as the terms of `dense_loss`."""
+    """Return `dense_loss`, the specification, for these softmaxes (its terms), and count its first one."""
     similarity_B1, first, _ = softmaxes[0]
     temperature = problem.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.to(similarity_B1.device, similarity_B1.dtype)
     loss, counts_B2 = dense_loss(
         [(positive_B1, others, weight * problem.row_weight) for positive_B1, others, weight in softmaxes],
-        own=_own(problem, len(similarity_B1), similarity_B1.device),
+        own=_places(problem, len(similarity_B1), similarity_B1.device),
         row_keys=problem.row_keys,
         column_keys={"passage": problem.passage_keys, "query": problem.query_keys},
         temperature=temperature,

@@ -1,4 +1,4 @@
-"""One softmax against all columns at once: the autograd function, and gathering beside the computation.
+"""One softmax against all columns at once: the autograd function, and the overlap of gathering and computation.
 
 Shapes: B local queries (rows), M passages (this rank's, or all that are columns), Q queries as columns, D dimension,
 r rows of a chunk, C columns of a piece.
@@ -9,7 +9,7 @@ kept, and the backward pass neither scores nor communicates: it adds the positiv
 
 Passages of other ranks come in a few pieces: scores against one piece are computed while the next is being gathered,
 and one piece's gradients are added up over the ranks while the next one's are computed. On a GPU the collectives run
-on a stream of their own; elsewhere they simply run.
+on a second stream; elsewhere there is no overlap.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Softmax(torch.autograd.Function):
     """(queries [B, D], passages [M, D], queries as columns [Q, D] or None, temperature, problem, term) -> loss, 0-d.
 
     loss = term.weight * problem.row_weight * sum_i (log sum_j exp s_ij - s_i,y(i)), columns j of the term's directions.
-    Passages are gathered here if problem.negatives is "gather", and travel if it is "ring"; else those given are all.
-    Differentiable once, by the first four. Embeddings are multiplied in problem.dtype; their gradients have the dtype
-    that they come in, which may be wider.
+    Passages are gathered here if problem.negatives is "gather", and travel if it is "ring"; else no others count.
+    Differentiable once, by the first four. Embeddings are multiplied in problem.dtype; their gradients have the
+    embeddings' dtype, which may be wider.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
         weights = rows.finish(start, stop, sums, pivots)
         if not wanted:
             continue
-        # Those of the columns first, so that each piece leaves for its owners as soon as it is complete.
+        # Gradients of the columns first, so that each piece leaves for its owners as soon as it is complete.
         for (piece, block), exp_rC, weight_r in zip(chunk, exps, weights, strict=True):
             kernels.add_gradients(block, exp_rC, weight_r, rows=together, columns=True)
             if stop == total and not together:
@@ -121,18 +121,16 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     rows.count(num_columns)
     if not wanted:
         return None, None
-    return _join([piece.result() for piece in pieces]), getattr(pieces[0].columns.get("query"), "gradient", None)
-
-
-def _join(parts: list[Tensor | None]) -> Tensor | None:
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)  # pyright: ignore[reportArgumentType]
+    d_passages = [piece.result() for piece in pieces]
+    joined = d_passages[0] if len(pieces) == 1 or d_passages[0] is None else torch.cat(d_passages)  # type: ignore[arg-type]
+    return joined, getattr(pieces[0].columns.get("query"), "gradient", None)
 
 
 # ---- pieces
 
 
 class Piece:
-    """Columns by kind, maybe still arriving, whose passages' gradient goes back to the ranks that own them."""
+    """Columns by kind, which may still be arriving; the gradient of the passages goes back to their ranks."""
 
     def __init__(self, columns: dict[str, Columns], counts: list[int] | None, wait: Wait | None, problem: Problem):
         self.columns, self.wait = columns, wait or _nothing
@@ -141,7 +139,7 @@ class Piece:
         self._sent: tuple[Tensor, Wait] | None = None
 
     def scatter(self) -> None:
-        """Start adding up the gradient, which is complete but for the other ranks' shares."""
+        """Start adding up the gradient over the ranks; this rank's share is complete."""
         gradient, counts, group = self.columns["passage"].gradient, self._counts, self._problem.group
         if gradient is None or counts is None or self._sent is not None:
             return
@@ -156,7 +154,7 @@ class Piece:
         gradient = self.columns["passage"].gradient if "passage" in self.columns else None
         if gradient is None or self._counts is None:
             return gradient
-        self.scatter()  # if no row was left to complete it
+        self.scatter()  # not yet done if there were no rows
         assert self._sent is not None
         rows, wait = self._sent
         wait()
@@ -164,12 +162,12 @@ class Piece:
 
 
 def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> list[Piece]:
-    """Return all columns of the softmax: those given, or everyone's passages, which then are under way."""
+    """Return all columns of the softmax: those given, or the passages of all ranks, which may still be arriving."""
     problem = rows.problem
     if problem.negatives != "gather" or len(problem.passage_counts) == 1:
         columns = rows.columns(passages, query_columns)
-        for kind, those in columns.items():
-            rows.add_gradient(kind, those)
+        for kind, of_kind in columns.items():
+            rows.add_gradient(kind, of_kind)
         return [Piece(columns, None, None, problem)]
     position, pieces = problem.rank, []
     number = _how_many(passages, problem)
@@ -207,8 +205,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def beside(device: torch.device, function: Callable[[], T]) -> tuple[T, Wait]:
     """Call function on the side stream, behind all work queued so far; return its value and a function that waits.
 
-    Keep what it reads until that wait, and what it returns until its last use is queued: memory of the side stream is
-    given out again only to a later call, which waits for the current stream first.
+    Keep the inputs until that wait, and the value until its last use is queued: memory of the side stream is reused
+    only by a later call, which waits for the current stream first.
     """
     if device.type != "cuda":
         return function(), _nothing

@@ -1,4 +1,4 @@
-"""Keys that tell which columns are false negatives of a row. Pure tensor functions: nothing here communicates.
+"""Keys that mark the false negatives of a row. Pure tensor functions: nothing here communicates.
 
 Shapes: B queries (rows), M local passages, R rows, C columns of any kind, K and L keys of one row or column,
 G rows of the global batch.
@@ -30,14 +30,14 @@ CANDIDATES = ("all", "positives", "own")
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """Say which columns are no negatives of a row; its own positive always stays. Ids are int64; -1 never matches.
+    """Mark columns that are not negatives of a row; its positive always stays. Ids are int64; -1 never matches.
 
-    passage_ids   [M]     a column with the id of the row's positive is no negative
-    query_ids     [B]     a passage that is the positive of another row with the same query id is no negative; with
-                          passage_ids, nor is any other column with such a passage's id
+    passage_ids   [M]     leaves out a column with the id of the row's positive
+    query_ids     [B]     leaves out a passage that is the positive of another row with the same query id; with
+                          passage_ids, also every other column with such a passage's id
     positive_ids  [B, K]  every known positive of the query, padded with -1 (needs passage_ids; K may vary by rank)
-    margin        a column with q.p above (q.positive + margin) is no negative; in units of q.p, not of scaled scores;
-                  rounding decides about one that equals it, so 0 drops some copies of the positive and keeps others
+    margin        leaves out a column with q.p above (q.positive + margin), in units of q.p, not of scaled scores;
+                  rounding decides about equality, so 0 drops some copies of the positive and keeps others
 
     candidates    "all", "positives" (the positives of other rows, and the row's own hard negatives) or "own" (its own
         hard negatives); by row int64 [B], as places in masking.CANDIDATES
@@ -45,7 +45,7 @@ class FalseNegatives:
 
     A row's own hard negatives are the passages between its positive and the next positive of the rank.
 
-    Every rank passes the same ones. Masked columns leave the sum exactly. A query as a column is no negative of rows
+    Every rank gives the same fields. Masked columns leave the sum exactly. A query as a column is left out for rows
     with its query id or with a known positive in common.
     """
 
@@ -166,9 +166,9 @@ def group_keys(positives: Tensor, num_passages: int, before: int) -> tuple[Tenso
 
 
 def group_rules(ids: FalseNegatives, num_rows: int, device: torch.device) -> Tensor:
-    """Return int32 [B], bit by bit what the rows' groups decide.
+    """Return int32 [B], the rules of the rows as bits.
 
-    1: hard negatives of other groups are no candidates; 2: nor are their positives; 4: the own ones are never masked.
+    1 leaves out hard negatives of other groups, 2 their positives; 4 keeps the row's own hard negatives unmasked.
     """
     candidates, masked = ids.candidates, ids.mask_own_negatives
     if isinstance(candidates, str):
@@ -203,7 +203,7 @@ def match(rows: Keys, columns: Keys, *, only_itself: bool = False) -> tuple[tupl
 
 
 def mask(pairs: tuple[tuple[Tensor, Tensor], ...], num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-    """Return dense bool [R, C], True where the column is no negative of the row."""
+    """Return dense bool [R, C], True where the column is a false negative of the row."""
     masked_RC = torch.zeros(num_rows, num_columns, dtype=torch.bool, device=device)
     for row, column in pairs:
         for row_key in row.unbind(1):

@@ -6,8 +6,8 @@ Shapes: B queries of this rank (rows), N passages and Q queries of all ranks tha
     l_i     = log( exp s(q_i, d_i) + sum over directions and columns j in C(i) of exp s(row_i, column_j) ) - s(q_i, d_i)
     loss    = sum over terms of weight * sum_i weight_i * l_i
 
-C(i) leaves out the row itself (its positive), its false negatives and what is no candidate of it. With hardness, the
-scores of negatives get strength * (the similarity) more, as a constant. Autograd does the rest.
+C(i) leaves out the row itself (its positive), its false negatives and columns that are not its candidates. Hardness
+adds strength * (the similarity), as a constant, to the scores of negatives. Autograd does the rest.
 """
 
 import math

@@ -42,41 +42,41 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     rows.counts = None  # once is enough
     shifts: dict[str, collectives.RingShift] = {}
     for hop, columns in enumerate(_hops(rows, own)):
-        for kind, those in columns.items():
-            rows.add_gradient(kind, those)
+        for kind, of_kind in columns.items():
+            rows.add_gradient(kind, of_kind)
         for block in rows.blocks(columns):
             for start, stop in rows.chunks(len(block.columns)):
                 chunk = block.part(start, stop)
                 exp_rC, _, _ = kernels.exp_scores(chunk, pivot_B[start:stop])
                 kernels.add_gradients(chunk, exp_rC, weight_B[start:stop], rows=True, columns=True)
                 del exp_rC
-        for kind, those in columns.items():
-            if those.gradient is not None:
+        for kind, of_kind in columns.items():
+            if of_kind.gradient is not None:
                 if hop > 0:
-                    those.gradient += shifts[kind].wait()[0]
+                    of_kind.gradient += shifts[kind].wait()[0]
                 shifts[kind] = collectives.ring_shift(
-                    [those.gradient], collectives.held(_counts(rows, kind), hop), rows.problem.group
+                    [of_kind.gradient], collectives.held(_counts(rows, kind), hop), rows.problem.group
                 )
     arrived = {kind: shift.wait()[0] for kind, shift in shifts.items()}
     return arrived.get("passage"), arrived.get("query")
 
 
 def _hops(rows: Rows, own: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
-    """Yield the columns of each rank, beginning with this one, while those of the next are on their way."""
+    """Yield the columns of each rank, beginning with this one, while the next ones are on their way."""
     hops, group = len(rows.problem.passage_counts), rows.problem.group
     elsewhere = None
-    held = {kind: replace(those) for kind, those in own.items()}
+    held = {kind: replace(of_kind) for kind, of_kind in own.items()}
     for hop in range(hops):
         shifts = {}
         if hop < hops - 1:
-            for kind, those in held.items():
-                packed = those.keys.packed()
-                travelling = [those.embeddings] if packed is None else [those.embeddings, packed]
+            for kind, of_kind in held.items():
+                packed = of_kind.keys.packed()
+                travelling = [of_kind.embeddings] if packed is None else [of_kind.embeddings, packed]
                 shifts[kind] = collectives.ring_shift(travelling, collectives.held(_counts(rows, kind), hop), group)
         yield held
         if elsewhere is None:  # no row's positive is among the columns of another rank
             elsewhere = torch.full(rows.score_B.shape, -1, dtype=torch.int32, device=rows.score_B.device)
-        keys = {kind: those.keys for kind, those in held.items()}
+        keys = {kind: of_kind.keys for kind, of_kind in held.items()}
         held = {kind: _arrived(shift.wait(), keys[kind], elsewhere) for kind, shift in shifts.items()}
 
 

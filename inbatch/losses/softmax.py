@@ -1,4 +1,4 @@
-"""The state of one softmax for every row: what was asked, the rows' side of it, and the columns it meets.
+"""The state of one softmax for every row: the request, the rows, and the columns.
 
 Shapes: B local queries (rows), M local passages, D dimension, C columns of one kind, r rows of a chunk.
 
@@ -26,7 +26,7 @@ from inbatch.losses.stats import LossStats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Hold what info_nce was asked and, below, what the ranks agreed on. Lists are by rank."""
+    """Hold the arguments of info_nce and, below, the facts that the ranks agreed on. Lists are by rank."""
 
     objective: Objective
     temperature: float | Tensor
@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def unmasked(self) -> bool:
-        """True if every column counts, for every row alike, and nobody counts them."""
+        """True if every column counts, equally for every row, and there are no statistics."""
         keys = (self.row_keys, self.passage_keys, self.query_keys)
         if any(key.documents is not None or key.queries is not None for key in keys):
             return False
@@ -60,17 +60,17 @@ class Problem:
 
     @property
     def row_weight(self) -> float:
-        """W / (rows of all ranks): what a row counts in the mean over ranks."""
+        """W / (rows of all ranks): the weight of a row, so that the mean over ranks is the loss."""
         return len(self.query_counts) / sum(self.query_counts)
 
 
 @dataclass(kw_only=True, slots=True)
 class Columns:
-    """Hold what rows are compared with: columns of one kind, in one piece."""
+    """Hold columns of one kind, in one piece."""
 
     embeddings: Tensor  # [C, D]
     keys: Keys
-    positive: Tensor  # int32 [B]: each row's positive (or, among queries, the row itself), -1 where that is elsewhere
+    positive: Tensor  # int32 [B]: each row's positive (or, among queries, the row itself), -1 if not among these
     gradient: Tensor | None = None  # [C, D] in the accumulator's dtype; None: not wanted
     written: bool = False  # False: `gradient` holds garbage
 
@@ -129,26 +129,26 @@ class Rows:
         blocks = []
         for direction in self.term.directions:
             side, kind = DIRECTIONS[direction]
-            those = columns.get(kind)
-            if those is None:
+            of_kind = columns.get(kind)
+            if of_kind is None:
                 continue
             block = Block(
                 rows=self.sides[side],
-                columns=those.embeddings,
-                positive=those.positive,
+                columns=of_kind.embeddings,
+                positive=of_kind.positive,
                 scale=self.scale_B,
-                keys=match(self.problem.row_keys, those.keys, only_itself=direction == "passage_to_query"),
+                keys=match(self.problem.row_keys, of_kind.keys, only_itself=direction == "passage_to_query"),
                 limit=self.limit_B,
-                groups=None if self.problem.rules is None else self._groups(direction, those.keys),
+                groups=None if self.problem.rules is None else self._groups(direction, of_kind.keys),
                 counts=self.counts,
                 d_rows=self.gradients.get(side),
-                d_columns=those.gradient,
+                d_columns=of_kind.gradient,
                 adds_to_rows=side in self.written,
-                adds_to_columns=those.written,
+                adds_to_columns=of_kind.written,
             )
             blocks.append(block)
             self.written.add(side)
-            those.written = True
+            of_kind.written = True
         return blocks
 
     def _groups(self, direction: str, columns: Keys) -> Groups:
@@ -174,7 +174,7 @@ class Rows:
         return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
     def finish(self, start: int, stop: int, sums: list[Tensor], pivots: list[Tensor]) -> list[Tensor]:
-        """Finish rows start..stop of the loss, and return by block what weighs their exponentials."""
+        """Finish rows start..stop of the loss, and return the weights of their exponentials, by block."""
         score_r, loss_r, coefficient_r = (v[start:stop] for v in (self.score_B, self.loss_B, self.coefficient_B))
         block_weights = self.kernels.finish(sums, pivots, score_r, self.scale, self.weight, loss_r, coefficient_r)
         if self.problem.weights is not None:
@@ -183,13 +183,13 @@ class Rows:
         return block_weights
 
     def count(self, num_columns: int) -> None:
-        """Hand what was counted against so many columns (positives and the rows themselves included) to the stats."""
+        """Add the counts to the stats. num_columns: of this softmax, positives and the rows themselves included."""
         if self.problem.stats is not None and self.counts is not None:
             self.problem.stats.add(self.counts, num_columns - len(self.term.directions), self.problem.group)
 
     def d_temperature(self) -> Tensor:
         """Return the loss's derivative by the temperature: -scale * (sum over scores of d score * score / scale)."""
-        # Each score belongs to one row, so the rows' gradients hold all of them; the positive's comes apart.
+        # Each score belongs to one row, so the rows' gradients hold all of them but the positive's.
         total = (self.coefficient_B * (self.score_B / self.scale_B)).sum()
         for side, gradient in self.gradients.items():
             total = total + (self.sides[side].to(gradient.dtype) * gradient).sum()
@@ -197,7 +197,7 @@ class Rows:
 
 
 def row_major(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the same [rows, D] in `dtype`, each row contiguous and apart from the others, as the kernels read them."""
+    """Return the embeddings [rows, D] in `dtype`, with contiguous rows that do not overlap, as the kernels need."""
     if embeddings.dtype != dtype:
         embeddings = embeddings.to(dtype)
     if embeddings.is_contiguous() or (embeddings.stride(1) == 1 and embeddings.stride(0) >= embeddings.shape[1]):
@@ -221,8 +221,8 @@ def places(positives: slice | Tensor, before: int, device: torch.device, cut: tu
     """
     if isinstance(positives, Tensor):
         return _shifted(positives, before, cut)
-    # Remembered, because making it costs launches. Never written to. Not under a mode that changes what tensors are,
-    # such as FakeTensorMode, whose tensors are no use after it.
+    # Cached, since making it costs launches; never written to. Not under a dispatch mode such as FakeTensorMode, whose
+    # tensors must not outlive it.
     make = _regular_places if _get_current_dispatch_mode() is None else _regular_places.__wrapped__
     return make(positives.start, positives.stop, positives.step, before, device, cut)
 

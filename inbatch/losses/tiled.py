@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from inbatch.losses.kernels import MAX_EXPONENT, Block, Groups
+from inbatch.losses.kernels import MAX_EXPONENT, Block
 from inbatch.losses.masking import by_group
 
 # Products want at least 256 rows; beyond 16 MiB speed is flat.
@@ -60,9 +60,11 @@ def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
         torch.mm(scaled_RD, columns_cD.T, out=scores_RC[:, tile])
     local = ((block.positive >= 0) & (block.positive < num_columns)).nonzero().squeeze(1)
     positives = block.positive[local]
-    masked_RC = _masked(block, scores_RC)
-    if block.groups is not None:
-        masked_RC = _by_group(block.groups, scores_RC, masked_RC)
+    masked_RC, groups = _masked(block, scores_RC), block.groups
+    if groups is not None:
+        own_RC, left_out_RC, kept_RC = by_group(groups.rows, groups.columns, groups.rules)
+        scores_RC.mul_(torch.where(own_RC, groups.own[:, None], groups.others[:, None]))
+        masked_RC = left_out_RC if masked_RC is None else masked_RC.logical_and_(~kept_RC).logical_or_(left_out_RC)
     if masked_RC is not None:
         masked_RC[local, positives] = False
         scores_RC.masked_fill_(masked_RC, -math.inf)
@@ -81,13 +83,6 @@ def _masked(block: Block, scores_RC: Tensor) -> Tensor | None:
                     equal_RC[unknown_R] = False
                 masked_RC = equal_RC if masked_RC is None else masked_RC.logical_or_(equal_RC)
     return masked_RC
-
-
-def _by_group(groups: Groups, scores_RC: Tensor, masked_RC: Tensor | None) -> Tensor:
-    """Weight the scores, in place; return what is masked in the end."""
-    own_RC, left_out_RC, kept_RC = by_group(groups.rows, groups.columns, groups.rules)
-    scores_RC.mul_(torch.where(own_RC, groups.own[:, None], groups.others[:, None]))
-    return left_out_RC if masked_RC is None else masked_RC.logical_and_(~kept_RC).logical_or_(left_out_RC)
 
 
 def _widened(columns: Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
@@ -149,7 +144,7 @@ def close(
 
 
 def add_rows(passages: Tensor, positives: slice | Tensor, values_BD: Tensor) -> None:
-    """passages[positives] += values, in an order that is the same in every run."""
+    """Add `values` to passages[positives], in an order that is the same in every run."""
     if isinstance(positives, slice):
         passages[positives] += values_BD
     elif passages.is_cuda:

@@ -28,7 +28,7 @@ from inbatch.retrieval.search import SIMILARITIES
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveOptions:
-    """Say how queries and documents are embedded and compared."""
+    """Hold how queries and documents are embedded and compared."""
 
     top_k: int = TOP_K
     """documents per query"""
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def _check_writable(path: Path) -> None:
-    """Raise ValueError where no file of this name can be written; make the folder it goes into."""
+    """Raise ValueError if no file of this name can be written; make its folder."""
     if path.exists() and not path.is_file():
         raise ValueError(f"the run cannot be written to {path}, which is not a file: name a file")
     try:
@@ -124,11 +124,11 @@ def retrieve(
 ) -> Run:
     """Return {query id: {document id: score}}, best first: the best documents of every query, on every rank.
 
-    Each rank embeds and holds a share of the corpus, reading its texts as it goes. A query whose id is a document's too
-    does not find that document, as in BEIR and MTEB, unless options.keep_identical_ids; a warning says how many.
+    Each rank embeds and holds a share of the corpus, reading texts as it goes. A query does not find the document
+    with its id, as in BEIR and MTEB, unless options.keep_identical_ids; a warning counts such queries.
 
-    model: a BiEncoderModel or DDP around one, the same weights on every rank. Its training mode is left as it was.
-    query_model: the encoder of the queries, where queries and documents have an encoder each.
+    model: a BiEncoderModel or DDP around one, the same weights on every rank. Its training mode is kept.
+    query_model: the encoder of the queries, if it is not that of the documents.
     Raises ValueError on every rank if one fails, or if embeddings differ in size between ranks.
     """
     options = options or RetrieveOptions()
@@ -160,11 +160,10 @@ def embed_both(
 
 
 def similarity_of(model: nn.Module, options: RetrieveOptions) -> str:
-    """Return how vectors are compared; ValueError for a model that was saved with another way than these."""
+    """Return the similarity to search by; ValueError for a model saved with one that search does not have."""
     if is_multi_vector(model):
         if options.similarity is not None:
-            raise ValueError(f"similarity is {options.similarity!r}: a multi-vector model is searched by MaxSim: leave "
-                             "it out")  # fmt: skip
+            raise ValueError(f"similarity is {options.similarity!r}, but a multi-vector model has MaxSim: leave it out")
         return MAX_SIM
     similarity = unwrap(model).similarity if options.similarity is None else options.similarity
     if similarity not in SIMILARITIES:
@@ -193,7 +192,7 @@ def embed_documents(
 
 
 def embedding_options(model: nn.Module, what: str, options: RetrieveOptions, group=None) -> EmbedOptions:
-    """Return how texts, "query" or "document", are embedded: as asked, else as the model says."""
+    """Return the options to embed queries ("query") or documents ("document"): those given, else the model's."""
     module, of_query = unwrap(model), what == "query"
     prefix = options.query_prefix if of_query else options.passage_prefix
     max_length = options.query_max_len if of_query else options.passage_max_len

@@ -33,7 +33,7 @@ _LOOKED_AT = 1000  # examples that tell whether groups are of this data
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions:
-    """Say how large groups are and which ranks make neighbours."""
+    """Hold the size of groups and the ranks that make neighbours."""
 
     size: int = 32
     """examples of a group, at most"""
@@ -87,7 +87,7 @@ def _texts(examples: Examples, text) -> Rows[str]:
 
 
 class _Known:
-    """Find the examples whose documents a query knows: of equal keys to one of its positives, or of its own query."""
+    """Find the examples whose document is known to a query: a positive of it, or of a query with the same text."""
 
     def __init__(self, examples: Examples):
         source = examples.sources[0]
@@ -101,7 +101,7 @@ class _Known:
         )
 
     def pairs(self, queries: range) -> torch.Tensor:
-        """Return pairs [E, 2] of a place among the queries and a row that is no neighbour of it."""
+        """Return pairs [E, 2] of a place among the queries and a row that cannot be its neighbour."""
         keys, places = self._keys.of(np.arange(queries.start, queries.stop))
         pairs = {(int(place), row) for key, place in zip(keys, places, strict=True) for row in self._by_key(int(key))}
         return torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)
@@ -134,13 +134,13 @@ def _grown(near: np.ndarray, size: int) -> np.ndarray:
 
 
 def save_groups(path: str | os.PathLike, groups: Groups, examples: Rows[Example]) -> None:
-    """Write groups with what tells whether they are of these examples; `data.train`'s `groups` names the file."""
+    """Write groups and a digest of their examples; `groups` of a source of `data.train` names the file."""
     with replacing(path) as filled, filled.open("wb") as file:
         np.savez_compressed(file, groups=groups.of, digest=_digest(examples))
 
 
 def load_groups(path: str | os.PathLike, examples: Rows[Example]) -> Groups:
-    """Return the groups in a file; ValueError where there is none, or where it is of other examples."""
+    """Return the groups in a file; ValueError if it is missing or of other examples."""
     try:
         with np.load(path) as kept:
             of, digest = kept["groups"], str(kept["digest"])

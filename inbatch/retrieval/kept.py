@@ -1,7 +1,7 @@
 """Embeddings kept in a folder, under a name made of the weights, the settings and the texts.
 
 `NAME.embeddings` holds a row for each text, `NAME.rows` a byte for each, 1 once its row is on disk. Ranks fill them
-together; what a killed run left is gone on with, by any number of ranks.
+together, and any number of ranks can complete what a killed run left.
 
 Shapes: n texts, D dimension.
 """
@@ -56,9 +56,9 @@ def text_digest(texts: Iterable[str]) -> str:
 
 
 def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path, *, rows: range, group=None) -> Tensor:
-    """Return the embeddings [n, D] of texts[rows], this rank's share, mapped from the folder; made where not there.
+    """Return the embeddings [n, D] of texts[rows], this rank's share, mapped from the folder; missing ones are made.
 
-    Every rank calls it, with shares that follow one another. Raises OSError, on every rank, where the folder cannot be
+    Every rank calls it, with shares that follow one another. Raises OSError, on every rank, if the folder cannot be
     written or is full.
     """
     module, dtype = unwrap(model), options.dtype

@@ -1,8 +1,8 @@
 """Retrieval measures (through ir-measures) and TREC run files.
 
 A run maps a query id to its documents and their scores: {"q1": {"d7": 0.93, "d2": 0.91}}. Documents rank by falling
-score; equal scores rank in the order given, which `search.top_k` makes deterministic. Tools of the TREC family would
-break ties by document id, and not all in the same direction, so what they are given here never has ties.
+score; equal scores rank in the order given, which `search.top_k` makes deterministic. Tools of the TREC family break
+ties by document id, in either direction, so they get scores without ties.
 """
 
 import difflib
@@ -26,8 +26,8 @@ Qrels = Mapping[str, Mapping[str, int]]
 
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 TOP_K = 100  # documents retrieved for a query
-# What users of other tools write, in lower case. ir-measures' own names are found in any case, but Accuracy: in lower
-# case that is sentence-transformers' name of another measure.
+# Names of other tools, in lower case. Names of ir-measures are found in any case, except Accuracy: `accuracy` is a
+# measure of sentence-transformers.
 _ALIASES = {"reciprocal_rank": "RR"} | dict.fromkeys(("accuracy", "hit", "hits", "hitrate", "hit_rate"), "Success")
 _NAME = re.compile(
     r"\s*(?P<name>\w+?)\s*(?P<options>\(.*\))?\s*(?:(?:@|_at_)\s*(?P<cutoff>\d+(?:\.\d+)?))?\s*", re.ASCII
@@ -97,7 +97,7 @@ def retrieval_metrics(run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_
 
 def _compute(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> tuple[dict[str, float], list[str]]:
     """Return the figures that can be computed, and for each other measure why it cannot."""
-    # Numbers instead of ids, and positions instead of scores: not every tool reads every id, or sorts scores alike.
+    # Numbers instead of ids, and positions instead of scores: tools differ in the ids they read and in how they sort.
     numbers: dict[str, str] = {}
 
     def number(name: str) -> str:
@@ -123,7 +123,7 @@ def _compute(run: Run, qrels: Qrels, parsed: Mapping[str, Measure]) -> tuple[dic
 
 def _ranked(query: str, documents: Mapping[str, float]) -> list[tuple[str, float]]:
     for document, score in documents.items():
-        if math.isnan(score):  # which is neither above nor below others: a sort would misplace those, too
+        if math.isnan(score):  # a sort would misplace other documents, too
             raise ValueError(
                 f"the score of document {document!r} for query {query!r} is NaN, which has no rank; expected a number: "
                 "look at the model, or leave the document out"
@@ -134,9 +134,9 @@ def _ranked(query: str, documents: Mapping[str, float]) -> list[tuple[str, float
 def write_trec_run(path: str | os.PathLike, run: Run, tag: str = "inbatch") -> None:
     """Write "query Q0 document rank score tag" lines, ranks from 1, readable by trec_eval and ir_measures.
 
-    Scores are float32 with all their digits. Those tools sort by score again and break ties in ways of their own, so a
-    score that does not lie below the one before it is lowered to the next float32: the figures from the file are the
-    figures from the run. Raises ValueError for an id or tag that is empty or has white space, and for a score of NaN.
+    Scores are float32 with all their digits. Those tools sort by score again and break ties differently, so a score
+    that is not below the one before it is lowered to the next float32: the file gives the same figures as the run.
+    Raises ValueError for an id or tag that is empty or has white space, and for a score of NaN.
     """
     check_trec_words([tag])
     # A score beyond float32 becomes infinite, and is lowered to the largest float32.
@@ -150,7 +150,7 @@ def write_trec_run(path: str | os.PathLike, run: Run, tag: str = "inbatch") -> N
 
 
 def check_trec_words(words: Iterable[str]) -> None:
-    """ValueError for an id or tag that the columns of a run file cannot hold."""
+    """Raise ValueError for an id or tag that the columns of a run file cannot hold."""
     for word in words:
         if word.split() != [word]:
             raise ValueError(f"{word!r} cannot stand in a TREC run: expected a word without white space")
@@ -159,18 +159,16 @@ def check_trec_words(words: Iterable[str]) -> None:
 def check_evaluation(
     data: RetrievalData, measures: Sequence[str], top_k: int | None = None, run_file: bool = False
 ) -> None:
-    """Raise ValueError for what would else be found only after hours of embedding, or of training.
+    """Raise ValueError for mistakes that would otherwise show only after hours of embedding, or of training.
 
     The measures are tried on a made-up run. top_k: None is that of training, which cannot be set.
     """
     parsed = _parse_all(measures)
+    where = f"the {TOP_K} that training retrieves; lower the cut-off, or measure it by `inbatch evaluate --top-k`"
+    if top_k is not None:
+        where = f"top_k={top_k} retrieves; raise top_k, or lower the cut-off"
     for name, measure in parsed.items():
         if (measure.params.get("cutoff") or 0) > (top_k or TOP_K):
-            where = (
-                f"the {TOP_K} that training retrieves; lower the cut-off, or measure it by `inbatch evaluate --top-k`"
-            )
-            if top_k is not None:
-                where = f"top_k={top_k} retrieves; raise top_k, or lower the cut-off"
             raise ValueError(f"{name} looks at more documents than {where}")
     for count, ids, what in (
         (len(data.documents), data.doc_ids, "documents"),
@@ -199,7 +197,7 @@ def check_evaluation(
 
 
 def _made_up_run(data: RetrievalData) -> dict[str, dict[str, float]]:
-    """Return a run of the data's own ids that is right for every query: a relevant document first, then others."""
+    """Return a run of the data's ids that is right for every query: a relevant document first, then others."""
     run = {}
     for query, grades in data.qrels.items():
         relevant = [document for document, grade in grades.items() if grade > 0][:1]

@@ -3,9 +3,9 @@
 A score is the float64 product (or cosine) of two vectors, rounded to float32; equal scores rank by document index.
 The answer depends on the vectors alone: it is the same for any number of ranks, any blocks and any matmul precision.
 
-A float32 product of each block only sorts out: a document whose rough score lies further below the k-th best score so
+A float32 product of each block serves to discard: a document whose rough score is further below the k-th best score so
 far than rounding can explain is dropped. The others are scored in float64. Score and index then make one int64 key, the
-score's bits above the index's, so that the best documents are the largest keys and there are no ties to break.
+score's bits above the index's, so that the best documents have the largest keys and there are no ties.
 
 Shapes: Q queries, N documents of this rank, C documents in a block, P pairs of a query and a document, D dimension.
 """
@@ -48,8 +48,8 @@ def top_k(
     document_chunk: None is 65536 on a GPU, where launches take as long as the products of fewer, 16384 on a CPU.
     Memory beyond the inputs: about 32 * query_chunk * document_chunk bytes, and 8 * Q * k for each rank. No gradient.
 
-    Raises ValueError, on every rank, for what is no float matrix, k < 1, no documents at all, NaN or infinity in an
-    embedding, or ranks that disagree on dimension, dtype, k or similarity.
+    Raises ValueError, on every rank, for inputs other than float matrices, k < 1, no documents at all, NaN or infinity
+    in an embedding, or ranks that disagree on dimension, dtype, k or similarity.
     """
     if document_chunk is None:
         document_chunk = 65536 if isinstance(queries, Tensor) and queries.is_cuda else 16384
@@ -60,7 +60,7 @@ def top_k(
         error = unusable("top_k", {"documents": norms_N, "queries": norms_Q})
     fields, same = {}, {}
     if error is None:  # else they may not be tensors
-        # Documents never travel, so they may be where the group does not communicate: agree on a view without columns.
+        # Documents never travel, and the group may not communicate on their device: agree on a view without columns.
         fields = {"queries": queries, "documents": documents[:, :0].to(queries.device)}
         same = {"k": k, "similarity": similarity, "number of queries": len(queries)}
     rows = collectives.agree("top_k", fields, group=group, same=same, error=error)["documents"]
@@ -117,9 +117,9 @@ def _norms(rows_ND: Tensor, chunk: int, device: torch.device) -> Tensor:
 
 
 def unusable(what: str, norms: dict[str, Tensor]) -> str | None:
-    """Return the first mistake in the vectors of documents and queries, of which `norms` are the lengths, in words."""
+    """Return the first fault of documents or queries, by the lengths of their vectors; None if there is none."""
     for name, norms_N in norms.items():
-        # isfinite of the norm and not of the elements: one pass serves both, and needs no mask of the matrix's size.
+        # The norm, not the elements, since it is there already and needs no mask of the matrix's size.
         bad = (~norms_N.isfinite()).nonzero()
         if len(bad):
             return (
@@ -138,7 +138,7 @@ def unusable(what: str, norms: dict[str, Tensor]) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Rough scores of some queries for a block of documents, and the way to their exact scores."""
+    """Rough scores of some queries for a block of documents, and a function for exact ones."""
 
     rows: slice  # of the queries
     start: int  # global index of the block's first document

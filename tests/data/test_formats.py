@@ -480,7 +480,7 @@ def test_pairs_are_read_unless_a_label_says_that_some_are_none(tmp_path, names, 
     for label in ("label", "is_duplicate", "similarity_score"):
         labelled = write_table(tmp_path / f"{label}.{suffix}", [record | {label: "1"}])
         with pytest.raises(
-            ValueError, match=rf"\['{label}'\] may say that a pair is no positive .*\{{query: "
+            ValueError, match=rf"\['{label}'\] may mark pairs that are not positive.*\{{query: "
         ) as error:
             open_examples(labelled)
         one_line(error)

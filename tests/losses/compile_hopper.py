@@ -18,7 +18,7 @@ from inbatch.losses.triton.hopper import TILE, exp_kernel
 
 def compiled(keys: int, *, limit: bool, count: bool, keep: bool):
     layout, half, names = NVMMASharedLayout(128, 16), TILE["BM"] // 2, exp_kernel.arg_names
-    types = {"own_ptr": "*i32", "counts": "*i32", "R": "i32", "C": "i32", "D": "i32"}
+    types = {"positive_ptr": "*i32", "counts": "*i32", "R": "i32", "C": "i32", "D": "i32"}
     types |= {f"{name}_ptr": "*fp32" for name in ("pivot", "scale", "limit", "partial")}
     for name, rows, width in (("rows", half, 64), ("columns", TILE["BN"], 64), ("exp", half, TILE["BN"] // 4)):
         types[name] = f"tensordesc<bf16[{rows}, {width}],{layout!r}>"

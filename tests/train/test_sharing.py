@@ -126,7 +126,7 @@ def test_an_adapter_is_saved_as_one_and_opened_with_its_base(folder, tmp_path, c
     if kind == "llama":
         save_tiny("llama", tmp_path / "causal")
         config = replace(config, model=replace(config.model, name_or_path=str(tmp_path / "causal")))
-        with pytest.raises(ValueError, match=r"says nothing of bidirectional .* set lora\.merge to true"):
+        with pytest.raises(ValueError, match=r"does not record bidirectional .* set lora\.merge to true"):
             train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "c"))))
     (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):

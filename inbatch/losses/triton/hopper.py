@@ -30,8 +30,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from inbatch.losses.triton.launch import launch
 from inbatch.losses.triton.tile_kernels import LOG2E, _count_piece, _fill_masked, _in_base_2, _place
 
-# Gluon is experimental, and what goes wrong in such a kernel hangs or is wrong in silence. It compiles with these
-# versions of triton; it is used with those on which a GPU gave, bit for bit, what the portable kernel gives.
+# Gluon is experimental, and a mistake in such a kernel hangs or is silently wrong. The kernel compiles with these
+# versions of triton. It is used with those on which a GPU gave, bit for bit, the result of the portable kernel.
 _VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 if not (3, 6) <= _VERSION <= (3, 9):
     raise ImportError(f"this kernel compiles with triton 3.6 to 3.9, not with {triton.__version__}")
@@ -73,7 +73,7 @@ def _halves(values, M: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _quarters(values, M: gl.constexpr, N: gl.constexpr):
-    """By columns; no data moves between threads."""
+    """Split by columns; no data moves between threads."""
     left, right = _halves(values, M, N)
     a, b = _halves(left, M, N // 2)
     c, d = _halves(right, M, N // 2)
@@ -90,7 +90,7 @@ def _first_keys(keys, i, j, R, C):
 
 @gluon.jit
 def _compute(
-    exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
+    exp, positive_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
     rows_smem, columns_smem, exp_smem, keys_smem, full, free, lead, R, C, D,
     SECOND: gl.constexpr, LIMIT: gl.constexpr, COUNT: gl.constexpr, KEEP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
@@ -117,11 +117,11 @@ def _compute(
         # All that is wanted after the products is asked for before them, and looked at after them.
         scale = gl.load(scale_ptr + i, mask=i < R, other=1.0)
         pivot = gl.load(pivot_ptr + i, mask=i < R, other=0.0)
-        own = gl.load(own_ptr + i, mask=i < R, other=-1)
+        positive = gl.load(positive_ptr + i, mask=i < R, other=-1)
         limit = pivot
         if LIMIT:
             limit = gl.load(limit_ptr + i, mask=i < R, other=float("inf"))
-        row_key_0, row_key_1, column_key_0, column_key_1 = own, own, own, own
+        row_key_0, row_key_1, column_key_0, column_key_1 = positive, positive, positive, positive
         key_j = column0 + gl.arange(0, BN, layout=key_layout)
         if len(keys) > 0:
             row_key_0, column_key_0 = _first_keys(keys[0], i, key_j, R, C)
@@ -148,7 +148,7 @@ def _compute(
         mbarrier.arrive(free.index((stage - 1) % STAGES))
 
         pivot2 = _in_base_2(pivot, scale)
-        inside = (own >= column0) & (own < column0 + BN)
+        inside = (positive >= column0) & (positive < column0 + BN)
         bare = (column0 + BN <= C) & (gl.max(inside.to(gl.int32), 0) == 0)
         if len(keys) > 0:
             keys_smem.index(len(keys) * SECOND).store(column_key_0)
@@ -157,7 +157,7 @@ def _compute(
 
         pieces = _quarters(dot, half, BN)
         total = gl.zeros_like(pivot2)
-        seen = gl.zeros_like(own)
+        seen = gl.zeros_like(positive)
         for piece in gl.static_range(4):
             part = gl.convert_layout(pieces[piece], piece_layout, assert_trivial=True)
             j = column0 + piece * width + gl.arange(0, width, layout=column_layout)
@@ -170,7 +170,7 @@ def _compute(
                     values = _fill_masked(values, part, fill, scale, limit, (keys[pair],), i, j, R, C, False)
             if LIMIT:
                 values = gl.where(part * scale[:, None] > limit[:, None], fill, values)
-            values, more = _count_piece(values, own, j, C, bare, masks, COUNT)
+            values, more = _count_piece(values, positive, j, C, bare, masks, COUNT)
             if KEEP:
                 buffer = exp_smem.index(buffers * SECOND + piece % buffers)
                 tma.store_wait(buffers - 1)  # the last store from this buffer has read it
@@ -190,12 +190,12 @@ def _compute(
 
 @gluon.jit
 def exp_kernel(
-    rows, columns, exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys, R, C, D,
+    rows, columns, exp, positive_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys, R, C, D,
     LIMIT: gl.constexpr, COUNT: gl.constexpr, KEEP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     LEAD: gl.constexpr,
 ):  # fmt: skip
-    """E and its partial row sums, as in `tile_kernels`; half-precision rows and columns, in tensor descriptors."""
+    """Write E and its partial row sums, as in `tile_kernels`, for half-precision rows and columns in descriptors."""
     half: gl.constexpr = BM // 2
     rows_smem = gl.allocate_shared_memory(rows.dtype, [2 * STAGES, half, BK], rows.layout)
     columns_smem = gl.allocate_shared_memory(columns.dtype, [STAGES, BN, BK], columns.layout)
@@ -216,7 +216,7 @@ def exp_kernel(
             (
                 _compute,
                 (
-                    exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
+                    exp, positive_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
                     rows_smem, columns_smem, exp_smem, keys_smem, full, free, lead, R, C, D,
                     False, LIMIT, COUNT, KEEP, BM, BN, BK, GROUP, STAGES, LEAD,
                 ),
@@ -224,7 +224,7 @@ def exp_kernel(
             (
                 _compute,
                 (
-                    exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
+                    exp, positive_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts, keys,
                     rows_smem, columns_smem, exp_smem, keys_smem, full, free, lead, R, C, D,
                     True, LIMIT, COUNT, KEEP, BM, BN, BK, GROUP, STAGES, LEAD,
                 ),
@@ -237,7 +237,7 @@ def exp_kernel(
 
 
 def launch_exp(grid: int, rows: Tensor, columns: Tensor, exp: Tensor, arguments: tuple, masks: dict[str, bool]) -> None:
-    """rows [R, D] and columns [C, D] in half precision; exp [R, at least C], or one row of it if it is not kept."""
+    """Launch `exp_kernel` for half-precision rows [R, D] and columns [C, D]; exp: [R, >= C], one row if not kept."""
     C, D = columns.shape
     operands = (
         TensorDescriptor(rows, list(rows.shape), [rows.stride(0), 1], [TILE["BM"] // 2, TILE["BK"]], _LAYOUT),

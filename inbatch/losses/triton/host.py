@@ -81,12 +81,12 @@ def exp_itemsize(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
-# ---- plans: all that does not change from call to call, so that the host decides it once
+# ---- plans: decisions that hold for all calls of one kind, made once by the host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Say how `exp_scores` runs for inputs of one kind."""
+    """Hold how `exp_scores` runs for inputs of one kind."""
 
     exp_dtype: torch.dtype
     tile: Tile
@@ -170,17 +170,7 @@ def exp_scores(block: Block, pivot_R: Tensor, *, keep: bool = True) -> tuple[Ten
     partial, sum_R, new_pivot_R = buffer[:column_tiles], buffer[column_tiles], buffer[column_tiles + 1]
     vectors = block.positive, pivot_R, block.scale, pivot_R if limit is None else limit, partial
     strides = rows.stride(0), columns.stride(0), stride
-    keys = tuple(
-        (
-            of_rows,
-            of_columns,
-            of_rows.shape[1],
-            of_columns.shape[1],
-            of_rows.stride(0),
-            of_columns.stride(0),
-        )
-        for of_rows, of_columns in block.keys
-    )
+    keys = tuple((r, c, r.shape[1], c.shape[1], r.stride(0), c.stride(0)) for r, c in block.keys)
     grid = min(-(-R // plan.tile.BM) * column_tiles, plan.multiprocessors)
     groups = ()
     if (of := block.groups) is not None:
@@ -204,17 +194,9 @@ def finish(
     R = positive_R.shape[0]
     weights = torch.empty((len(sums), R), dtype=torch.float32, device=positive_R.device).unbind()
     if R:
-        # The weights of all blocks lie one after the other.
-        arguments = (
-            tuple(zip(sums, pivots, strict=True)),
-            positive_R,
-            scale,
-            weight,
-            loss_R,
-            coefficient_R,
-            weights[0],
-            R,
-        )
+        blocks = tuple(zip(sums, pivots, strict=True))
+        # The weights of all blocks follow one another in memory.
+        arguments = blocks, positive_R, scale, weight, loss_R, coefficient_R, weights[0], R
         constants = {"SCALE_IN_MEMORY": isinstance(scale, Tensor), "BLOCK": 256}
         launch(row_kernels.finish_kernel, -(-R // 256), arguments, constants)
     return list(weights)
@@ -243,7 +225,7 @@ def add_gradients(block: Block, exp_RC: Tensor | None, weight_R: Tensor, *, rows
         if block.adds_to_rows:
             product = torch.empty((R, D), dtype=torch.float32, device=device)
         _product(exp_RC, block.columns.to(dtype), product, add=False)
-    # With the rows contiguous, as exp_RC.T has the columns, both operands being transposed costs the product up to 5 %.
+    # With contiguous rows both operands of the product would be transposed, which costs it up to 5 %.
     stride = -(-R // 64) * 64
     weighted_Dr = weight_R if d_columns is None else torch.empty((D, stride), dtype=dtype, device=device)
     arguments = (
@@ -258,7 +240,7 @@ def add_gradients(block: Block, exp_RC: Tensor | None, weight_R: Tensor, *, rows
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-    """out = left @ right, or out += it, in float32 throughout."""
+    """Write left @ right to `out`, or add it, in float32 throughout."""
     if left.dtype == out.dtype:
         out.addmm_(left, right, beta=1 if add else 0)
     elif add:

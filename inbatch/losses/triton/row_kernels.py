@@ -16,7 +16,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _log_sum(total, rise):
-    """log(1 + total * exp(rise)) for float64 sums relative to a pivot that is `rise` above the positive's score."""
+    """Return log(1 + total * exp(rise)) for float64 sums relative to a pivot `rise` above the positive's score."""
     x = total * tl.exp(tl.minimum(rise, 60.0))
     small = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25)))
     return tl.where(x < 1e-3, small, rise + tl.log(total + tl.exp(-rise)))
@@ -27,12 +27,14 @@ def finish_kernel(
     blocks, positive_ptr, scale, weight, loss_ptr, coefficient_ptr, weights_ptr, R,
     SCALE_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write loss = weight (log(Z) - positive), coefficient = -factor (1 - exp(positive) / Z) and, for each block,
+    """Write the loss and coefficient of each row, and its weight for each block, with factor = scale * weight:
 
-    weight_b = factor exp(pivot_b) / Z, with factor = scale * weight.
+    loss = weight (log(Z) - positive)
+    coefficient = -factor (1 - exp(positive) / Z)
+    weight_b = factor exp(pivot_b) / Z
 
-    blocks: a pair (sums, pivots) for each block of the softmax. In float64, which costs nothing here: a row's loss may
-    be 1e-9 or 200 and keeps its digits either way.
+    blocks: a pair (sums, pivots) for each block of the softmax. In float64, which costs nothing here, so that a loss of
+    1e-9 keeps its digits as one of 200 does.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     positive = tl.load(positive_ptr + i, mask=i < R, other=0.0).to(tl.float64)
@@ -59,7 +61,10 @@ def weigh_kernel(
     R, D, product_stride, d_rows_stride, row_stride, weighted_stride,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """ROWS: d_rows_i (+)= weight_i * product_i, which may be one tensor. COLUMNS: weighted^T_i = weight_i * rows_i."""
+    """Write d_rows_i (+)= weight_i * product_i (ROWS), and weighted^T_i = weight_i * rows_i (COLUMNS).
+
+    d_rows and product may be one tensor.
+    """
     dim_tiles = tl.cdiv(D, BD)
     i = (tl.program_id(0) // dim_tiles) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) % dim_tiles) * BD + tl.arange(0, BD)
@@ -85,14 +90,14 @@ def _close(
 ):  # fmt: skip
     j = tile * BM + tl.arange(0, BM)
     i = j // STRIDE
-    own = (j % STRIDE == 0) & (i < B)
-    coefficient = tl.load(coefficient_ptr + i, mask=own, other=0.0)
+    has_query = (j % STRIDE == 0) & (i < B)
+    coefficient = tl.load(coefficient_ptr + i, mask=has_query, other=0.0)
     for first in range(0, D, BD):
         d = first + tl.arange(0, BD)
         mask = (j < N)[:, None] & (d < D)[None, :]
         at = j.to(tl.int64)[:, None] * D + d[None, :]
         other_ptrs = other_ptr + i.to(tl.int64)[:, None] * other_step * other_stride + d[None, :]
-        other = tl.load(other_ptrs, mask=own[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        other = tl.load(other_ptrs, mask=has_query[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         total = tl.load(total_ptr + at, mask=mask, other=0.0) + coefficient[:, None] * other
         tl.store(out_ptr + at, (factor * total).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -102,9 +107,9 @@ def close_kernel(
     queries_ptr, passages_ptr, coefficient_ptr, factor_ptr, q_total_ptr, p_total_ptr, q_out_ptr, p_out_ptr,
     B, M, D, STRIDE, query_stride, passage_stride, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """q_out_i = factor * (q_total_i + coefficient_i * passages_(i * STRIDE)), and the like for the passages.
+    """Write q_out_i = factor * (q_total_i + coefficient_i * passages_(i * STRIDE)), and p_out likewise.
 
-    One launch for both, the queries' tiles first: a small batch waits for launches.
+    One launch does both, the queries' tiles first: a small batch waits for launches.
     """
     factor = tl.load(factor_ptr)
     tile = tl.program_id(0)
@@ -138,7 +143,7 @@ def dense_kernel(
 ):  # fmt: skip
     """For row i (positive at column i * STRIDE), write the loss, and factor * softmax into `out`, 0 at the positive.
 
-    factor * (p_positive - 1) is written apart, in float32: rounded, it would not cancel what it should.
+    factor * (p_positive - 1) is written apart, in float32: rounded, it would break the cancellation.
     """
     i = tl.program_id(0)
     dot_ptr += i.to(tl.int64) * C

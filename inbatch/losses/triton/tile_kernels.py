@@ -26,7 +26,7 @@ MAX_SUM = tl.constexpr(math.exp(MAX_EXPONENT))
 
 @triton.jit
 def _place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of a tile: in groups of GROUP row tiles, so that tiles in flight share the L2 cache."""
+    """Return (row tile, column tile) of a tile, in groups of GROUP row tiles: tiles in flight share the L2 cache."""
     group_tiles = GROUP * column_tiles
     first = (tile // group_tiles) * GROUP
     group = min(row_tiles - first, GROUP)
@@ -38,7 +38,7 @@ def _dot_tile(
     rows, columns, row0, column0, R, C, D, row_stride, column_stride,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rows[row0 : row0 + BM] @ columns[column0 : column0 + BN].T in float32; zeros beyond the ends."""
+    """Return rows[row0 : row0 + BM] @ columns[column0 : column0 + BN].T in float32; zeros beyond the ends."""
     dot = tl.zeros((BM, BN), tl.float32)
     if TMA:
         for k in range(tl.cdiv(D, BK)):
@@ -63,7 +63,7 @@ def positive_kernel(
     rows, positives, scale, score_ptr, row_scale_ptr, R, D, row_stride, positive_stride,
     SCALE_IN_MEMORY: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_scale_i = scale * exact / rounded and score_i = row_scale_i * rounded, for the product rows_i . positives_i.
+    """Write row_scale_i = scale * exact / rounded and score_i = row_scale_i * rounded for rows_i . positives_i.
 
     exact is a float32 sum; rounded the diagonal of a product made as `exp_kernel` makes it. Tensor cores add towards
     zero (Fasi et al. 2021): over 1024 dimensions all products are about 1e-6 of themselves too small, 1e-4 nats at
@@ -95,7 +95,7 @@ def positive_kernel(
 
 @triton.jit
 def _fill_masked(values, dot, fill, scale, limit, keys, i, j, R, C, LIMIT: tl.constexpr):
-    """`fill` where the pair is masked: equal keys, or a score above the row's limit.
+    """Return `fill` where the pair is masked, by equal keys or by a score above the row's limit, else `values`.
 
     keys: a tuple of (row keys [r, K], column keys [C, L], K, L, row stride, column stride); -1 matches nothing.
     """
@@ -128,7 +128,7 @@ def _own(groups, i, j, R, C):
 
 @triton.jit
 def _fill_left_out(values, unmasked, fill, groups, i, j, R, C):
-    """`values`, those of `unmasked` where the row's rule says so, and `fill` where it leaves the pair out."""
+    """Return `fill` where the row's rule leaves the pair out, `unmasked` where it forbids masks, else `values`."""
     if len(groups) > 0:
         _, left_out, kept = _own(groups, i, j, R, C)
         values = tl.where(left_out, fill, tl.where(kept, unmasked, values))
@@ -137,7 +137,7 @@ def _fill_left_out(values, unmasked, fill, groups, i, j, R, C):
 
 @triton.jit
 def _scores(dot, scale, groups, i, j, R, C):
-    """scale * dot, times the groups' factor."""
+    """Return scale * dot, times the groups' factor."""
     scores = dot * scale[:, None]
     if len(groups) > 0:
         own, _, _ = _own(groups, i, j, R, C)
@@ -151,7 +151,7 @@ def _scores(dot, scale, groups, i, j, R, C):
 def _in_base_2(pivot, scale):
     """Return the pivot in the units of dot * (scale * LOG2E), its rounding included: pivot * rounded / scale.
 
-    The same relative error on both sides of the subtraction leaves one relative to the difference, not to the score.
+    With the same relative error on both sides, the error of the difference is relative to it, not to the score.
     """
     rounded = scale * LOG2E
     missing = tl.fma(scale, LOG2E, -rounded) / scale  # so that rounded / scale = LOG2E - missing
@@ -160,11 +160,11 @@ def _in_base_2(pivot, scale):
 
 @triton.jit
 def _exp_piece(
-    dot, scale, pivot, own, limit, keys, groups, i, j, R, C, bare, LIMIT: tl.constexpr, COUNT: tl.constexpr
+    dot, scale, pivot, positive, limit, keys, groups, i, j, R, C, bare, LIMIT: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
-    """E = exp(score - pivot), 0 on own, masked and missing columns; with COUNT also what `_count_piece` returns.
+    """Return E = exp(score - pivot), 0 at the positive, masked and missing columns, and the counts of `_count_piece`.
 
-    pivot: from `_in_base_2` if there are no groups. bare: none of these columns is missing or a row's own.
+    pivot: from `_in_base_2` if there are no groups. bare: none of these columns is missing or a row's positive.
     """
     if len(groups) > 0:
         exp = tl.exp2((_scores(dot, scale, groups, i, j, R, C) - pivot[:, None]) * LOG2E)
@@ -175,18 +175,19 @@ def _exp_piece(
     if len(keys) > 0 or LIMIT:
         exp = _fill_masked(exp, dot, fill, scale, limit, keys, i, j, R, C, LIMIT)
     exp = _fill_left_out(exp, unmasked, fill, groups, i, j, R, C)
-    return _count_piece(exp, own, j, C, bare, len(keys) > 0 or len(groups) > 0 or LIMIT, COUNT)
+    return _count_piece(exp, positive, j, C, bare, len(keys) > 0 or len(groups) > 0 or LIMIT, COUNT)
 
 
 @triton.jit
-def _count_piece(exp, own, j, C, bare, MASKS: tl.constexpr, COUNT: tl.constexpr):
-    """E with its own and missing columns set to 0; with COUNT masked pairs are -1 on entry and 0 afterwards, and
+def _count_piece(exp, positive, j, C, bare, MASKS: tl.constexpr, COUNT: tl.constexpr):
+    """Zero E at the positive and beyond the last column.
 
-    the second value is by row the number of unmasked columns above the pivot, plus 2**16 times that of masked ones.
+    With COUNT, masked entries arrive as -1 and leave as 0, and the second result packs two counts for each row:
+    unmasked columns above the pivot + 2**16 * masked columns.
     """
     if not bare:
-        exp = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], 0.0, exp)
-    seen = own  # not used
+        exp = tl.where((j[None, :] == positive[:, None]) | (j >= C)[None, :], 0.0, exp)
+    seen = positive  # not used
     if COUNT:
         packed = (exp > 1.0).to(tl.int32)
         if MASKS:  # -1 marked them, so that counting needs no second tile of flags
@@ -209,13 +210,13 @@ def _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA: tl.constexpr,
 
 @triton.jit
 def exp_kernel(
-    rows, columns, exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts,
+    rows, columns, exp, positive_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, counts,
     keys, groups, R, C, D, row_stride, column_stride, exp_stride,
     LIMIT: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """E and its partial row sums, one persistent program for each slot of the device.
+    """Write E and its partial row sums, with one persistent program for each multiprocessor.
 
     partial_ptr [column tiles, r] float32. HALVES = 2 treats the tile's epilogue in two halves.
     """
@@ -232,17 +233,17 @@ def exp_kernel(
         pivot2 = tl.load(pivot_ptr + i, mask=i < R, other=0.0)
         if len(groups) == 0:
             pivot2 = _in_base_2(pivot2, scale)
-        own = tl.load(own_ptr + i, mask=i < R, other=-1)
+        positive = tl.load(positive_ptr + i, mask=i < R, other=-1)
         limit = pivot2
         if LIMIT:
             limit = tl.load(limit_ptr + i, mask=i < R, other=float("inf"))
-        inside = (own >= column0) & (own < column0 + BN)
+        inside = (positive >= column0) & (positive < column0 + BN)
         bare = (column0 + BN <= C) & (tl.max(inside.to(tl.int32), 0) == 0)
 
         dot = _dot_tile(rows, columns, row0, column0, R, C, D, row_stride, column_stride, TMA, BM, BN, BK, PRECISION)
         if HALVES == 1:
             j = column0 + tl.arange(0, BN)
-            values, seen = _exp_piece(dot, scale, pivot2, own, limit, keys, groups, i, j, R, C, bare, LIMIT, COUNT)
+            values, seen = _exp_piece(dot, scale, pivot2, positive, limit, keys, groups, i, j, R, C, bare, LIMIT, COUNT)
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, BN)
             total = tl.sum(values, 1)
@@ -250,12 +251,14 @@ def exp_kernel(
             half: tl.constexpr = BN // 2
             left, right = tl.split(tl.permute(tl.reshape(dot, (BM, 2, half)), (0, 2, 1)))
             j = column0 + tl.arange(0, half)
-            values, seen = _exp_piece(left, scale, pivot2, own, limit, keys, groups, i, j, R, C, bare, LIMIT, COUNT)
+            values, seen = _exp_piece(
+                left, scale, pivot2, positive, limit, keys, groups, i, j, R, C, bare, LIMIT, COUNT
+            )
             if KEEP:
                 _store_tile(exp, values, row0, column0, R, C, exp_stride, TMA, BM, half)
             total = tl.sum(values, 1)
             values, more = _exp_piece(
-                right, scale, pivot2, own, limit, keys, groups, i, j + half, R, C, bare, LIMIT, COUNT
+                right, scale, pivot2, positive, limit, keys, groups, i, j + half, R, C, bare, LIMIT, COUNT
             )
             seen += more
             if KEEP:
@@ -269,15 +272,14 @@ def exp_kernel(
 
 @triton.jit
 def settle_kernel(
-    rows, columns, exp, own_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, sum_ptr, pivot_out_ptr,
+    rows, columns, exp, positive_ptr, pivot_ptr, scale_ptr, limit_ptr, partial_ptr, sum_ptr, pivot_out_ptr,
     keys, groups, R, C, D, TILES, row_stride, column_stride, exp_stride,
     LIMIT: tl.constexpr, KEEP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Row sums from the partial sums; rows whose scores exceed their pivot too far are done over with their maximum.
+    """Add up the partial sums of each row; redo rows whose scores exceed their pivot too far with their maximum.
 
-    One program for BM rows. The second part runs only where some row needs it, which the program sees for itself:
-    the host never waits.
+    One program for BM rows. Each program decides whether the second part runs, so the host never waits.
     """
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     total = tl.zeros((BM,), tl.float32)
@@ -289,7 +291,7 @@ def settle_kernel(
     again = ~(total <= MAX_SUM) & (i < R)  # true for NaN as well
     if tl.max(again.to(tl.int32), 0) > 0:
         scale = tl.load(scale_ptr + i, mask=i < R, other=1.0)
-        own = tl.load(own_ptr + i, mask=i < R, other=-1)
+        positive = tl.load(positive_ptr + i, mask=i < R, other=-1)
         limit = pivot
         if LIMIT:
             limit = tl.load(limit_ptr + i, mask=i < R, other=float("inf"))
@@ -303,7 +305,7 @@ def settle_kernel(
             unmasked = _scores(dot, scale, groups, i, j, R, C)
             score = _fill_masked(unmasked, dot, float("-inf"), scale, limit, keys, i, j, R, C, LIMIT)
             score = _fill_left_out(score, unmasked, float("-inf"), groups, i, j, R, C)
-            score = tl.where((j[None, :] == own[:, None]) | (j >= C)[None, :], float("-inf"), score)
+            score = tl.where((j[None, :] == positive[:, None]) | (j >= C)[None, :], float("-inf"), score)
             best = tl.maximum(best, tl.max(score, 1))
         pivot = tl.where(again, best, pivot)
         pivot2 = pivot if len(groups) > 0 else _in_base_2(pivot, scale)
@@ -313,7 +315,7 @@ def settle_kernel(
             dot = _dot_tile(
                 rows, columns, row0, column0, R, C, D, row_stride, column_stride, False, BM, BN, BK, PRECISION
             )
-            values, _ = _exp_piece(dot, scale, pivot2, own, limit, keys, groups, i, j, R, C, False, LIMIT, False)
+            values, _ = _exp_piece(dot, scale, pivot2, positive, limit, keys, groups, i, j, R, C, False, LIMIT, False)
             fresh += tl.sum(values, 1)
             if KEEP:
                 ptrs = exp + i.to(tl.int64)[:, None] * exp_stride + j[None, :]
