@@ -193,7 +193,7 @@ def test_names_of_measures(name, known_as):
         ("recall@0.5", "cut-off of 0.5; expected at least 1"),
         ("recall@1.5", "invalid param"),
         ("P(bogus=3)@5", "option it does not take"),
-        ("", "no measure"),
+        ("", "not a measure"),
     ],
 )
 def test_a_wrong_measure(name, message):
