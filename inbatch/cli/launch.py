@@ -94,12 +94,7 @@ def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
     reports = [json.loads(line) for line in (said + _read(reading)).splitlines()]
     failed = {rank: status for rank, status in ended.items() if status}
     silent = {rank: failed[rank] for rank in failed.keys() - {report["rank"] for report in reports}}
-    for rank, status in sorted(silent.items()):
-        how = f"ended with status {status} and said nothing"
-        if status < 0:
-            hint = " (memory may have run out)" if -status == signal.SIGKILL else ""
-            how = f"was ended by {signal.Signals(-status).name}{hint}"
-        print(f"inbatch: error: rank {rank} {how}", file=sys.stderr)
+    _report_killed(silent)
     # A rank that lost its connection to another says less than that rank's report, or its end.
     causes = [report for report in reports if report["cause"]] or ([] if silent else reports)
     for message in dict.fromkeys(report["message"] for report in causes if report["message"]):
@@ -112,6 +107,16 @@ def _read(reading: int) -> bytes:
         return os.read(reading, 1 << 16)
     except BlockingIOError:
         return b""
+
+
+def _report_killed(statuses: dict[int, int]) -> None:
+    """Name the ranks that ended without a report."""
+    for rank, status in sorted(statuses.items()):
+        how = f"ended with status {status} and said nothing"
+        if status < 0:
+            hint = " (memory may have run out)" if -status == signal.SIGKILL else ""
+            how = f"was ended by {signal.Signals(-status).name}{hint}"
+        print(f"inbatch: error: rank {rank} {how}", file=sys.stderr)
 
 
 def no_fault_of_this_process(error: BaseException) -> str | None:
