@@ -59,12 +59,11 @@ def distill(
         stats=None, group=group, positives=slice(None) if positives is None else positives, weights=weights,
         token_reduction=token_reduction,
     )  # fmt: skip
-    masks = {"query_mask": query_mask, "passage_mask": passage_mask}
-    error = find_error(queries, passages, asked, masks)
-    error = error or _wrong_teacher(teacher_scores, teacher_temperature, over, len(queries))
+    sides = {"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)}
+    error = find_error(asked, sides) or _wrong_teacher(teacher_scores, teacher_temperature, over, len(queries))
     spans: list[Spans] = []
     if error is None and queries.ndim == 3:
-        spans, error = read_spans({"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)})
+        spans, error = read_spans(sides)
     column_B = asked.positives
     if error is None:
         if not isinstance(column_B, Tensor):
@@ -96,7 +95,9 @@ def distill(
             score_BC = _pool_scores(queries, passages, counts["passages"], asked, spans)
         else:
             column_B, width = column_B.to(queries.device, non_blocking=True), teacher_BC.shape[1]
-            score_BC = _group_scores(queries, passages, column_B, width, masks, mean=token_reduction == "mean")
+            score_BC = _group_scores(
+                queries, passages, column_B, width, (query_mask, passage_mask), mean=token_reduction == "mean"
+            )
         loss_B = _divergence(teacher_BC / teacher_temperature, score_BC / temperature)
         return (loss_B if weights is None else loss_B * weights.to(loss_B, non_blocking=True)).sum() * share
 
@@ -190,7 +191,13 @@ def _pool_scores(queries: Tensor, passages: Tensor, counts: list[int], asked: Pr
 
 
 def _group_scores(
-    queries: Tensor, passages: Tensor, first_B: Tensor, width: int, masks: dict[str, Tensor | None], *, mean: bool
+    queries: Tensor,
+    passages: Tensor,
+    first_B: Tensor,
+    width: int,
+    masks: tuple[Tensor | None, Tensor | None],
+    *,
+    mean: bool,
 ) -> Tensor:
     """Return the similarities [B, G] with `width` passages from the row's first on."""
     place_BG = first_B[:, None] + torch.arange(width, device=queries.device)
@@ -199,10 +206,10 @@ def _group_scores(
     if queries.ndim == 2:
         return torch.einsum("bd,bgd->bg", queries.to(wide), passages[place_BG].to(wide))
     grid_BGtT = torch.einsum("btd,bgsd->bgts", queries.to(wide), passages[place_BG].to(wide))
-    if (mask := masks["passage_mask"]) is not None:
+    if (mask := masks[1]) is not None:
         grid_BGtT = grid_BGtT.masked_fill((mask.to(grid_BGtT.device) == 0)[place_BG][:, :, None], -math.inf)
     best_BGt = grid_BGtT.max(3).values
-    mask = masks["query_mask"]
+    mask = masks[0]
     real_Bt = torch.ones_like(queries[..., 0], dtype=wide) if mask is None else (mask != 0).to(best_BGt)
     total_BG = (best_BGt * real_Bt[:, None]).sum(2)
     return total_BG / real_Bt.sum(1, keepdim=True) if mean else total_BG

@@ -73,8 +73,7 @@ def info_nce(
     temperature: positive float, or a 0-d tensor that may require grad
     negatives: "gather", "ring" (never gathers: memory independent of the number of ranks) or "local" (this rank's only)
     impl: "auto", "reference" (dense), "tiled" (plain PyTorch, bounded memory) or "fused" (Triton)
-    chunk_mib: bound on the exponentials held at once; None: 32 for "tiled", 1024 for "fused", which takes up to 2048
-        for 4096 rows, and 2048 rows in any case
+    chunk_mib: bound on the exponentials held at once; None: 32 for "tiled", 1024 to 2048 for "fused"
     stats: counts candidates, masked columns and hits
     weights [B], not negative: of the rows' losses; the sum of weight times loss is divided by the number of queries
 
@@ -113,14 +112,11 @@ def info_nce(
         weights=weights,
         token_reduction=token_reduction,
     )
-    masks = {"query_mask": query_mask, "passage_mask": passage_mask}
-    kernels, error, spans = None, find_error(queries, passages, asked, masks), []
-    if error is None:
-        kernels, error = _choose(impl, queries)
+    sides = {"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)}
+    error = find_error(asked, sides)
+    kernels, error = (None, error) if error is not None else _choose(impl, queries)
     late = error is None and queries.ndim == 3
-    if late:
-        sides = {"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)}
-        spans, error = read_spans(sides, fused=kernels not in (None, tiled))
+    spans, error = read_spans(sides, fused=kernels not in (None, tiled)) if late else ([], error)
     problem = _agree(queries, passages, asked, kernels, error)
     if kernels is not None and not late:
         softmaxes = terms(problem.objective, queries.shape[1])
@@ -258,11 +254,12 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
 # ---- checks
 
 
-def find_error(queries: Tensor, passages: Tensor, asked: Problem, masks: dict[str, Any]) -> str | None:
-    """Return the first mistake in this rank's arguments, in words; None if there is none."""
+def find_error(asked: Problem, sides: dict[str, tuple[Tensor, Tensor | None]]) -> str | None:
+    """Return the first mistake in this rank's arguments, in words; None if there is none. sides: (vectors, mask)."""
+    queries, passages = (vectors for vectors, _ in sides.values())
     return (
         _wrong_embeddings(queries, passages)
-        or _wrong_tokens(queries, passages, asked, masks)
+        or _wrong_tokens(asked, sides)
         or _wrong_positives(asked.positives, queries.shape[0], passages.shape[0], asked.group)
         or _wrong_temperature(asked.temperature)
         or _wrong_ids(asked.false_negatives, queries.shape[0], passages.shape[0])
@@ -290,18 +287,19 @@ def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
     return None
 
 
-def _wrong_tokens(queries: Tensor, passages: Tensor, asked: Problem, masks: dict[str, Any]) -> str | None:
+def _wrong_tokens(asked: Problem, sides: dict[str, tuple[Tensor, Tensor | None]]) -> str | None:
     if asked.token_reduction not in ("sum", "mean"):
         return f'token_reduction must be "sum" or "mean", got {asked.token_reduction!r}'
-    for (name, mask), vectors in zip(masks.items(), (queries, passages), strict=True):
+    late = False
+    for name, (vectors, mask) in sides.items():
         if vectors.ndim == 2:
             if mask is not None:
                 return f"{name} is for late interaction; these embeddings are one vector a text, {describe(vectors)}"
             continue
-        expected = list(vectors.shape[:2])
+        late, expected = True, list(vectors.shape[:2])
         if mask is not None and not (isinstance(mask, Tensor) and list(mask.shape) == expected):
             return f"{name} must be a tensor {expected}, not 0 where a token is real, got {describe(mask)}"
-    if queries.ndim == 2:
+    if not late:
         return None
     directions = asked.objective.directions if isinstance(asked.objective, Objective) else ()
     if others := sorted(set(directions) - {"query_to_passage", "passage_to_query"}):
