@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch import collectives
-from inbatch.data import open_corpus
+from inbatch.data import Documents, open_corpus
 from inbatch.data.files import naming, partial, publish, remove, replacing
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, share, unwrap
@@ -40,11 +40,11 @@ def encode_to_file(
     .npy, or in .safetensors (one tensor, "embeddings"). Records' ids go to output + ".ids.txt", one a line.
     options.dtype: bfloat16 in .safetensors only. options.progress: shown by rank 0. A multi-vector model writes the
     vectors of text i to the rows offsets[i] to offsets[i + 1], with the int64 offsets [n + 1] in output +
-    ".offsets.npy"; then every rank has a file of its own for a while.
+    ".offsets.npy", through a temporary file for each rank.
 
     Every rank embeds its share and writes its rows into the one file, which must be on a file system that they share;
-    a rank holds no more than a window of texts. The files appear under their names when all is complete, and ids of an
-    earlier run go. Raises ValueError on every rank for a source or output that cannot be used, and for embeddings with
+    a rank holds no more than a window of texts. The complete files get their names at the end, and ids of an earlier
+    run go. Raises ValueError on every rank for a source or output that cannot be used, and for embeddings with
     NaN or infinity.
     """
     output, options = Path(output), options or EmbedOptions()
@@ -55,8 +55,7 @@ def encode_to_file(
     shape = len(texts), module.embedding_dim
     header = collectives.together(lambda: _header(output, dtype, shape), group)
     ids_path, offsets_path = (output.with_name(f"{output.name}.{what}") for what in ("ids.txt", "offsets.npy"))
-    first = collectives.rank(group) == 0
-    rows = share(len(texts), group)
+    first, rows = collectives.rank(group) == 0, share(len(texts), group)
     part = output.with_name(f".{output.name}.rank-{collectives.rank(group)}")
     options = options if first else replace(options, progress=None)
 
@@ -65,20 +64,13 @@ def encode_to_file(
         with naming(output), partial(output).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + shape[0] * row_bytes)
-        remove(partial(ids_path))  # of a run that was killed
-        if documents.has_ids:
-            with naming(ids_path), partial(ids_path).open("w", encoding="utf-8") as file:
-                file.writelines(map(_line, documents.ids()))
+        _write_ids(ids_path, documents)
 
-    def fill() -> None:
+    def fill(path: Path, mode: str, place: int) -> Tensor:
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
-        with naming(output), partial(output).open("r+b") as file:
-            file.seek(len(header) + rows.start * row_bytes)
-            _fill(file, module, texts, rows, options, source)
-
-    def fill_part() -> Tensor:
-        with naming(part), part.open("wb") as file:
-            return _fill(file, module, texts, rows, options, source)
+        with naming(output), path.open(mode) as file:
+            file.seek(place)
+            return _fill(file, module, texts, rows, options, source)  # type: ignore[arg-type]
 
     def join() -> None:
         with naming(output), partial(output).open("r+b") as file, part.open("rb") as mine:
@@ -86,8 +78,8 @@ def encode_to_file(
             shutil.copyfileobj(mine, file, 1 << 24)
 
     def finish() -> None:
-        remove(ids_path)  # before: at no time do the ids of other embeddings lie beside these
-        remove(offsets_path)
+        for path in (ids_path, offsets_path):  # before: these of other embeddings must never lie beside the new file
+            remove(path)
         publish(output)
         if several:
             with replacing(offsets_path) as filled, filled.open("wb") as file:
@@ -97,12 +89,13 @@ def encode_to_file(
 
     try:
         if several:
-            found = collectives.together(fill_part, group)
+            found = collectives.together(lambda: fill(part, "wb", 0), group)
             lengths = torch.cat(collectives.gather_objects(found, group))
             shape = int(lengths.sum()), shape[1]
             header = _header(output, dtype, shape)
         collectives.together(lambda: create() if first else None, group)
-        collectives.together(join if several else fill, group)
+        place = len(header) + rows.start * row_bytes
+        collectives.together(join if several else lambda: fill(partial(output), "r+b", place), group)
         collectives.together(lambda: finish() if first else None, group)
     except BaseException:
         if first:
@@ -112,6 +105,14 @@ def encode_to_file(
     finally:
         remove(part)
     return shape
+
+
+def _write_ids(path: Path, documents: Documents) -> None:
+    """Write the documents' ids, if they have any, to the hidden path beside `path`."""
+    remove(partial(path))  # of a run that was killed
+    if documents.has_ids:
+        with naming(path), partial(path).open("w", encoding="utf-8") as file:
+            file.writelines(map(_line, documents.ids()))
 
 
 def _fill(
