@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses.adaptive_layer import TransformerDecorator
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
@@ -189,6 +190,11 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss, whose backward encodes a second time."""
+        if any(isinstance(module.forward, TransformerDecorator) for module in self.model.modules()):
+            raise ValueError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss cannot go around a cached loss: give them "
+                "MultipleNegativesRankingLoss"
+            )
         matryoshka = vars(self).get("calculate_loss")
         if matryoshka is not None:
             if 0 < matryoshka.n_dims_per_step < len(matryoshka.matryoshka_dims):

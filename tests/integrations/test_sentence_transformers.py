@@ -223,6 +223,9 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
     static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=4)])
     with pytest.raises(ValueError, match="a StaticEmbedding's inputs cannot be cut into rows"):
         ours.CachedMultipleNegativesRankingLoss(static)
+    adaptive = losses.AdaptiveLayerLoss(model, ours.CachedMultipleNegativesRankingLoss(model, **MINI))
+    with pytest.raises(ValueError, match="AdaptiveLayerLoss and Matryoshka2dLoss cannot go around a cached loss"):
+        adaptive([dict(f) for f in features], None)
     with pytest.raises(ValueError, match="doc_to_doc"):
         ours.MultipleNegativesRankingLoss(model, directions=GTE)([dict(f) for f in features], None)
 
