@@ -27,7 +27,7 @@ TIMEOUT_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class GradientParity:
-    """Say how the gradient of several processes stands to that of one. Ratios are several / one; `str` is a report.
+    """Compare the gradient of several processes with that of one. Ratios are several / one; `str` is a report.
 
     cosine, norm_ratio, error: of all parameters with several elements together; error is |g - truth| / |truth|.
     loss_ratio: the mean of the ranks' losses. scalars: gradients of parameters with one element, by name.
@@ -141,7 +141,7 @@ def _run(step: Step, model: nn.Module, batch: Any, wrap: Callable | None = None)
 
 
 def _in_processes(calls: Sequence[Callable[[], Any]], *, group: bool) -> list[Any]:
-    """Return what the calls return; with a group each in a process of its own, else all in one new process."""
+    """Return the results of the calls: with a group in one process each, else all in one new process."""
     port = 0
     if group:
         with socket.socket() as probe:
@@ -245,13 +245,13 @@ def _cosine_and_norm(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def _named(report: GradientParity, found: Tensor, local: Tensor) -> str:
-    """Return the error that it looks like."""
+    """Return the name of the error, by its pattern."""
     within, size, total = report.tolerance, report.processes, sum(report.rows)
     parts = [*((1.0, ratio) for ratio in report.scalars.values()), *report.towers.values()]
     if report.norm_ratio == 0:
         return "no gradient"
     if report.ranks_apart > within:
-        return "nobody averages the gradients: every rank trains a model of its own"
+        return "nobody averages the gradients: every rank trains a different model"
     if report.error <= within:
         wrong = [n for n, r in report.scalars.items() if abs(r - 1) > within]
         if wrong:

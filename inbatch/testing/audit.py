@@ -44,7 +44,7 @@ class Row:
 
 
 class Tables(nn.Module):
-    """To the losses of all libraries an encoder: features -> embeddings of rows and of tokens."""
+    """An encoder for the losses of all libraries: features -> embeddings of rows and of tokens."""
 
     skiplist: tuple = ()
     do_query_expansion = False
@@ -71,7 +71,7 @@ class Tables(nn.Module):
 
 
 def audit() -> Iterator[tuple[Row, GradientParity | str]]:
-    """Yield every row that can be measured here and what came out, in words where the step failed."""
+    """Yield every row that can be measured here and its result, in words if the step failed."""
     size, rank = collectives.world_size(), collectives.rank()
     if size < 2 or ROWS % size:
         raise ValueError(f"audit: got {size} processes; expected a divisor of {ROWS} above 1: add --nproc-per-node 2")
@@ -143,7 +143,7 @@ def _embedded(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, list[T
 
 
 def _formula(kind: str, model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy over all passages; "clip": both directions, no negatives; "maxsim": token by token."""
+    """Return cross-entropy over all passages; "clip": both directions, no negatives; "maxsim": token by token."""
     if kind == "maxsim":
         tokens = [F.normalize(model(features)["token_embeddings"], dim=-1) for features in _columns(batch)]
         scores = torch.einsum("bqd,npd->bnqp", tokens[0], torch.cat(tokens[1:])).amax(-1).sum(-1) / TEMPERATURE

@@ -1,4 +1,4 @@
-"""Where figures go beside metrics.jsonl: TensorBoard's files, Weights & Biases, MLflow. Rank 0 alone opens them.
+"""Loggers beside metrics.jsonl: TensorBoard's files, Weights & Biases, MLflow. Rank 0 alone opens them.
 
 wandb and mlflow read servers, projects and keys from their own variables (WANDB_*, MLFLOW_*). `loggers.json` in the
 run's folder keeps their names of the run, so that a resumed one goes on there.
@@ -24,7 +24,7 @@ class Board(Protocol):
         ...
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining figures."""
         ...
 
 
@@ -75,7 +75,7 @@ class _TensorBoard:
 
 
 def _but_of_tensorboard(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Return a hook that prints no traceback of the thread that writes: `add` and `close` raise its error."""
+    """Return a hook that hides the traceback of the writing thread, whose error `add` and `close` raise."""
 
     def call(failed: Any) -> None:
         if not type(failed.thread).__module__.startswith("tensorboard."):

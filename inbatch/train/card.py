@@ -1,4 +1,4 @@
-"""What the model card of a run says of its training: data, figures, and settings from which it can be done again."""
+"""The section of a model card on training: data, figures, and the settings to repeat the run."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -43,7 +43,7 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 class _Tensor(BaseModel):
-    """Hold what the index says of a tensor: its shape, and (file, first row, rows) of its parts."""
+    """Hold the index entry of a tensor: its shape, and (file, first row, rows) of its parts."""
 
     shape: list[_Count]
     parts: list[tuple[Annotated[str, Field(pattern=r"^rank-[0-9]+\.safetensors$")], _Count, _Count]]
@@ -56,7 +56,7 @@ class _Index(BaseModel):
 
 @dataclass(frozen=True)
 class _Local:
-    """Hold what this rank has of a tensor: all of it, or the rows from `start` on."""
+    """Hold this rank's part of a tensor: all of it, or the rows from `start` on."""
 
     tensor: Tensor
     shape: tuple[int, ...]  # of the whole
@@ -177,13 +177,13 @@ class Saving:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what a process that was killed left of checkpoints that it was writing or removing; rank 0 calls it."""
+    """Remove the remains of checkpoints that a killed process was writing or removing; rank 0 calls it."""
     for left in Path(folder).glob(".step-*"):
         remove(left)
 
 
 def _share(tensors: Mapping[str, _Local]) -> dict[str, _Local]:
-    """Return what this rank writes: its rows of sharded tensors, and of the others its share by bytes."""
+    """Return the tensors that this rank writes: its rows of sharded ones, and its share by bytes of the others."""
     total = sum(local.tensor.nbytes for local in tensors.values() if not local.sharded)
     mine, before = {}, 0
     for name, local in tensors.items():
@@ -275,7 +275,7 @@ def _fill_moments(reader: "_Reader", weights: Mapping[str, Tensor], optimizer: t
 
 
 class _Reader:
-    """Reads tensors, or this rank's rows of them, from the files of a checkpoint."""
+    """Read tensors, or this rank's rows of them, from the files of a checkpoint."""
 
     def __init__(self, folder: Path, tensors: dict[str, _Tensor]):
         self.tensors = tensors
@@ -345,7 +345,7 @@ def newest_whole(folder: str | Path) -> tuple[int, Path] | None:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None. Every rank calls it and reads a share of the files."""
+    """Return the damage of a checkpoint in words, or None. Every rank calls it and reads a share of the files."""
     content = on_rank_0(lambda: (path / _SUMS).read_bytes() if (path / _SUMS).is_file() else b"")
     lines = [line.partition("  ") for line in content.decode(errors="replace").splitlines()]
     files = [file for _, _, file in lines]

@@ -187,7 +187,7 @@ class DataConfig:
 
     @property
     def sources(self) -> list[TrainSource]:
-        """Return the sources of `train`, each with what is set for it alone."""
+        """Return the sources of `train`, each with its settings."""
         listed = self.train if isinstance(self.train, list) else [self.train]
         return [{"path": source} if isinstance(source, str) else source for source in listed]
 
@@ -416,7 +416,7 @@ class EvalConfig:
 
     @property
     def best_key(self) -> str:
-        """Return under which name of metrics.jsonl the figure is that decides which evaluation was the best."""
+        """Return the name in metrics.jsonl of the figure that decides which evaluation was the best."""
         name = self.best_by or (self.measures[0] if self.data is not None else "validation_loss")
         return name if name.startswith("validation_") else f"{'sample' if self.sampled else 'eval'}_{name}"
 

@@ -106,7 +106,7 @@ def _read_yaml(text: str, source: str, loader_class: type[_Loader] = _Loader) ->
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Return what another trainer's YAML file holds; ValueError where it is no mapping of names."""
+    """Return the content of another trainer's YAML file; ValueError unless it is a mapping of names."""
     tree, _ = _read_yaml(_read_text(Path(path)), str(path), _AliasLoader)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ValueError(f"{path} holds no recipe: expected names such as `model:` with keys below them")
@@ -114,7 +114,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def read_value(text: str, source: str) -> Any:
-    """Return the number, list, mapping or other value that a text on the command line stands for, else the text."""
+    """Return the value of a text on the command line, as YAML reads it, else the text."""
     if text[:1] + text[-1:] in ("[]", "{}"):
         return _read_yaml(text, source)[0]
     try:

@@ -321,7 +321,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def announce(run: Run, parts: list[Part]) -> None:
-    """Say what each query is scored against, and what looks wrong, before the first step."""
+    """Print the candidates of a query, and settings that look wrong, before the first step."""
     first = look_at(parts[0])
     gpus = torch.cuda.device_count() if run.learner.device.type == "cuda" else 0
     model = next(iter(run.learner.towers.values()))
@@ -346,7 +346,7 @@ def announce(run: Run, parts: list[Part]) -> None:
 
 
 def evaluate_if_due(run: Run, clock: Stopwatch, done: int, *, last: bool = False) -> None:
-    """Measure after `done` steps what the configuration says, and what a run that was interrupted there has not yet."""
+    """Run the evaluations that are due after `done` steps, but those that an interrupted run has done."""
     config = run.config.eval
     if not last and not (config.at_start if done == 0 else is_due(done, config.every_steps)):
         return

@@ -11,7 +11,7 @@ from inbatch.train.config import OptimConfig
 
 
 def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; norms and biases (1-d) are decayed if the settings say so, scalars never."""
+    """Return AdamW over all trainable parameters; norms and biases (1-d) decay if the settings ask, scalars never."""
     smallest = 1 if config.decay_all else 2
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
@@ -49,7 +49,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scales all gradients so that their global norm is at most `max_norm` (None: only measures); returns it."""
+    """Scale all gradients so that their global norm is at most `max_norm` (None: only measure it); return the norm."""
     kinds = plain_and_sharded([p for p in parameters if p.grad is not None])
     norms = [torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None]) for alike in kinds]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
@@ -61,6 +61,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
 
 
 def plain_and_sharded(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that one fused operation may take together: those that FSDP2 shards are apart from the others."""
+    """Return the parameters in groups that one fused operation may take: those that FSDP2 shards, and the others."""
     kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
     return [kind for kind in kinds if kind]

@@ -1,4 +1,4 @@
-"""How an encoder is spread over the ranks: whole on every rank (DDP), or a part of each layer on each (FSDP2).
+"""Spread an encoder over the ranks: whole on every rank (DDP), or a part of each layer on each (FSDP2).
 
 Under FSDP2 every parameter, its gradient and the optimizer's moments lie in float32, sharded; a layer is gathered when
 it is needed, and with bf16 it is gathered as a bfloat16 copy that it computes with. That serves one process as well:
@@ -57,7 +57,7 @@ def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Modu
 
 
 def is_spread(network: nn.Module) -> bool:
-    """Return whether its gradients are reduced over ranks; not in one process, nor where nothing is trained."""
+    """Return True if its gradients are reduced over ranks: not in one process, nor if nothing is trained."""
     return isinstance(network, (DistributedDataParallel, FSDPModule))
 
 

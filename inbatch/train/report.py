@@ -1,4 +1,4 @@
-"""What a run says: how many candidates a query sees and which settings look wrong, its figures, where its time goes.
+"""The report of a run: the candidates of a query, settings that look wrong, figures, and times.
 
 metrics.jsonl holds what is a function of the configuration alone, so that two runs can be compared line by line;
 speed.jsonl holds what also depends on the machine.
@@ -120,7 +120,7 @@ class Report:
 
 
 class NoReport(Report):
-    """The report of every rank but the first: none."""
+    """The report of the ranks other than the first, which write nothing."""
 
     best_step, stale = None, 0
 
@@ -149,7 +149,7 @@ class Stopwatch:
         self._steps, self._pairs, self._read_s = 0, 0, 0.0
 
     def turn_to(self, activity: str) -> None:
-        """From here on time counts as `activity`."""
+        """Count time as `activity` from here on."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         collectives.doing(activity)
@@ -195,7 +195,7 @@ class FirstBatch:
 
 
 def look_at(part: Part) -> FirstBatch:
-    """Counts over all ranks; every rank calls it."""
+    """Return counts over all ranks; every rank calls it."""
     batch = part.batch
     ids = {"queries": batch.query_ids, "passages": batch.passage_ids}
     rows = collectives.agree("the first batch", ids)
@@ -217,7 +217,7 @@ def _copies(wanted_B: Tensor, ids_N: Tensor) -> Tensor:
 
 
 def mixture(config: Config, plan: Mixture) -> list[str]:
-    """Say how an epoch is drawn from several sources, and what differs between them."""
+    """Return lines on how an epoch is drawn from several sources, and how these differ."""
     sources = config.data.sources
     if len(sources) == 1:
         return []
@@ -235,7 +235,7 @@ def mixture(config: Config, plan: Mixture) -> list[str]:
 
 
 def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]:
-    """Say how many passages each query is scored against, and why."""
+    """Return lines on the number of passages that each query is scored against, and why."""
     ranks, parts = len(first.queries), config.train.accumulation_steps
     everyone = config.loss.negatives != "local"
     seen = sum(first.passages) if everyone else max(first.passages)
@@ -272,7 +272,7 @@ def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]
 
 
 def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int) -> dict[str, str]:
-    """Return settings that train, but probably not as meant: what to do, by a name that `check.LEVELS` knows."""
+    """Return advice on settings that train, but probably not as intended, by its name in `check.LEVELS`."""
     lines = {}
     if not config.loss.mask_duplicates and first.duplicates and not _alone(config):
         lines["duplicates"] = (

@@ -125,7 +125,7 @@ class RunFolder:
         on_rank_0(write)
 
     def done(self) -> Mapping[str, Any]:
-        """Return what was noted when the run was finished: its steps, what ended it early; empty while it is not."""
+        """Return the note of the finished run: its steps, and the settings that ended it early; empty before."""
         return on_rank_0(lambda: self.read("done.json"))
 
     def finish(self, steps: int, ended_by: Sequence[Any] | None = None) -> None:
@@ -134,7 +134,7 @@ class RunFolder:
         on_rank_0(lambda: write_json(self.path / "done.json", {"steps": steps, **early}))
 
     def drop_lines_after(self, step: int) -> None:
-        """Remove what an interrupted run wrote of later steps; a resumed one writes it again. Rank 0 alone calls it."""
+        """Remove the lines of later steps, which a resumed run writes again. Rank 0 alone calls it."""
         for name in ("metrics.jsonl", "speed.jsonl"):
             path = self.path / name
             if path.exists():

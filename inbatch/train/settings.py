@@ -68,7 +68,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 class SettingsError(ValueError):
-    """Mistakes in the settings of a group: what is wrong by key (or under the group's name), and the missing keys."""
+    """Report mistakes in the settings of a group: messages by key (or under the group's name), and the missing keys."""
 
     def __init__(self, wrong: Mapping[str, str], missing: Sequence[str] = ()):
         self.wrong, self.missing = wrong, missing
@@ -115,7 +115,7 @@ def kind(key: str) -> Any:
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """Return the types of which a value may have any."""
+    """Return the alternative types of a value."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
@@ -138,7 +138,7 @@ def _explained(error: ValidationError, group: str, values: Mapping[str, Any]) ->
 
 
 def _expected(detail: Any, value: Any, kind_: Any) -> str:
-    """Return what a value is and what it should be: the limit that it exceeds, or its type in words."""
+    """Return the message about a value: the limit that it exceeds, or the expected type in words."""
     limits = detail.get("ctx", {})
     or_null = ", or null" if type(None) in members(kind_) else ""
     match detail["type"]:

@@ -61,7 +61,7 @@ class Learner:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Return all that is trained, by its name in checkpoints."""
+        """Return the trained modules, by their names in checkpoints."""
         return {**self.towers, "loss": self.loss}
 
     @property
@@ -242,7 +242,7 @@ def open_validation(config: Config) -> Examples | None:
 
 
 def plan_mixture(config: Config, examples: Examples) -> Mixture:
-    """Return which examples of which sources make up the batches; ValueError for weights that say too little."""
+    """Return the plan of batches from all sources; ValueError for incomplete weights."""
     data = config.data
     sizes = tuple(len(source.examples) for source in examples.sources)
     given = [source["weight"] for source in data.sources if "weight" in source]
@@ -333,7 +333,7 @@ def operations(towers: Mapping[str, BiEncoderModel], config: Config, total_steps
 
 
 def check_vectors(config: Config, learner: Learner) -> None:
-    """Raise ValueError where the student cannot have the teacher's vectors."""
+    """Raise ValueError if the student's vectors cannot have the shape of the teacher's."""
     assert learner.teacher is not None
     ours, theirs = learner.network("query"), learner.teacher[0].vectors.shape[1]
     if config.distill.kind != "pool" and is_multi_vector(ours):
@@ -377,7 +377,7 @@ def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torc
 def build_collators(
     config: Config, model: BiEncoderModel, examples: Examples, sources: Sequence[TrainSource], *, repeats: bool
 ) -> list[Collator]:
-    """Return by source what makes batches of its examples; repeats: whether the run reads any of them twice."""
+    """Return the collator of each source; repeats: True if the run reads some example twice."""
 
     def tokenize(texts: list[str], max_length: int) -> Mapping[str, torch.Tensor]:
         return model.tokenize(texts, max_length=max_length)

@@ -10,7 +10,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """Raised where a signal asked this process to stop; its code is 128 + the signal's number."""
+    """Report that a signal asked this process to stop; its code is 128 + the signal's number."""
 
     def __init__(self, number: int, what_is_kept: str = ""):
         self.message = f"stopped by {signal.Signals(number).name}{what_is_kept}"

@@ -83,7 +83,7 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
 
 
 def _check_multi_vector(config: Config) -> None:
-    """Raise ValueError for settings that mean nothing where a text is several vectors."""
+    """Raise ValueError for settings that have no meaning with several vectors a text."""
     wrong = {
         "eval.similarity": config.eval.similarity,
         "loss.detach_remote": config.loss.detach_remote or None,
@@ -98,7 +98,7 @@ def _check_multi_vector(config: Config) -> None:
 def spread(
     towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool, compiled: bool
 ) -> dict[str, nn.Module]:
-    """Return the towers as they are called in training: see `inbatch.train.parallel`."""
+    """Return the towers as training calls them: see `inbatch.train.parallel`."""
     networks = {}
     for name, tower in towers.items():
         if compiled:
@@ -143,7 +143,7 @@ def _place(folder: Path, name: str) -> Path:
 
 
 def export(source: str | Path, output: str | Path) -> Path:
-    """Writes the model of a checkpoint, or of a run's newest one, to the folder `output`; returns the checkpoint.
+    """Write the model of a checkpoint, or of a run's newest one, to the folder `output`; return the checkpoint.
 
     One process does it, on the CPU, whatever the number of ranks that wrote the checkpoint. With separate towers the
     models are `output`/query and `output`/passage. Raises ValueError where there is no checkpoint of a run, and where
