@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 
@@ -96,3 +97,35 @@ def test_every_public_name_resolves():
     assert set(inbatch.__all__) == set(inbatch._PUBLIC)
     for name in inbatch.__all__:
         assert getattr(inbatch, name).__module__.startswith("inbatch")
+
+
+def functions(tree: ast.AST, prefix: str = "") -> set[str]:
+    """The names of a module's functions and classes, those within others as a.b."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        names |= ({prefix + node.name} if named else set()) | functions(
+            node, f"{prefix}{node.name}." if named else prefix
+        )
+    return names
+
+
+def test_the_walk_through_the_code_stops_at_functions_that_exist_and_at_none_twice():
+    text = (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^\d+\. `([\w/]+\.py):([\w.]+)`", text, re.MULTILINE)
+    assert len(stops) > 50
+    assert len(set(stops)) == len(stops)
+    for file, name in stops:
+        assert name in functions(ast.parse((REPOSITORY / "inbatch" / file).read_text())), (file, name)
+
+
+def test_the_maps_name_every_file():
+    package = [path for path in (REPOSITORY / "inbatch").rglob("*.py") if path.name != "__init__.py"]
+    kernels = [path for path in package if path.parent.name == "triton"]
+    losses = [path for path in package if path.parent.name == "losses"]
+    for page, files in (
+        ("docs/design.md", [path for path in package if path not in kernels]),
+        ("inbatch/losses/README.md", [*losses, *kernels]),
+    ):
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        assert [path.name for path in files if path.name not in text] == [], page
