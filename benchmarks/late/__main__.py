@@ -12,6 +12,7 @@ from the first step's data to the last step, without imports and opening.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -91,6 +92,8 @@ def run_sentence_transformers(args: argparse.Namespace) -> dict[str, Any]:
 
     from inbatch.data import open_examples
 
+    # Set by a user to true, it makes forked workers wait for threads of the tokenizer that they do not have.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gpu = torch.cuda.is_available()
     model = MultiVectorEncoder(str(args.output / "begin"), device="cuda" if gpu else "cpu")
     examples = open_examples([{"path": str(args.data)}], split="train", seed=42)
