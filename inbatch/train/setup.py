@@ -139,7 +139,8 @@ def set_up(
     learner = open_learner(config, towers, device, total_steps)
     if config.distill.teacher is not None:
         read = [one for one in (examples, held_out) if one is not None]
-        learner.teacher = teacher_vectors(config.distill.teacher, read, folder.path / "teacher", device)
+        precision = chosen(config.train.precision, device)
+        learner.teacher = teacher_vectors(config.distill.teacher, read, folder.path / "teacher", device, precision)
         check_vectors(config, learner)
     if evaluation is not None:
         how = RetrieveOptions(similarity=config.eval.similarity)

@@ -16,7 +16,7 @@ from inbatch.data.identity import passage_key, query_key
 from inbatch.data.readers import Examples
 from inbatch.encoder.packing import wish
 from inbatch.encoder.sentence_transformer import open_encoder
-from inbatch.retrieval.embed import share
+from inbatch.retrieval.embed import EmbedOptions, share
 from inbatch.retrieval.evaluate import RetrieveOptions, embedding_options
 from inbatch.retrieval.kept import embed_kept
 from inbatch.train.same import check_towers
@@ -36,11 +36,14 @@ class Vectors:
         return self.vectors[rows].to(device)
 
 
-def teacher_vectors(name: str, sets: Sequence[Examples], folder: Path, device: torch.device) -> tuple[Vectors, Vectors]:
+def teacher_vectors(
+    name: str, sets: Sequence[Examples], folder: Path, device: torch.device, precision: str
+) -> tuple[Vectors, Vectors]:
     """Return an encoder's vectors of the queries and of the passages of sets of examples, with its own prompts.
 
     Every rank calls it with the same ones and embeds a share; memory holds each text once meanwhile. folder: shared
-    by all hosts; what it has of the same weights and texts is not embedded again. ValueError for what cannot be opened.
+    by all hosts; what it has of the same weights and texts is not embedded again. precision: as EmbedOptions has it.
+    ValueError for what cannot be opened.
     """
     queries: dict[int, str] = {}
     passages: dict[int, str] = {}
@@ -55,9 +58,11 @@ def teacher_vectors(name: str, sets: Sequence[Examples], folder: Path, device: t
     check_towers({"the teacher": teacher})
     teacher.to(device)
 
+    options = RetrieveOptions(embedding=EmbedOptions(precision=precision))
+
     def embedded(side: str, texts: dict[int, str]) -> Vectors:
         keys = sorted(texts)
-        ordered, how = [texts[key] for key in keys], embedding_options(teacher, side, RetrieveOptions())
+        ordered, how = [texts[key] for key in keys], embedding_options(teacher, side, options)
         embed_kept(teacher, ordered, how, folder, rows=share(len(keys)))
         whole = embed_kept(teacher, ordered, how, folder, rows=range(len(keys)))
         return Vectors(keys=np.array(keys, np.int64), vectors=whole)
