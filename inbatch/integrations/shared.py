@@ -30,8 +30,8 @@ def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
 
 def described(loss: InfoNCELoss) -> dict[str, Any]:
     """Return what a model card says of the loss."""
-    temperature = float(torch.as_tensor(loss.temperature).detach())
-    return {"temperature": temperature, "negatives": loss.negatives, "masks": "by ids"}
+    temperature = loss.temperature.detach() if isinstance(loss.temperature, Tensor) else loss.temperature
+    return {"temperature": float(temperature), "negatives": loss.negatives, "masks": "by ids"}
 
 
 def cached_step(

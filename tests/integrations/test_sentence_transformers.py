@@ -211,6 +211,7 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
     assert batch["label"][0, 1] == batch["label"][1, 1]
     features = [model.preprocess(texts) for texts in columns.values()]
     loss = ours.MultipleNegativesRankingLoss(model)
+    assert loss.get_config_dict() == {"temperature": 0.05, "negatives": "gather", "masks": "by ids"}
     assert loss([dict(f) for f in features], batch["label"]) < loss([dict(f) for f in features], None)
     scored = ours.Collator(model.preprocess)([{"s1": "cat", "s2": "dog", "score": 0.5}])  # for another loss
     assert scored["label"].tolist() == [0.5]
