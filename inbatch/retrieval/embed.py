@@ -69,16 +69,28 @@ def embed(
     module = unwrap(model)
     rows = range(len(texts)) if rows is None else rows
     if is_multi_vector(module):
-        parts = [Tokens(torch.empty(0, module.embedding_dim, dtype=options.dtype), torch.empty(0, dtype=torch.int64))]
+        parts = []
         for _, window in embed_windows(module, texts, rows, options):
             assert isinstance(window, Tokens)
             parts.append(Tokens(window.vectors.to("cpu", options.dtype), window.lengths.cpu()))
-        return Tokens(torch.cat([part.vectors for part in parts]), torch.cat([part.lengths for part in parts]))
+        return joined(parts, module.embedding_dim, options.dtype)
     embeddings = torch.empty(len(rows), module.embedding_dim, dtype=options.dtype)
     for start, window in embed_windows(module, texts, rows, options):
         assert isinstance(window, Tensor)
         embeddings[start : start + len(window)] = window
     return embeddings
+
+
+def joined(parts: list[Tokens], dim: int, dtype: torch.dtype) -> Tokens:
+    """Return parts as one, and empty the list: memory holds the vectors once, and one part twice."""
+    lengths = torch.cat([torch.empty(0, dtype=torch.int64), *(part.lengths for part in parts)])
+    vectors, start = torch.empty(int(lengths.sum()), dim, dtype=dtype), 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        vectors[start : start + len(part.vectors)] = part.vectors
+        start += len(part.vectors)
+    return Tokens(vectors, lengths)
 
 
 def is_multi_vector(module: nn.Module) -> bool:

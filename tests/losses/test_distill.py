@@ -106,7 +106,7 @@ def check(rank: int, world_size: int, seeds: range) -> None:
             torch.testing.assert_close(gradient / world_size, wanted, msg=str(seed))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_a_loop(pool, world_size):
     pool.run(check, world_size, world_size, range(12))
 
