@@ -202,7 +202,7 @@ def _check(known: argparse.Namespace) -> int:
     return int(checked.worst == "error")
 
 
-def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
+def _open_model(name: str, device: "torch.device", pool_factor: int | None = None) -> "BiEncoderModel":
     """Return the model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
     import torch
 
@@ -213,6 +213,10 @@ def _open_model(name: str, device: "torch.device") -> "BiEncoderModel":
     packed = wish(None, device)
     model = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=packed))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
+    if pool_factor is not None:
+        if model.multi_vector is None:
+            raise ValueError(f"--pool-factor {pool_factor}: {name} gives a text one vector: leave it out")
+        model.multi_vector = model.multi_vector.replaced({"pool_factor": pool_factor})
     if (packed is None or model.backend_because) and collectives.rank() == 0:
         print(f"{name}: {model.way}", file=sys.stderr)
     return model.to(device).eval()
@@ -225,12 +229,13 @@ def _embedding(known: argparse.Namespace, device: "torch.device", **options: Any
     return EmbedOptions(precision=chosen(known.precision, device), batch_tokens=known.batch_tokens, **options)
 
 
-def _open_towers(name: str, device: "torch.device") -> "tuple[BiEncoderModel, BiEncoderModel | None]":
+def _open_towers(known: argparse.Namespace, device: "torch.device") -> "tuple[BiEncoderModel, BiEncoderModel | None]":
     """Return the encoder of the documents, and that of the queries where the folder holds two."""
+    name, pool_factor = known.model, known.pool_factor
     towers = [Path(name) / tower for tower in ("passage", "query")]
     if all(tower.is_dir() for tower in towers):
-        return _open_model(str(towers[0]), device), _open_model(str(towers[1]), device)
-    return _open_model(name, device), None
+        return _open_model(str(towers[0]), device, pool_factor), _open_model(str(towers[1]), device)
+    return _open_model(name, device, pool_factor), None
 
 
 def _retrieving(known: argparse.Namespace, device: "torch.device", **options: Any) -> "RetrieveOptions":
@@ -249,7 +254,7 @@ def _evaluate(known: argparse.Namespace) -> None:
         from inbatch.retrieval.metrics import DEFAULT_MEASURES
 
         data = collectives.together(lambda: load_retrieval(known.data, known.split))
-        model, query_model = _open_towers(known.model, device)
+        model, query_model = _open_towers(known, device)
         measures = known.measures or DEFAULT_MEASURES
         figures = evaluate(
             model,
@@ -273,7 +278,7 @@ def _mine(known: argparse.Namespace) -> None:
 
         options = MineOptions(**{field.name: getattr(known, field.name) for field in fields(MineOptions)})
         data = collectives.together(lambda: open_mining_set(known.source, known.split))
-        model, query_model = _open_towers(known.model, device)
+        model, query_model = _open_towers(known, device)
         retrieve = _retrieving(known, device)
         teacher = None if known.teacher is None else _open_teacher(known.teacher, device)
         report = mine(
@@ -292,7 +297,7 @@ def _group(known: argparse.Namespace) -> None:
 
         options = GroupOptions(size=known.size, range_min=known.range_min, range_max=known.range_max)
         examples = collectives.together(lambda: open_examples(known.source, split=known.split))
-        model, query_model = _open_towers(known.model, device)
+        model, query_model = _open_towers(known, device)
         groups = group_examples(model, examples, options, _retrieving(known, device), query_model=query_model)
         if collectives.rank() == 0:
             save_groups(known.output, groups, examples)
@@ -321,7 +326,7 @@ def _encode(known: argparse.Namespace) -> None:
         from inbatch import collectives
         from inbatch.retrieval.encode_file import encode_to_file
 
-        model = _open_model(known.model, device)
+        model = _open_model(known.model, device, known.pool_factor)
         name = known.prompt or model.default_prompt_name
         if model.multi_vector is not None:
             name = name or "document"

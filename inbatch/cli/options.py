@@ -209,6 +209,12 @@ def _encoding_options() -> argparse.ArgumentParser:
         help="padded tokens per batch (default: 65536 packed on a GPU, else 16384)",
     )
     options.add_argument(
+        "--pool-factor",
+        type=_positive,
+        metavar="N",
+        help="of a multi-vector model's documents, keep a vector for N tokens (default: as the model was saved)",
+    )
+    options.add_argument(
         "--timeout-minutes", type=float, default=10, metavar="M",
         help="end all processes when none gets further, or one is silent, for this long (default: %(default)s)",
     )  # fmt: skip

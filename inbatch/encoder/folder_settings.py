@@ -12,6 +12,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
     "a positive integer": lambda value: type(value) is int and value >= 1,
+    "an integer of at least 0": lambda value: type(value) is int and value >= 0,
     "an object": lambda value: isinstance(value, dict),
     "an object of texts": lambda value: (
         isinstance(value, dict) and all(isinstance(text, str | None) for text in value.values())

@@ -36,6 +36,10 @@ class MultiVector:
     """let the query's tokens attend to these mask tokens"""
     skip_words: tuple[str, ...] = tuple(string.punctuation)
     """tokens of documents that count for nothing"""
+    pool_factor: int = 1
+    """embedded documents keep a vector for so many tokens: means of similar ones"""
+    protected_tokens: int = 1
+    """first vectors of a document that are not pooled"""
 
     def replaced(self, given: Mapping[str, Any]) -> "MultiVector":
         """Return it with what is given and not None; ValueError for an unknown name or a wrong value."""
@@ -45,8 +49,10 @@ class MultiVector:
         values = {name: getattr(self, name) if given.get(name) is None else given[name] for name in names}
         values["skip_words"] = tuple(values["skip_words"])
         made = MultiVector(**values)
-        if isinstance(made.dim, bool) or not isinstance(made.dim, int) or made.dim < 1:
-            raise ValueError(f"multi_vector's dim is {made.dim!r}; expected an integer of at least 1")
+        for name, least in (("dim", 1), ("pool_factor", 1), ("protected_tokens", 0)):
+            number = getattr(made, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"multi_vector's {name} is {number!r}; expected an integer of at least {least}")
         if made.attend_to_expansion and not made.query_expansion:
             raise ValueError("multi_vector's attend_to_expansion means nothing without query_expansion: leave it out")
         return made

@@ -19,6 +19,8 @@ from inbatch.encoder.folder_settings import Settings, file_within, settings_of
 from inbatch.encoder.multi_vector import LENGTHS, TASKS, MultiVector, prefix_token
 
 _IDENTITY = "torch.nn.modules.linear.Identity"
+# Arguments of PyLate's encode, which ignores them in a folder, and what a setting of each must be.
+_POOLING = {"pool_factor": "a positive integer", "protected_tokens": "an integer of at least 0"}
 DENSE = "pylate.models.Dense.Dense"
 
 
@@ -40,7 +42,7 @@ def read_top(top: Settings, *, native: bool) -> dict[str, Any]:
         query_expansion=expansion is not False,
         attend_to_expansion=bool(attend) and expansion is not False,
         skip_words=tuple(string.punctuation if words is None else words),
-    )
+    ).replaced({name: top.take(name, kind) for name, kind in _POOLING.items()})
     lengths = {f"{task}_length": top.take(f"{task}_length", "a positive integer") or LENGTHS[task] for task in TASKS}
     return {"multi_vector": options, "prefixes": {t: p or "" for t, p in prefixes.items()}, **lengths}
 
@@ -52,10 +54,12 @@ def read_modules(folder: Path, modules: list[tuple[str, str]], options: MultiVec
     """
     kinds, dense = [kind for kind, _ in modules], []
     tail = kinds[kinds.count("Dense") :]
+    pools = tail[-1:] == ["HierarchicalTokenPooling"]
+    tail = tail[: len(tail) - pools]
     if kinds[:1] != ["Dense"] or sorted(tail) not in ([], ["MultiVectorMask", "Normalize"]):
         raise ValueError(
             f"{folder}: a multi-vector model of the modules {['Transformer', *kinds]!s:.200}; expected Transformer, "
-            "Dense, MultiVectorMask, Normalize"
+            "Dense, MultiVectorMask, Normalize, HierarchicalTokenPooling"
         )
     for kind, path in modules:
         settings = settings_of(folder, str(Path(path, "config.json")))
@@ -70,6 +74,10 @@ def read_modules(folder: Path, modules: list[tuple[str, str]], options: MultiVec
             settings.require("skiplist_tasks", ["document"])
             settings.require("keep_only_token_ids", None)
             options = replace(options, skip_words=tuple(words))
+        elif kind == "HierarchicalTokenPooling":
+            settings.require("tasks", ["document"])
+            theirs = {"pool_factor": "pool_factor", "protected_tokens": "num_protected_tokens"}
+            options = options.replaced({ours: settings.take(theirs[ours], kind) for ours, kind in _POOLING.items()})
         else:
             settings.require("module_input_name", "token_embeddings")
             settings.require("module_output_name", "token_embeddings", None)
@@ -138,6 +146,7 @@ def write_multi_vector(
             "do_query_expansion": options.query_expansion,
             "attend_to_expansion_tokens": options.attend_to_expansion,
             "skiplist_words": list(options.skip_words),
+            **({name: getattr(options, name) for name in _POOLING} if options.pool_factor > 1 else {}),
         },
         "sentence_bert_config.json": {"max_seq_length": layout.max_seq_length, "do_lower_case": layout.do_lower_case},
     }

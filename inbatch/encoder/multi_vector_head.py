@@ -58,6 +58,12 @@ def open_head(
     assert options is not None
     if saved.dense:
         layers = load_projection(folder, list(saved.dense), backbone.dtype)
+        width: Any = layers[0].in_features, layers[-1].out_features
+        if width != (expected := (backbone.config.hidden_size, options.dim)):
+            raise ValueError(
+                f"{folder}: its projection takes {width[0]} numbers to {width[1]}; expected {expected[0]} of the "
+                f"backbone to {expected[1]}, which {saved.dense[-1]}/config.json says"
+            )
         # Saved by PyLate, which puts these in as ids, they would not be seen in a text.
         known = tokenizer.get_vocab()
         firsts = [

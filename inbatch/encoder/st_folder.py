@@ -193,9 +193,8 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
             )
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     several = _is_multi_vector(kinds)
-    known = (
-        ("Transformer", "Dense", "MultiVectorMask", "Normalize") if several else ("Transformer", "Pooling", "Normalize")
-    )
+    of_several = ("Transformer", "Dense", "MultiVectorMask", "Normalize", "HierarchicalTokenPooling")
+    known = of_several if several else ("Transformer", "Pooling", "Normalize")
     for module, kind in zip(modules, kinds, strict=True):
         if kind not in known:
             where = f" (folder {module['path']!r:.200})" if module["path"] else ""

@@ -165,6 +165,8 @@ def _wrong_teacher(scores: Any, teacher_temperature: Any, over: Any, num_queries
     right = isinstance(scores, Tensor) and scores.is_floating_point() and scores.ndim == 2
     if not right or len(scores) != num_queries:
         return f"teacher_scores must be floating-point [{num_queries}, candidates], got {describe(scores)}"
+    if not scores.is_cuda and scores.isinf().any():  # not read on a GPU, for which the CPU would wait
+        return "teacher_scores hold infinity; expected numbers, and NaN where a passage is no candidate"
     return None
 
 

@@ -17,11 +17,12 @@ from inbatch import collectives
 from inbatch.data import plan
 from inbatch.encoder.model import to_device
 from inbatch.encoder.precision import PRECISIONS, bf16_copies
+from inbatch.encoder.token_pooling import pool_tokens
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.nearest import Embeddings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WINDOW = 4096  # texts tokenised, sorted and batched together: enough that batches have hardly any padding
+WINDOW = 4096  # texts tokenised, sorted and batched together: enough that batches have hardly any padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def embed_windows(
     batch_tokens = options.batch_tokens or (65536 if device.type == "cuda" and module.packed else 16384)
 
     def tokenise(start: int) -> dict[str, Tensor]:
-        window = [options.prefix + texts[row] for row in rows[start : start + _WINDOW]]
+        window = [options.prefix + texts[row] for row in rows[start : start + WINDOW]]
         tokens = module.tokenize(window, max_length=options.max_length)
         return module.mark(tokens, options.task) if is_multi_vector(module) else tokens
 
@@ -128,18 +129,23 @@ def embed_windows(
         tqdm(total=len(rows), desc=options.progress, disable=options.progress is None, unit="text", leave=False) as bar,
     ):
         ahead = reader.submit(tokenise, 0) if len(rows) else None
-        for start in range(0, len(rows), _WINDOW):
+        for start in range(0, len(rows), WINDOW):
             assert ahead is not None
             tokens = ahead.result()
-            if start + _WINDOW < len(rows):
-                ahead = reader.submit(tokenise, start + _WINDOW)
+            if start + WINDOW < len(rows):
+                ahead = reader.submit(tokenise, start + WINDOW)
             order, parts = [], []
             for some in _batches(tokens["attention_mask"].sum(1), batch_tokens):
                 batch = module.to_device(_without_padding(tokens, some))
                 # Not inference_mode: what a backbone caches in its forward (rotary tables) must serve training.
                 autocast = options.precision == "autocast"
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    parts.append(module(batch).float())
+                    vectors = module(batch).float()
+                if is_multi_vector(module) and options.task == "document":
+                    vectors = pool_tokens(
+                        vectors, module.multi_vector.pool_factor, module.multi_vector.protected_tokens
+                    )
+                parts.append(vectors)
                 order.append(some)
                 bar.update(len(some))
             places = to_device(torch.cat(order), device)

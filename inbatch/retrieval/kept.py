@@ -1,7 +1,8 @@
 """Embeddings kept in a folder, under a name made of the weights, the settings and the texts.
 
-`NAME.embeddings` holds a row for each text, `NAME.rows` a byte for each, 1 once its row is on disk. Ranks fill them
-together, and any number of ranks can complete what a killed run left.
+`NAME.embeddings` holds a row for each text, `NAME.rows` a byte for each, 1 once its row is on disk. A multi-vector
+model's are in files `NAME.FIRST.safetensors`, each of the `WINDOW` texts from FIRST on. Ranks fill them together, and
+any number of ranks can complete what a killed run left.
 
 Shapes: n texts, D dimension.
 """
@@ -15,12 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inbatch import collectives
-from inbatch.data.files import naming, sync
+from inbatch.data.files import naming, replacing, sync
 from inbatch.data.token_cache import tokenizer_digest
-from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, unwrap
+from inbatch.losses.max_sim import Tokens
+from inbatch.retrieval.embed import WINDOW, EmbedOptions, embed_windows, is_multi_vector, joined, unwrap
+from inbatch.retrieval.nearest import Embeddings
 
 
 def model_digest(model: nn.Module) -> str:
@@ -55,15 +59,15 @@ def text_digest(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path, *, rows: range, group=None) -> Tensor:
-    """Return the embeddings [n, D] of texts[rows], this rank's share, mapped from the folder; missing ones are made.
+def embed_kept(
+    model: nn.Module, texts: Any, options: EmbedOptions, folder: Path, *, rows: range, group=None
+) -> Embeddings:
+    """Return the embeddings of texts[rows], this rank's share, from the folder; missing ones are made.
 
-    Every rank calls it, with shares that follow one another. Raises OSError, on every rank, if the folder cannot be
-    written or is full.
+    [n, D] are mapped; a multi-vector model's `Tokens` are read into memory. Every rank calls it, with shares that
+    follow one another. Raises OSError, on every rank, if the folder cannot be written or is full.
     """
     module, dtype = unwrap(model), options.dtype
-    if is_multi_vector(module):
-        raise ValueError(f"{folder}: vectors of a multi-vector model are not kept: name no folder, or another model")
     settings = {name: str(value) for name, value in asdict(options).items() if name not in ("progress", "batch_tokens")}
 
     def name() -> str:
@@ -92,6 +96,8 @@ def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path
 
     first, width = collectives.rank(group) == 0, module.embedding_dim * dtype.itemsize
     found = collectives.broadcast_object(collectives.together(lambda: name() if first else "", group), group=group)
+    if is_multi_vector(module):
+        return _kept_tokens(module, texts, options, folder / found, rows, group)
     paths = folder / f"{found}.embeddings", folder / f"{found}.rows"
     collectives.together(lambda: create(paths) if first else None, group)
     collectives.together(lambda: fill(paths), group)
@@ -100,6 +106,33 @@ def embed_kept(model: nn.Module, texts: Any, options: EmbedOptions, folder: Path
     shape = len(rows), width
     mapped = np.memmap(paths[0], np.uint8, mode="c", offset=rows.start * width, shape=shape)  # a copy where written
     return torch.from_numpy(mapped).view(dtype)
+
+
+def _kept_tokens(module: Any, texts: Any, options: EmbedOptions, name: Path, rows: range, group) -> Tokens:
+    paths = {first: name.with_name(f"{name.name}.{first}.safetensors") for first in range(0, len(texts), WINDOW)}
+
+    def fill() -> None:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        missing = [first for first, path in paths.items() if first in rows and not path.exists()]
+        if not missing:
+            return
+        # From the first missing one on, as a killed run leaves them.
+        some = range(missing[0], min(len(texts), missing[-1] + WINDOW))
+        for start, window in embed_windows(module, texts, some, options):
+            assert isinstance(window, Tokens)
+            tensors = {"vectors": window.vectors.to("cpu", options.dtype), "lengths": window.lengths.cpu()}
+            with replacing(paths[some.start + start]) as filled:
+                save_file(tensors, filled)
+
+    collectives.together(fill, group)
+    parts = []
+    for first, path in paths.items():
+        begin, end = max(rows.start, first), min(rows.stop, first + WINDOW)
+        if begin < end:
+            tensors = load_file(path)
+            part = Tokens(tensors["vectors"], tensors["lengths"])
+            parts.append(part if end - begin == len(part) else part[begin - first : end - first])
+    return joined(parts, module.embedding_dim, options.dtype)
 
 
 def _missing(done: np.ndarray, first: int) -> list[range]:

@@ -302,7 +302,9 @@ def _about_settings(
 ) -> Iterator[Finding]:
     on_gpu = torch.cuda.is_available() and config.train.device != "cpu"
     gpus = torch.cuda.device_count() if on_gpu else 0
-    found = report.warnings(config, batches.first, l2_normalize=model.l2_normalize, gpus=gpus)
+    found = report.warnings(
+        config, batches.first, l2_normalize=model.l2_normalize, multi_vector=model.multi_vector is not None, gpus=gpus
+    )
     yield from (Finding(code, text) for code, text in found.items())
     loss, optim = config.loss, config.optim
     if model.l2_normalize and model.multi_vector is None and loss.temperature >= 0.5:

@@ -99,6 +99,8 @@ class MultiVectorConfig:
     """let a query's tokens attend to these mask tokens; a new model does not"""
     skip_words: list[str] | None = None
     """tokens of passages that count for nothing; a new model skips punctuation"""
+    pool_factor: int | None = Field(default=None, ge=1)
+    """embedded documents keep a vector for so many tokens, as `inbatch encode --pool-factor` says; not in training"""
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))

@@ -338,7 +338,9 @@ def announce(run: Run, parts: list[Part]) -> None:
     short = run.plan.num_examples if ragged else 0
     for line in candidates(run.config, first, examples=short):
         run.report.note(line)
-    for line in warnings(run.config, first, l2_normalize=model.l2_normalize, gpus=gpus).values():
+    for line in warnings(
+        run.config, first, l2_normalize=model.l2_normalize, multi_vector=model.multi_vector is not None, gpus=gpus
+    ).values():
         run.report.note(f"warning: {line}")
 
 

@@ -271,7 +271,7 @@ def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]
     return lines
 
 
-def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int) -> dict[str, str]:
+def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, multi_vector: bool, gpus: int) -> dict[str, str]:
     """Return advice on settings that train, but probably not as intended, by its name in `check.LEVELS`."""
     lines = {}
     if not config.loss.mask_duplicates and first.duplicates and not _alone(config):
@@ -284,7 +284,7 @@ def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, gpus: int
             f"embeddings are not normalised and loss.temperature is {config.loss.temperature}: scores will be huge; "
             "set model.l2_normalize to true, or a temperature near 1"
         )
-    if config.model.pooling == "multi_vector" and config.loss.temperature <= 0.1:
+    if multi_vector and config.loss.temperature <= 0.1:
         lines["unnormalised"] = (
             f"loss.temperature is {config.loss.temperature}, and scores are sums of up to {config.data.query_max_len} "
             "cosines, one for each token of a query: set a temperature near 1"

@@ -206,12 +206,14 @@ def needs_scores(config: Config) -> bool:
 
 def check_scores(config: Config, examples: Examples) -> None:
     """Raise ValueError where a teacher's scores are wanted and no source has any; warn of sources without."""
-    lacking = []
+    lacking, usable = [], 0
     for source in examples.sources if needs_scores(config) else ():
         some = source.examples[:: max(1, len(source.examples) // 1000)]
-        if not any(len(example.scores) > 1 for example in some):
-            lacking.append(f"{source.name} (of {len(some)} records looked at)")
-    if lacking and len(lacking) == len(examples.sources):
+        without = sum(len(example.scores) <= 1 for example in some)
+        usable += len(some) - without
+        if without:
+            lacking.append(f"{source.name} ({without} of {len(some)} records looked at)")
+    if lacking and not usable:
         raise ValueError(
             f"distill.weight is {config.distill.weight}, and no record has a teacher's scores: {', '.join(lacking)}. "
             "inbatch mine --teacher MODEL writes them as pos_scores and neg_scores; data.columns names other columns"

@@ -16,7 +16,7 @@ from inbatch.data.identity import passage_key, query_key
 from inbatch.data.readers import Examples
 from inbatch.encoder.packing import wish
 from inbatch.encoder.sentence_transformer import open_encoder
-from inbatch.retrieval.embed import EmbedOptions, share
+from inbatch.retrieval.embed import EmbedOptions, is_multi_vector, share
 from inbatch.retrieval.evaluate import RetrieveOptions, embedding_options
 from inbatch.retrieval.kept import embed_kept
 from inbatch.train.same import check_towers
@@ -56,6 +56,9 @@ def teacher_vectors(
                 passages.setdefault(examples.same.get(key, key), passage.full_text)
     teacher = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=wish(None, device)))
     check_towers({"the teacher": teacher})
+    if is_multi_vector(teacher):
+        raise ValueError(f"distill.teacher {name} gives a text several vectors; expected one: score by it with inbatch "
+                         "mine --teacher, and learn the scores with distill.kind group")  # fmt: skip
     teacher.to(device)
 
     options = RetrieveOptions(embedding=EmbedOptions(precision=precision))
@@ -65,6 +68,7 @@ def teacher_vectors(
         ordered, how = [texts[key] for key in keys], embedding_options(teacher, side, options)
         embed_kept(teacher, ordered, how, folder, rows=share(len(keys)))
         whole = embed_kept(teacher, ordered, how, folder, rows=range(len(keys)))
+        assert isinstance(whole, Tensor)
         return Vectors(keys=np.array(keys, np.int64), vectors=whole)
 
     return embedded("query", queries), embedded("document", passages)

@@ -186,6 +186,7 @@ def test_misuse(pool):
         ({"teacher_temperature": 0}, "teacher_temperature must be a positive number, got 0"),
         ({"teacher_scores": torch.ones(3, 2)}, r"floating-point \[2, candidates\], got \(3, 2\) float32"),
         ({"teacher_scores": torch.ones(2, 3)}, "go on beyond the last of 4 passages: fill a row up with NaN"),
+        ({"teacher_scores": torch.full((2, 2), -math.inf)}, "teacher_scores hold infinity; expected numbers, and NaN"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"queries": torch.ones(0, DIM), "teacher_scores": torch.ones(0, 1)}, "distill has no queries on any rank"),
     ):

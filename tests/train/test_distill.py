@@ -66,7 +66,7 @@ def test_records_without_scores_are_refused(folder, tmp_path):  # noqa: F811
     config = make_config(folder, tmp_path / "run", distill={"weight": 1.0})
     for refusing in (check, lambda config: train_body(0, config)):
         with pytest.raises(
-            ValueError, match=r"no record has a teacher's scores: \S*records.jsonl \(of 26 records looked"
+            ValueError, match=r"no record has a teacher's scores: \S*records.jsonl \(26 of 26 records looked"
         ):
             refusing(config)
     with pytest.raises(ValueError, match=r"distill\.weight is 0, so that nothing is distilled"):

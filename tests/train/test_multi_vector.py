@@ -3,14 +3,18 @@
 import json
 import warnings
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from inbatch import BiEncoderModel
+from inbatch.cli import run as run_cli
 from inbatch.data import load_retrieval
 from inbatch.losses.max_sim import Tokens
+from inbatch.retrieval import embed as embedding
+from inbatch.retrieval import kept as keeping
 from inbatch.retrieval.embed import EmbedOptions, embed
 from inbatch.retrieval.encode_file import encode_to_file
 from inbatch.retrieval.evaluate import RetrieveOptions, retrieve
@@ -93,7 +97,13 @@ def search_body(rank, model_folder, beir, records, output):
     how = EmbedOptions(task="document")
     shape = encode_to_file(model, beir / "corpus.jsonl", output / "all.npy", how)
     encode_to_file(model, beir / "corpus.jsonl", output / "half.safetensors", replace(how, dtype=torch.float16))
-    mine(model, open_mining_set(records), output / "mined.jsonl", MineOptions(num_negatives=2))
+    records, options = open_mining_set(records), MineOptions(num_negatives=2)
+    mine(model, records, output / "mined.jsonl", options)
+    with patch.object(embedding, "WINDOW", 4), patch.object(keeping, "WINDOW", 4):
+        mine(model, records, output / "kept.jsonl", options, kept=output / "kept")
+        if rank == 0:
+            sorted((output / "kept").iterdir())[1].unlink()
+        mine(model, records, output / "again.jsonl", options, kept=output / "kept")
     return run, shape
 
 
@@ -127,6 +137,14 @@ def test_search_encode_and_mine_by_max_sim(pool, folder, tmp_path):
     torch.testing.assert_close(torch.from_numpy(vectors), prompted.vectors, atol=1e-5, rtol=1e-5)
     assert np.diff(offsets).tolist() == prompted.lengths.tolist()
     assert (tmp_path / "out" / "all.npy.ids.txt").read_text().split() == list(data.doc_ids)
+    command = ["encode", str(tmp_path / "model"), str(folder / "beir" / "corpus.jsonl"), str(tmp_path / "few.npy")]
+    assert run_cli([*command, "--pool-factor", "2", "--device", "cpu"]) == 0
+    free = documents.lengths - 1
+    expected = 1 + torch.where(free > 1, (free // 2).clamp(min=1), free)
+    assert np.diff(np.load(tmp_path / "few.npy.offsets.npy")).tolist() == expected.tolist()
     mined = [json.loads(line) for line in (tmp_path / "out" / "mined.jsonl").read_text().splitlines()]
+    for name in ("kept", "again"):
+        lines = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["neg"] for line in lines] == [line["neg"] for line in mined]
     assert all(record["neg_scores"] == sorted(record["neg_scores"], reverse=True) for record in mined)
     assert sum(map(len, (record["neg"] for record in mined))) > 0

@@ -52,9 +52,10 @@ def test_what_adds_candidates():
 
 def test_settings_that_look_wrong():
     def warnings(
-        config: Config, batch: FirstBatch | None = None, *, l2_normalize: bool = True, gpus: int = 0
+        config: Config, batch: FirstBatch | None = None, *, l2_normalize=True, multi_vector=False, gpus=0
     ) -> list[str]:
-        return list(report.warnings(config, batch or first(), l2_normalize=l2_normalize, gpus=gpus).values())
+        options = {"l2_normalize": l2_normalize, "multi_vector": multi_vector, "gpus": gpus}
+        return list(report.warnings(config, batch or first(), **options).values())
 
     assert warnings(make_config()) == []
     (line,) = warnings(make_config(loss={"mask_duplicates": False}), first(duplicates=0.12))
@@ -71,6 +72,9 @@ def test_settings_that_look_wrong():
     (line,) = warnings(make_config(), l2_normalize=False)
     assert "not normalised and loss.temperature is 0.02" in line
     assert warnings(make_config(loss={"temperature": 1.0}), l2_normalize=False) == []
+    (line,) = warnings(make_config(), multi_vector=True)
+    assert "scores are sums of up to 64 cosines" in line
+    assert warnings(make_config(loss={"temperature": 1.0}), multi_vector=True) == []
     (line,) = warnings(make_config(), first(queries=[4], passages=[4]), gpus=4)
     assert "add --nproc-per-node 4, or start with torchrun" in line
     (line,) = warnings(make_config(micro_batch_tokens=60_000))
