@@ -247,7 +247,7 @@ def test_a_wrong_run(tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10**6])
 def test_embed_restores_the_order_within_the_token_budget(side, batch_tokens, monkeypatch):
-    monkeypatch.setattr("inbatch.retrieval.embed._WINDOW", 64)  # several windows
+    monkeypatch.setattr("inbatch.retrieval.embed.WINDOW", 64)  # several windows
     model, texts = LetterEncoder(padding_side=side), ["", *some_texts(150, 0)]
     found = embed(model, texts, EmbedOptions(prefix="ab", max_length=30, batch_tokens=batch_tokens))
     seen, model.seen = model.seen, []
