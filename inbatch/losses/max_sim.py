@@ -64,8 +64,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where the real tokens of texts [rows, T] lie: `lengths` int64 [rows], and `starts` int64 [rows] of the first of
-    each among all rows x T. mask: not 0 where a token is real; None: all are. whole: none is missing in between."""
+    """Hold the places of the real tokens of texts [rows, T]: `lengths` int64 [rows], and `starts` int64 [rows], the
+    place of each text's first one among all rows x T.
+
+    mask: not 0 where a token is real; None: all are. whole: none is missing between a text's first and last.
+    """
 
     mask: Tensor | None
     lengths: Tensor
@@ -76,7 +79,7 @@ class Spans:
 def read_spans(
     sides: Mapping[str, tuple[Tensor, Tensor | None]], *, fused: bool = False
 ) -> tuple[list[Spans], str | None]:
-    """Return the spans of each (vectors, mask), and the first text without a real token in words, if there is one.
+    """Return the spans of each (vectors, mask), and, in words, a text without a real token, if there is one.
 
     Waits for a GPU once, if there are masks. fused: in one kernel for each.
     """
