@@ -96,7 +96,8 @@ def start_all(args: argparse.Namespace) -> int:
         (args.output / "claims").mkdir()
         command = [*again, "--until", str(begun + args.budget_s), "--phase", "alone"]
         started = [
-            subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}) for gpu in range(args.gpus)
+            subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(number % args.gpus)})
+            for number in range(args.gpus * args.per_gpu)
         ]
         codes += [process.wait() for process in started]
     return max(codes, default=0)
@@ -108,6 +109,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", required=True, help="BEIR folders with the splits train, dev and test")
     parser.add_argument("--output", type=Path, required=True, help="figures.jsonl; cells that it has are not repeated")
     parser.add_argument("--gpus", type=int, default=4, help="processes; on a CPU, too")
+    parser.add_argument("--per-gpu", type=int, default=1, help="processes that share a GPU; 1 for the question clock")
     parser.add_argument("--questions", nargs="+", choices=TOGETHER + ALONE, default=TOGETHER + ALONE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=60)

@@ -77,7 +77,7 @@ def profile(step: Callable[[], None]) -> None:
     busy_ms = sum(total for total, _ in totals.values())
     print(f"  step {wall_ms:.0f} ms, kernels {busy_ms:.0f} ms, {sum(n for _, n in totals.values())} launches")
     for name, (total, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:25]:
-        print(f"  {total:9.1f} ms {total / busy_ms:6.1%} {count:7d} x  {name[:110]}")
+        print(f"  {total:9.1f} ms {total / busy_ms:6.1%} {count:7d} x  {name[:150]}")
     for line, count in waits(step).most_common():
         print(f"  {count:7d} x  the CPU waits for the GPU at {line}")
 
