@@ -89,7 +89,10 @@ def main() -> None:
     before_mib = peak_mib()
     documents = documents_of(mine, args.dimension)
     start = time.perf_counter()
-    found = list(search_negatives(queries.to(device), documents, data, args.k))
+    found = []
+    for first in range(0, args.queries, 4096):
+        rows = range(first, min(args.queries, first + 4096))
+        found.append(search_negatives(rows, queries[first : rows.stop].to(device), documents, data, args.k))
     search_s, held_mib, share_mib = time.perf_counter() - start, peak_mib() - before_mib, documents.nbytes / 2**20
     if collectives.rank() == 0:
         scores, indices = (torch.cat([block[place] for block in found]) for place in (1, 2))

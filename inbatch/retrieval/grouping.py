@@ -1,15 +1,13 @@
-"""Groups of examples that are alike by a teacher, for batches whose negatives are hard (after B3, arXiv:2505.11293).
+"""Groups of examples that a teacher finds similar, for batches with hard negatives (after B3, arXiv:2505.11293).
 
 Two examples are neighbours where the positive of one is among the teacher's best documents for the query of the
 other, below the very best ones, which may be unlabelled positives. Groups grow along neighbours until they are full. A
 run puts whole groups into its batches, in another order each epoch (`groups` of a source of `data.train`).
-
-Shapes: n examples, Q queries searched at a time, k ranks that are looked at.
 """
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +15,19 @@ import torch
 from torch import nn
 
 from inbatch import collectives
+from inbatch.data.distinct import Keys
 from inbatch.data.files import replacing
-from inbatch.data.identity import keys_of, passage_key
+from inbatch.data.identity import keys_of
 from inbatch.data.lines import Rows
 from inbatch.data.plan import Groups
 from inbatch.data.readers import Examples
 from inbatch.data.records import Example
-from inbatch.retrieval.evaluate import RetrieveOptions, embed_documents, embed_queries, similarity_of
+from inbatch.retrieval.evaluate import RetrieveOptions, embed_both
 from inbatch.retrieval.kept import text_digest
 from inbatch.retrieval.nearest import nearest
 
 _QUERIES = 4096  # searched at a time
-_LOOKED_AT = 1000  # examples that tell whether groups are of this data
+_DIGESTED = 1000  # examples whose digest is kept with their groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,59 +61,34 @@ def group_examples(
     """Return the groups of the examples of one source, the same on every rank and for any number of them.
 
     model, query_model, retrieve: the teacher, as `evaluate.retrieve` takes them. Each example stands for its query and
-    its first positive; documents that are a positive of a query, or of one with the same text, make no neighbours.
+    its first positive; examples that share a positive or the query's text are no neighbours.
     Memory: a share of the positives' embeddings a rank, all queries' embeddings, and 4 n (range_max - range_min) bytes.
     """
     options, retrieve = options or GroupOptions(), retrieve or RetrieveOptions()
-    similarity = collectives.together(lambda: similarity_of(model, retrieve), group)
-    queries = embed_queries(query_model or model, _texts(examples, lambda e: e.query), retrieve, group=group)
-    documents = embed_documents(model, _texts(examples, lambda e: e.positives[0].full_text), retrieve, group=group)
-    depth = min(options.range_max, len(examples))
-    known = collectives.together(lambda: _Known(examples), group)
-    near = np.full((len(examples), max(1, depth - options.range_min)), -1, np.int32)
-    for start in range(0, len(examples), _QUERIES):
-        some = range(start, min(len(examples), start + _QUERIES))
-        exclude = known.pairs(some)
-        found = nearest(
-            queries[start : some.stop], documents, depth, similarity=similarity, exclude=exclude, group=group
-        )
-        near[start : some.stop, : max(0, depth - options.range_min)] = found[1][:, options.range_min :].cpu().numpy()
+    texts = [_texts(examples, lambda e: e.query), _texts(examples, lambda e: e.positives[0].full_text)]
+    similarity, queries, documents = embed_both(model, *texts, retrieve, query_model=query_model, group=group)
+    depth, count = min(options.range_max, len(examples)), len(examples)
+    source = examples.sources[0]
+    keys = collectives.together(lambda: keys_of(source.examples, examples.same, source.also, None), group)
+    # Examples that share a key: a positive of either query, or a query with the same text.
+    number_of_key, example_of_key = np.unique(keys.keys, return_inverse=True)[1], keys.of(np.arange(count))[1]
+    numbers = Keys(keys.offsets, number_of_key)
+    holders = Keys(
+        np.append(0, np.cumsum(np.bincount(number_of_key))), example_of_key[np.argsort(number_of_key, kind="stable")]
+    )
+    near = np.full((count, max(1, depth - options.range_min)), -1, np.int32)
+    for start in range(0, count, _QUERIES):
+        stop = min(count, start + _QUERIES)
+        shared, places = numbers.of(np.arange(start, stop))
+        rows, of_key = holders.of(shared)
+        known = torch.from_numpy(np.stack([places[of_key], rows], axis=1))
+        _, best = nearest(queries[start:stop], documents, depth, similarity=similarity, exclude=known, group=group)
+        near[start:stop, : max(0, depth - options.range_min)] = best[:, options.range_min :].cpu().numpy()
     return Groups(_grown(near, options.size))
 
 
-def _texts(examples: Examples, text) -> Rows[str]:
+def _texts(examples: Examples, text: Callable[[Example], str]) -> Rows[str]:
     return Rows(len(examples), lambda index: text(examples[index]), examples.where)
-
-
-class _Known:
-    """Find the examples whose document is known to a query: a positive of it, or of a query with the same text."""
-
-    def __init__(self, examples: Examples):
-        source = examples.sources[0]
-        self._keys = keys_of(source.examples, examples.same, source.also, None)
-        first = [passage_key(example.positives[0]) for example in examples.through(range(len(examples)))]
-        documents = np.array([examples.same.get(key, key) for key in first], np.int64)
-        everything, rows = self._keys.of(np.arange(len(examples)))
-        # Rows whose document has a key, and rows whose query has it: texts of both kinds never share a key.
-        self._by_key = _rows_by(
-            np.concatenate([documents, everything]), np.concatenate([np.arange(len(examples)), rows])
-        )
-
-    def pairs(self, queries: range) -> torch.Tensor:
-        """Return pairs [E, 2] of a place among the queries and a row that cannot be its neighbour."""
-        keys, places = self._keys.of(np.arange(queries.start, queries.stop))
-        pairs = {(int(place), row) for key, place in zip(keys, places, strict=True) for row in self._by_key(int(key))}
-        return torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)
-
-
-def _rows_by(keys: np.ndarray, rows: np.ndarray):
-    order = np.argsort(keys, kind="stable")
-    keys, rows = keys[order], rows[order]
-
-    def of(key: int) -> list[int]:
-        return rows[np.searchsorted(keys, key) : np.searchsorted(keys, key, side="right")].tolist()
-
-    return of
 
 
 def _grown(near: np.ndarray, size: int) -> np.ndarray:
@@ -152,5 +126,5 @@ def load_groups(path: str | os.PathLike, examples: Rows[Example]) -> Groups:
 
 
 def _digest(examples: Rows[Example]) -> str:
-    some: Iterable[Example] = examples[:: max(1, len(examples) // _LOOKED_AT)]
+    some: Iterable[Example] = examples[:: max(1, len(examples) // _DIGESTED)]
     return text_digest(f"{example.query}\n{example.positives[0].full_text}" for example in some)

@@ -136,34 +136,22 @@ Found = tuple[range, Tensor, Tensor, list[list[float]]]
 
 
 def search_negatives(
-    queries: Embeddings,
-    documents: Embeddings,
-    data: MiningSet,
-    depth: int,
-    *,
-    similarity: str = "cosine",
-    group=None,
-) -> Iterator[Found]:
-    """Yield (queries' rows, scores [q, depth], documents' rows [q, depth], positives' scores), some queries at a time.
-
-    queries: [Q, D], the same on every rank. documents: [N, D], this rank's share, in rank order. Every rank gets the
-    same. A query with fewer candidates ends in (-inf, -1).
-    """
-    for start in range(0, len(queries), _QUERIES):
-        rows = range(start, min(len(queries), start + _QUERIES))
-        yield _search(rows, queries[start : rows.stop], documents, data, depth, similarity=similarity, group=group)
-
-
-def _search(
     rows: range, queries: Embeddings, documents: Embeddings, data: MiningSet, depth: int, *,
-    similarity: str, scores: Scores | None = None, group=None,
+    similarity: str = "cosine", scores: Scores | None = None, group=None,
 ) -> Found:  # fmt: skip
-    """Search for one block of queries; scores: what scores positives and candidates instead of these embeddings."""
+    """Return (rows, scores [q, depth], documents' rows [q, depth], positives' scores) for the queries `rows` of `data`.
+
+    queries: [q, D], the embeddings of these, the same on every rank. documents: [N, D], this rank's share, in rank
+    order. scores: scores positives and candidates anew, in place of these embeddings. Every rank returns the same. A
+    query with fewer candidates ends in (-inf, -1).
+    """
     known = _pairs(data.positives, rows)
     device = queries.vectors.device if isinstance(queries, Tokens) else queries.device
     exclude, offset = torch.cat([known, _pairs(data.same, rows)]), _offset(documents, device, group)
-    found = nearest(queries, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
-    best, indices = found[0].cpu(), found[1].cpu()
+    best, indices = (
+        x.cpu()
+        for x in nearest(queries, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
+    )
     if scores is None:
         of_known = _scored(queries, documents, known, offset, similarity, device, group)
     else:
@@ -330,10 +318,10 @@ def mine(
         for start in range(done, len(data.queries), _QUERIES):
             rows = range(start, min(len(data.queries), start + _QUERIES))
             queries = embed_queries(query_model, data.queries[start : rows.stop], retrieve, group=group)
-            found = _search(
+            negatives = search_negatives(
                 rows, queries, documents, data, options.range_max, similarity=similarity, scores=scores, group=group
             )
-            collectives.together(lambda found=found: written.add(*found) if first else None, group)
+            collectives.together(lambda negatives=negatives: written.add(*negatives) if first else None, group)
         report = collectives.together(
             lambda: written.finish({"similarity": similarity, **asdict(options)}) if first else {}, group
         )

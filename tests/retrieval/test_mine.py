@@ -64,8 +64,10 @@ def brute_force(queries, documents, data, options):
 def _search(rank, counts, documents, queries, data, depth):
     first = sum(counts[:rank])
     mine = vectors(documents, 1)[first : first + counts[rank]].to(device())
-    found = search_negatives(vectors(queries, 0).to(device()), mine, data, depth)
-    return [(rows, scores.tolist(), indices.tolist(), positives) for rows, scores, indices, positives in found]
+    _, scores, indices, positives = search_negatives(
+        range(queries), vectors(queries, 0).to(device()), mine, data, depth
+    )
+    return scores.tolist(), indices.tolist(), positives
 
 
 margins = st.one_of(st.none(), st.floats(0, 0.5))
@@ -89,9 +91,8 @@ def test_property_equals_brute_force(pool, data):
     )
     expected = brute_force(vectors(queries, 0), vectors(sum(counts), 1), given_set, options)
     for found in pool.run(_search, len(counts), counts, sum(counts), queries, given_set, options.range_max):
-        ((rows, scores, indices, positives),) = found
-        assert rows == range(queries)
-        for query in rows:
+        scores, indices, positives = found
+        for query in range(queries):
             candidates = [place for place in indices[query] if place >= 0]
             places = choose(query, scores[query][: len(candidates)], positives[query], options, Counter())
             assert [candidates[place] for place in places] == [place for place, _ in expected[query]]
