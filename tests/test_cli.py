@@ -101,6 +101,26 @@ def test_a_mistake_is_one_line(home, tmp_path, capsys, monkeypatch, options, exp
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "train c.yaml --nproc-per-node x",
+            "--nproc-per-node: x: expected a whole number of at least 1; `inbatch train",
+        ),
+        ("evaluate model", "required: DATA; `inbatch evaluate --help` lists the options"),
+        ("encode m i o.npy --timeout-minutes 0", "--timeout-minutes: 0: expected a positive number of minutes"),
+        ("mine m s o.jsonl --stray", "unrecognized arguments: --stray"),
+        ("frobnicate", "invalid choice: 'frobnicate'"),
+    ],
+)
+def test_wrong_usage_is_one_line(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as done:
+        cli.run(arguments.split())
+    assert done.value.code == 2
+    assert expected in only_message(capsys)
+
+
+@pytest.mark.parametrize(
     ("error", "status", "expected"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),

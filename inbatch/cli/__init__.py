@@ -24,7 +24,7 @@ from inbatch.cli.launch import (
     report_last,
     show_warning,
 )
-from inbatch.cli.options import build_parser, common_options
+from inbatch.cli.options import Parser, build_parser, common_options
 from inbatch.train.stopping import Stopped, stop_on_signals
 
 if TYPE_CHECKING:
@@ -77,16 +77,16 @@ def _leave(status: int) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its status: 0, or 1 after a mistake in files or settings, the end of another process,
-    or an error that `check` found.
+    or an error that `check` reports.
 
-    After a signal it is 128 + the signal's number, 130 after Ctrl-C. Wrong usage is SystemExit(2), as in argparse.
+    After a signal it is 128 + the signal's number, 130 after Ctrl-C. Wrong usage is SystemExit(2) after one line.
     """
     arguments = list(arguments)
     known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else _parse(arguments)
     try:
         if known.nproc_per_node > 1 and "RANK" not in os.environ:
             if known.command == "train":
-                _load_config(known, say=False)  # a mistake in it is found at once, and once
+                _load_config(known, say=False)  # a mistake in it is reported at once, by this process alone
             return launch(arguments, known.nproc_per_node)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
@@ -121,7 +121,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _parse_train(arguments: list[str]) -> argparse.Namespace:
     """Parse CONFIG, which is optional, and options; unknown ones are overrides of the configuration."""
     config = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    parser = argparse.ArgumentParser("inbatch train", parents=[common_options()], add_help=False, allow_abbrev=False)
+    parser = Parser("inbatch train", parents=[common_options()], add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--from-nemo", metavar="RECIPE")
     parser.add_argument("--print_config", "--print-config", action="store_true")

@@ -1,28 +1,27 @@
 """The options of every command but `train`, whose keys are the configuration's."""
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 from inbatch import __version__
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="inbatch", description="Train and use text encoders for retrieval.")
+class Parser(argparse.ArgumentParser):
+    """Parse a command line; wrong usage is SystemExit(2) after one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"inbatch: error: {message}; `{self.prog} --help` lists the options\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="inbatch", description="Train and use text encoders for retrieval.")
     parser.add_argument("--version", action="version", version=f"inbatch {__version__}")
+    parser.set_defaults(nproc_per_node=1)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
-    for add in (
-        _add_check,
-        _add_evaluate,
-        _add_encode,
-        _add_data,
-        _add_mine,
-        _add_group,
-        _add_audit,
-        _add_export,
-        _add_push,
-    ):
+    add_using = (_add_evaluate, _add_encode, _add_mine, _add_group)
+    for add in (_add_check, *add_using, _add_data, _add_audit, _add_export, _add_push):
         add(commands)
     return parser
 
@@ -39,7 +38,6 @@ def _add_check(commands: Any) -> None:
     check.add_argument(
         "--nproc-per-node", dest="ranks", type=_positive, default=1, metavar="N", help="processes of the run"
     )
-    check.set_defaults(nproc_per_node=1)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -91,7 +89,6 @@ def _add_data(commands: Any) -> None:
     )
     data.add_argument("--corpus", help="where documents are that records name by id, unless they lie beside them")
     data.add_argument("--first", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
-    data.set_defaults(nproc_per_node=1)
 
 
 def _add_mine(commands: Any) -> None:
@@ -169,7 +166,6 @@ def _add_export(commands: Any) -> None:
         "source", metavar="RUN", help="a run's folder (its newest checkpoint) or a checkpoint in it; for .onnx, a model"
     )
     export.add_argument("output", metavar="OUTPUT", help="the folder to make, or a file name ending in .onnx")
-    export.set_defaults(nproc_per_node=1)
 
 
 def _add_push(commands: Any) -> None:
@@ -180,7 +176,6 @@ def _add_push(commands: Any) -> None:
     push.add_argument("model", metavar="MODEL", help="the folder of a model, such as RUN/model")
     push.add_argument("repo", metavar="REPO", help="its name there, such as me/my-model; made where it is missing")
     push.add_argument("--private", action="store_true", default=None, help="of a repository that is made")
-    push.set_defaults(nproc_per_node=1)
 
 
 def common_options() -> argparse.ArgumentParser:
@@ -215,7 +210,7 @@ def _encoding_options() -> argparse.ArgumentParser:
         help="of a multi-vector model's documents, keep a vector for N tokens (default: as the model was saved)",
     )
     options.add_argument(
-        "--timeout-minutes", type=float, default=10, metavar="M",
+        "--timeout-minutes", type=_minutes, default=10, metavar="M",
         help="end all processes when none gets further, or one is silent, for this long (default: %(default)s)",
     )  # fmt: skip
     options.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
@@ -243,7 +238,15 @@ def _retrieval_options() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        if 0 < (minutes := float(text)) < float("inf"):
+            return minutes
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: expected a positive number of minutes")
