@@ -14,7 +14,7 @@ def leaves(output: Tensor) -> list[Tensor]:
     """
     if output.grad_fn is None:
         return [output]
-    nodes, seen, found = [output.grad_fn], set(), []
+    nodes, seen, reached = [output.grad_fn], set(), []
     while nodes:
         node = nodes.pop()
         if node in seen:
@@ -27,18 +27,13 @@ def leaves(output: Tensor) -> list[Tensor]:
                 'and cannot run under FSDP2; use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         if name == "torch::autograd::AccumulateGrad":
-            found.append(node.variable)  # type: ignore[attr-defined]
+            reached.append(node.variable)  # type: ignore[attr-defined]
         nodes.extend(following for following, _ in node.next_functions if following is not None)
-    return found
-
-
-def accumulate(output: Tensor, gradient: Tensor) -> None:
-    """Add the gradients of the leaves behind `output` to their `.grad`."""
-    output.backward(gradient)
+    return reached
 
 
 class Sums:
-    """Gradients of parameters, added up beside `.grad`: hooks that wait for a parameter's gradient are not run."""
+    """Add up gradients of parameters beside `.grad`: hooks that wait for a parameter's gradient are not run."""
 
     def __init__(self) -> None:
         self._by_id: dict[int, tuple[Tensor, Tensor]] = {}
@@ -49,7 +44,7 @@ class Sums:
         for leaf, grad in zip(behind, gradients, strict=True):
             if grad is None:
                 continue
-            if not isinstance(leaf, nn.Parameter):  # perhaps an activation that was made a leaf, gone with its graph
+            if not isinstance(leaf, nn.Parameter):  # such as an activation made a leaf, which ends with its graph
                 _add_to_grad(leaf, grad)
             elif id(leaf) in self._by_id:
                 self._by_id[id(leaf)][1].add_(grad)

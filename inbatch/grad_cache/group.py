@@ -20,7 +20,7 @@ Encode = Callable[[dict[str, Any]], Tensor]
 
 @dataclass
 class Pass:
-    """A micro-batch's first encoding: what it started from and what came out, with its graph where that is kept."""
+    """Hold a micro-batch's first encoding: the state before it, and its output, with the graph where that is kept."""
 
     micro_batch: MicroBatch
     state: PassState
@@ -28,7 +28,7 @@ class Pass:
 
 
 class Group:
-    """Batches with one encode, equal numbers and equal strings: their rows may share micro-batches."""
+    """Hold batches of the same encode, equal numbers and equal strings: their rows may share micro-batches."""
 
     def __init__(self, encode: Encode, constants: dict[str, Any]):
         self.encode = encode
@@ -55,33 +55,33 @@ class Group:
 
     def embeddings(self) -> list[Tensor]:
         """Return [B, D] or [B, T, D] of every batch, without a graph, where rows lack tokens filled up with zeros."""
-        widest = max(_tokens(one.output) for one in self.passes)
-        rows_R = torch.cat([_widened(one.output.detach()[: one.micro_batch.rows], widest) for one in self.passes])
+        widest = self._widest()
+        rows_R = torch.cat([_widened(p.output.detach()[: p.micro_batch.rows], widest) for p in self.passes])
         in_order_R = torch.empty_like(rows_R).index_copy_(0, on_device(self._places(), rows_R.device), rows_R)
         parts = in_order_R.split([count_rows(batch) for batch in self.batches])
         return [part[:, : self._widest(n)] if part.ndim > 2 else part for n, part in enumerate(parts)]
 
     def gradients(self, by_number: Mapping[int, Tensor]) -> list[Tensor]:
         """Return the gradient of every pass's output, from those of the batches' embeddings."""
-        widest = max(_tokens(one.output) for one in self.passes)
+        widest = self._widest()
         whole_R = torch.cat([_widened(by_number[number], widest) for number in self.numbers])
         rows_R = whole_R.index_select(0, on_device(self._places(), whole_R.device))
-        parts = zip(rows_R.split([one.micro_batch.rows for one in self.passes]), self.passes, strict=True)
+        parts = zip(rows_R.split([p.micro_batch.rows for p in self.passes]), self.passes, strict=True)
         return [
-            (part[:, : _tokens(one.output)] if part.ndim > 2 else part) if len(part) else torch.zeros_like(one.output)
-            for part, one in parts
+            (part[:, : _tokens(p.output)] if part.ndim > 2 else part) if len(part) else torch.zeros_like(p.output)
+            for part, p in parts
         ]
 
     def _places(self) -> Tensor:
         """Return, for each row as the micro-batches hold them, its place among the rows of all batches."""
         starts = torch.tensor([0, *(count_rows(batch) for batch in self.batches)]).cumsum(0)
-        pieces = [piece for one in self.passes for piece in one.micro_batch.pieces]
+        pieces = [piece for p in self.passes for piece in p.micro_batch.pieces]
         return torch.cat([torch.empty(0, dtype=torch.int64), *(piece.rows_b + starts[piece.batch] for piece in pieces)])
 
-    def _widest(self, batch: int) -> int:
-        """Return the most tokens that a micro-batch with rows of this batch came out with."""
-        holding = [one for one in self.passes if any(piece.batch == batch for piece in one.micro_batch.pieces)]
-        return max((_tokens(one.output) for one in holding or self.passes), default=0)
+    def _widest(self, batch: int | None = None) -> int:
+        """Return the most tokens of an output; batch: among the micro-batches with rows of it, if there are any."""
+        holding = [p for p in self.passes if any(piece.batch == batch for piece in p.micro_batch.pieces)]
+        return max(_tokens(p.output) for p in holding or self.passes)
 
 
 def in_order(groups: Sequence[Group]) -> list[Tensor]:
@@ -105,9 +105,9 @@ def check_callables(encode: object, loss: object) -> None:
         raise ValueError(
             f"GradCache: encode must be a callable, or a sequence of one for each batch; got {type(encode).__name__}"
         )
-    for number, one in enumerate(() if callable(encode) else encode):
-        if not callable(one):
-            raise ValueError(f"GradCache: encode must hold callables only, got {type(one).__name__} at place {number}")
+    for place, entry in enumerate(() if callable(encode) else encode):
+        if not callable(entry):
+            raise ValueError(f"GradCache: encode must hold callables only, got {type(entry).__name__} at place {place}")
     if not callable(loss):
         raise ValueError(
             f"GradCache: loss must be a callable of the batches' embeddings, got {type(loss).__name__}; "
@@ -120,12 +120,12 @@ def group_batches(encode: Encode | Sequence[Encode], batches: Sequence[Batch]) -
     if len(encodes) != len(batches):
         raise ValueError(f"GradCache: {len(encodes)} encoders for {len(batches)} batches; give one for each")
     groups: list[Group] = []
-    for number, (one, batch) in enumerate(zip(encodes, batches, strict=True)):
+    for number, (encode_batch, batch) in enumerate(zip(encodes, batches, strict=True)):
         constants = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
         # Bound methods are made anew at each access: equal, not identical.
-        group = next((group for group in groups if group.encode == one and group.constants == constants), None)
+        group = next((g for g in groups if g.encode == encode_batch and g.constants == constants), None)
         if group is None:
-            group = Group(one, constants)
+            group = Group(encode_batch, constants)
             groups.append(group)
         group.batches.append(batch)
         group.numbers.append(number)

@@ -18,7 +18,7 @@ PATCH = 768  # numbers that count as one token in a row without a mask: a vision
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Rows of one batch, and the columns [start, stop) that hold all their tokens; columns it lacks are padding."""
+    """Hold rows of a batch, and the columns [start, stop) of all their tokens; columns that it lacks are padding."""
 
     batch: int
     rows_b: Tensor
@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """`rows` rows of `width` tokens. Without pieces it is a placeholder: one row of zero weight."""
+    """Hold `rows` rows of `width` tokens. Without pieces it is a placeholder: a row of zero weight."""
 
     pieces: tuple[Piece, ...]
     rows: int
@@ -178,7 +178,7 @@ def take(batches: Sequence[Batch], micro_batch: MicroBatch) -> dict[str, Any]:
 
 
 def _of_tokens(name: str, value: Tensor, batch: Batch) -> bool:
-    """True if dim 1 counts tokens. A floating-point feature of a row may happen to be as wide as the mask."""
+    """Return True if dim 1 counts tokens. A floating-point feature of a row may happen to be as wide as the mask."""
     mask = batch.get(MASK)
     if mask is None or value.ndim < 2 or value.shape[1] != mask.shape[1]:
         return False

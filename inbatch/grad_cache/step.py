@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.collectives import agreeing_on
-from inbatch.grad_cache.graph import Sums, accumulate, deferred
+from inbatch.grad_cache.graph import Sums, deferred
 from inbatch.grad_cache.group import Encode, Group, check_callables, group_batches, in_order
 from inbatch.grad_cache.memory import missing_bytes, restored_random_state, shared_casts
 from inbatch.grad_cache.micro_batches import Batch, check_batches
@@ -44,7 +44,7 @@ class GradCache:
     loss: (embeddings of batch 0, of batch 1, ..., **loss_kwargs) -> 0-d tensor; called once a step. In [B, T, D], T is
         the widest micro-batch's, filled up with vectors of zeros. Its own parameters get their gradient there, once.
     modules: DDP or FSDP2 (`fully_shard`) roots that hold what encode trains; their gradients are reduced once a step.
-        Found without it: an encode that is such a module or its method, and a DDP module whose forward calls the step.
+        Need not be named: an encode that is such a module or its method, and a DDP module whose forward calls the step.
     micro_batch_tokens: most tokens, padding included, of one micro-batch. "auto" is the smallest that fills the
         GPU, found in the first step by timing the longest rows; None keeps each batch whole, the plain step.
     keep_graph_mib: memory for graphs that need no second encoding; "auto" is what is free, 0 keeps none.
@@ -130,7 +130,7 @@ class GradCache:
             overlaps = reduce and len(modules) == 1 and is_ddp(modules[0])
             with self._encoding(modules), restored_random_state():
                 last = partial(accumulate_and_reduce, modules[0]) if overlaps else None
-                reduced = second_pass(groups, gradients, accumulate, last) and overlaps
+                reduced = second_pass(groups, gradients, Tensor.backward, last) and overlaps
         if reduce and not reduced:
             reduce_gradients(modules)
         return loss.detach()
@@ -155,14 +155,14 @@ class GradCache:
         parameters = [torch.zeros((), requires_grad=True)]
         if not self._sharded:  # FSDP2 acts when a parameter that it gathered accumulates its gradient
             held = [p for module in ddps for p in module.parameters() if p.requires_grad]  # DDP awaits all of them
-            found = [leaf for group in groups for leaf in group.leaves if isinstance(leaf, nn.Parameter)]
-            parameters += {id(parameter): parameter for parameter in [*held, *found]}.values()
+            reached = [leaf for group in groups for leaf in group.leaves if isinstance(leaf, nn.Parameter)]
+            parameters += {id(parameter): parameter for parameter in [*held, *reached]}.values()
 
         def backward(gradients: Sequence[Tensor]) -> list[Tensor | None]:
             sums = Sums()
             with self._around(), self._encoding(modules), restored_random_state():
                 by_number = dict(zip(trained, gradients, strict=True))
-                second_pass(groups, by_number, accumulate if self._sharded else sums.add)
+                second_pass(groups, by_number, Tensor.backward if self._sharded else sums.add)
             if self._sharded and reduce:
                 reduce_gradients(modules)
             for module in awaiting:
@@ -180,7 +180,7 @@ class GradCache:
 
     @contextmanager
     def _encoding(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Around passes through the modules, forward and backward."""
+        """Prepare the modules for passes inside, forward and backward, that reduce nothing."""
         with local_gradients(modules, reshard=self._reshard), ExitStack() as stack:
             if not self._sharded:  # FSDP2 frees the gathered weight that a cast was made of
                 stack.enter_context(shared_casts())
@@ -195,7 +195,7 @@ class GradCache:
         *,
         look: bool = False,
     ) -> list[Group]:
-        """Encode all batches; what the passes are to be within is entered in `around`."""
+        """Encode all batches; the context of the step's passes is entered in `around`."""
         self._unfinished += 1
         check_batches(batches)
         if reduce and self._unreduced and torch.is_grad_enabled():

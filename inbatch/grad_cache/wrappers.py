@@ -46,13 +46,13 @@ def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> 
     for module in [*modules, *owners]:
         if isinstance(module, nn.Module) and any(map(is_fsdp1, module.modules())):
             raise ValueError(_FSDP1.format(type(module).__name__ if not is_fsdp1(module) else "the module given"))
-    if any(is_ddp(inner) or is_fsdp2(inner) for inner in (getattr(one, "_orig_mod", None) for one in owners)):
+    if any(is_ddp(inner) or is_fsdp2(inner) for inner in (getattr(owner, "_orig_mod", None) for owner in owners)):
         raise ValueError(
             "GradCache: torch.compile around DistributedDataParallel or fully_shard compiles their synchronisation; "
             "compile the module inside, or its layers, and give the wrapper"
         )
     chosen: list[nn.Module] = []
-    for module in [*modules, *(one for one in owners if is_ddp(one) or is_fsdp2(one))]:
+    for module in [*modules, *(owner for owner in owners if is_ddp(owner) or is_fsdp2(owner))]:
         if not is_ddp(module) and not is_fsdp2(module):
             raise ValueError(
                 f"GradCache: modules takes DistributedDataParallel or fully_shard roots, got {type(module).__name__}; "
@@ -80,10 +80,10 @@ def running_ddp() -> list[nn.Module]:
 
 @contextmanager
 def others_refused(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
-    """Inside, a call of a DDP, FSDP2 or FSDP1 module that is none of `modules` nor inside one is a ValueError.
+    """Refuse calls of DDP, FSDP2 and FSDP1 modules that are neither in `modules` nor inside one, by ValueError.
 
-    It is raised before the module's own forward, which may start a collective that other ranks do not reach. Yields
-    the ids of the parameters that `modules` reduce; those that FSDP2 gathers join as they are used.
+    It is raised before the module's forward, which may start a collective that other ranks do not reach. Yields
+    the ids of the parameters that `modules` reduce; those that FSDP2 gathers are added when they are used.
     """
     known = {id(inner) for module in modules for inner in module.modules()}
     reduced = {id(parameter) for module in modules for parameter in module.parameters()}
@@ -98,7 +98,7 @@ def others_refused(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
     with ExitStack() as stack:
         # A hook on each living wrapper, wherever encode hides it. A global hook would be traced into every layer that
         # is compiled meanwhile. By type, not isinstance: proxies would answer for what they stand for.
-        for module in (one for one in gc.get_objects() if type(one) in kinds):
+        for module in (thing for thing in gc.get_objects() if type(thing) in kinds):
             if id(module) not in known:
                 stack.callback(module.register_forward_pre_hook(_refuse, prepend=True).remove)
             elif is_fsdp2(module):
@@ -122,7 +122,7 @@ def _refuse(module: nn.Module, _) -> None:
 
 
 def unreduced(leaves: Iterable[Tensor], reduced: set[int]) -> str | None:
-    """Return what is wrong where several processes train parameters whose gradients no module reduces, else None."""
+    """Return a message if several processes train parameters whose gradients no module reduces, else None."""
     if not is_initialized() or get_world_size() == 1:
         return None
     trained = (leaf for leaf in leaves if isinstance(leaf, nn.Parameter))
@@ -145,8 +145,8 @@ def local_gradients(modules: Sequence[nn.Module], *, reshard: bool) -> Iterator[
     with ExitStack() as stack:
         for module in modules:
             if is_ddp(module):
-                # Past DDP's own forward. Even under no_sync that broadcasts buffers and makes torch.compile split
-                # layers at DDP's buckets, for an overlap that there is not. The reduction does what is needed, once.
+                # DDP's forward is bypassed: even under no_sync it broadcasts buffers, and makes torch.compile split
+                # layers at DDP's buckets for an overlap that these passes do not have.
                 stack.enter_context(_forward_replaced(module, module.module.__call__))  # type: ignore[operator]
             else:
                 _set_fsdp2(module, reduces=False, reshard=reshard)
@@ -224,7 +224,7 @@ def accumulate_and_reduce(module: nn.Module, output: Tensor, gradient: Tensor) -
 
 
 def reduce_gradients(modules: Sequence[nn.Module]) -> None:
-    """Start and finish each module's own reduction of what its parameters have gathered, exactly once."""
+    """Let each module reduce, exactly once, the gradients that its parameters have added up."""
     for module in modules:
         if is_ddp(module):
             await_gradients(module).backward()
