@@ -14,17 +14,31 @@ Rank 0 reads and writes all but the checkpoints. Every rank calls the methods, s
 
 import errno
 import fcntl
+import functools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ParamSpec, TypeVar
 
 from inbatch.data.files import write_json, write_text
 from inbatch.train.config import Config, differences, dump
 from inbatch.train.config_file import load
 from inbatch.train.parallel import on_rank_0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_rank_0(method: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a method that rank 0 runs for all; its value, or its error, is every rank's."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        return on_rank_0(lambda: method(*args, **options))
+
+    return call
 
 
 class RunFolder:
@@ -72,66 +86,56 @@ class RunFolder:
             # A file system without locks; a run there is as good as it can be.
         return file
 
+    @_on_rank_0
     def check_config(self, config: Config) -> None:
         """Raise ValueError if the folder holds a run with settings that make it a different one."""
+        known = self.path / "config.yaml"
+        changed = differences(load(known), config) if known.exists() else {}
+        if changed:
+            listed = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+            raise ValueError(
+                f"{self.path} holds a run with another configuration ({listed}): choose another train.output_dir"
+            )
 
-        def check() -> None:
-            known = self.path / "config.yaml"
-            changed = differences(load(known), config) if known.exists() else {}
-            if changed:
-                listed = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
-                raise ValueError(
-                    f"{self.path} holds a run with another configuration ({listed}): choose another train.output_dir"
-                )
-
-        on_rank_0(check)
-
+    @_on_rank_0
     def check_data(self, examples: int) -> None:
         """Raise ValueError if the run began with more or fewer examples: its batches would be different."""
+        before = self.read("data.json").get("examples", examples)
+        if before != examples:
+            raise ValueError(
+                f"data.train holds {examples} examples, but the run in {self.path} began with {before}, and would "
+                "repeat some and skip others: bring the data back, or choose another train.output_dir"
+            )
 
-        def check() -> None:
-            before = self.read("data.json").get("examples", examples)
-            if before != examples:
-                raise ValueError(
-                    f"data.train holds {examples} examples, but the run in {self.path} began with {before}, and would "
-                    "repeat some and skip others: bring the data back, or choose another train.output_dir"
-                )
-
-        on_rank_0(check)
-
+    @_on_rank_0
     def check_lines(self, config: Config, step: int) -> None:
-        """Warn where metrics.jsonl ends before the checkpoint of `step`, ahead of which its lines were on disk."""
+        """Warn if metrics.jsonl ends before the checkpoint of `step`: its lines were on disk before the checkpoint."""
+        known = self.path / "config.yaml"
+        every = (load(known) if known.exists() else config).train.log_every
+        last = max((int(line["step"]) for line in read_metrics(self.path)), default=0)
+        if last < (step // every * every or 1):
+            warnings.warn(
+                f"{self.path / 'metrics.jsonl'} ends after step {last}, and the run goes on from step {step}: the "
+                "figures between are lost",
+                stacklevel=2,
+            )
 
-        def check() -> None:
-            known = self.path / "config.yaml"
-            every = (load(known) if known.exists() else config).train.log_every
-            last = max((int(line["step"]) for line in read_metrics(self.path)), default=0)
-            if last < (step // every * every or 1):
-                warnings.warn(
-                    f"{self.path / 'metrics.jsonl'} ends after step {last}, and the run goes on from step {step}: the "
-                    "figures between are lost",
-                    stacklevel=2,
-                )
-
-        on_rank_0(check)
-
+    @_on_rank_0
     def claim(self, config: Config, examples: int) -> None:
-        """Make the folder this run's. Done last of all preparations: a start that failed claims nothing."""
+        """Make the folder this run's. It is the last preparation, so that a start that failed claims nothing."""
+        write_json(self.path / "data.json", {"examples": examples})
+        write_text(self.path / "config.yaml", dump(config))
 
-        def write() -> None:
-            write_json(self.path / "data.json", {"examples": examples})
-            write_text(self.path / "config.yaml", dump(config))
-
-        on_rank_0(write)
-
+    @_on_rank_0
     def done(self) -> Mapping[str, Any]:
         """Return the note of the finished run: its steps, and the settings that ended it early; empty before."""
-        return on_rank_0(lambda: self.read("done.json"))
+        return self.read("done.json")
 
+    @_on_rank_0
     def finish(self, steps: int, ended_by: Sequence[Any] | None = None) -> None:
         """Mark the run as finished after `steps` steps; ended_by: the settings that ended it early."""
         early = {} if ended_by is None else {"ended_by": list(ended_by)}
-        on_rank_0(lambda: write_json(self.path / "done.json", {"steps": steps, **early}))
+        write_json(self.path / "done.json", {"steps": steps, **early})
 
     def drop_lines_after(self, step: int) -> None:
         """Remove the lines of later steps, which a resumed run writes again. Rank 0 alone calls it."""
@@ -143,7 +147,7 @@ class RunFolder:
                     write_text(path, "".join(kept))
 
     def read(self, name: str) -> Mapping[str, Any]:
-        """Return the JSON object in a file of ours; an empty one where there is no such file."""
+        """Return the JSON object in a file of the run, empty where the file is missing or damaged."""
         path = self.path / name
         try:
             value = json.loads(path.read_bytes())
