@@ -72,7 +72,7 @@ _PROMPTS = {"e5": ("query: ", "passage: "), "nomic-embed": ("search_query: ", "s
 
 
 class Finding(NamedTuple):
-    """Something that looks wrong: its name in LEVELS, and a line that says what to do."""
+    """Hold something that looks wrong: its name in LEVELS, and a line that says what to do."""
 
     code: str
     text: str
@@ -105,9 +105,8 @@ class SourceFacts:
         return float((self.tokens[side] > self.limits[side]).mean())
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchFacts:
-    """Queries of some batches: source, candidates (the positive included), copies of their positives among them."""
+class BatchFacts(NamedTuple):
+    """Hold the queries of some batches: source, candidates (the positive included), copies of the positives there."""
 
     sources: np.ndarray
     candidates: np.ndarray
@@ -117,7 +116,7 @@ class BatchFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """All that was found about a run."""
+    """Hold the report on a run."""
 
     findings: list[Finding]
     sources: list[SourceFacts]
@@ -151,23 +150,22 @@ def check(config: Config, *, ranks: int = 1) -> Check:
     batches = _batch_facts(config, examples, plan, collators, sources, ranks)
     steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     memory = _memory(config, list(towers.values()), batches.first, ranks)
-    short = plan.num_examples if plan.mixed or len(plan.sizes) == 1 else 0
     lines = [
         f"{steps} steps, {plan.steps_per_epoch} an epoch, {ranks} rank{'s' * (ranks > 1)}",
         *report.mixture(config, plan),
-        *report.candidates(config, batches.first, examples=short),
+        *report.candidates(config, batches.first, plan),
         "memory of a rank, GiB: " + ", ".join(f"{what} {gib:.2f}" for what, gib in memory.items()),
     ]
     findings = [
         *(Finding("not_used", text) for text in dict.fromkeys(str(warning.message) for warning in caught)),
-        *_about_settings(config, model, batches, steps, memory, ranks),
-        *(found for facts in sources for found in _about_source(facts, model, config)),
+        *_about_settings(config, model, batches, steps, memory),
+        *(finding for facts in sources for finding in _about_source(facts, model, config)),
         *_about_batches(config, batches),
         *_about_grades(examples, config),
         *_leaks(config, examples, held_out),
     ]
     order = list(LEVELS)
-    findings = sorted(findings, key=lambda found: order.index(found.code))
+    findings = sorted(findings, key=lambda finding: order.index(finding.code))
     return Check(findings=findings, sources=sources, batches=batches, lines=lines, memory=memory)
 
 
@@ -217,9 +215,9 @@ def _batch_facts(
     size, parts = config.train.global_batch_size, config.train.accumulation_steps
     count = min(plan.steps_per_epoch, max(1, ROWS // size), 32)
     together = 1 if config.loss.negatives != "local" else ranks
-    found: list[tuple[int, int, int]] = []
-    first: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for number, step in enumerate(range(0, plan.steps_per_epoch, max(1, plan.steps_per_epoch // count))):
+    counts: list[tuple[int, int, int]] = []
+    first: list[tuple[int, Collator, Any, int]] = []
+    for step in range(0, plan.steps_per_epoch, max(1, plan.steps_per_epoch // count))[:count]:
         rows = plan.rows(step)
         drawn = [
             (int(source), collators[source], examples[int(example)], int(epoch))
@@ -228,29 +226,20 @@ def _batch_facts(
         for part in range(parts):
             of_part = share(len(drawn), part, parts)
             groups = [[drawn[of_part[row]] for row in share(len(of_part), r, together)] for r in range(together)]
-            seen = [_seen(group, masked=config.loss.mask_duplicates) for group in groups]
-            found += [row for rows_of_group in seen for row in rows_of_group]
-            if number == part == 0:
-                every = [drawn[row] for row in of_part]
-                copies = [row[2] for row in _seen(every, masked=False)]
-                widths = [len(c.passages(example, epoch)) for _, c, example, epoch in every]
-                shares = [share(len(every), rank, ranks) for rank in range(ranks)]
-                first = ([len(s) for s in shares], [sum(widths[row] for row in s) for s in shares], copies)
-        if number + 1 >= count:
-            break
-    queries, passages, copies = first
+            counts += [row for group in groups for row in _seen(group, masked=config.loss.mask_duplicates)]
+            if step == part == 0:
+                first = [drawn[row] for row in of_part]
+    copies = [copies for _, _, copies in _seen(first, masked=False)]
+    widths = [len(collator.passages(example, epoch)) for _, collator, example, epoch in first]
+    shares = [share(len(first), rank, ranks) for rank in range(ranks)]
+    queries, passages = [len(rows) for rows in shares], [sum(widths[row] for row in rows) for rows in shares]
     usual = sources[0].tokens
     tokens = (
         queries[0] * usual["query"].mean() + passages[0] * usual["passage"].clip(max=config.data.passage_max_len).mean()
     )
     duplicates = sum(copy > 0 for copy in copies) / max(1, len(copies))
-    columns = np.array(found, dtype=np.int64).reshape(-1, 3).T
-    return BatchFacts(
-        sources=columns[0],
-        candidates=columns[1],
-        copies=columns[2],
-        first=FirstBatch(queries=queries, passages=passages, duplicates=duplicates, tokens=int(tokens)),
-    )
+    first_batch = FirstBatch(queries=queries, passages=passages, duplicates=duplicates, tokens=int(tokens))
+    return BatchFacts(*np.array(counts, dtype=np.int64).T, first=first_batch)
 
 
 def _seen(group: Sequence[tuple[int, Collator, Any, int]], *, masked: bool | str) -> list[tuple[int, int, int]]:
@@ -298,14 +287,14 @@ def _memory(config: Config, towers: Sequence[BiEncoderModel], first: FirstBatch,
 
 
 def _about_settings(
-    config: Config, model: BiEncoderModel, batches: BatchFacts, steps: int, memory: Mapping[str, float], ranks: int
+    config: Config, model: BiEncoderModel, batches: BatchFacts, steps: int, memory: Mapping[str, float]
 ) -> Iterator[Finding]:
     on_gpu = torch.cuda.is_available() and config.train.device != "cpu"
     gpus = torch.cuda.device_count() if on_gpu else 0
-    found = report.warnings(
+    advice = report.warnings(
         config, batches.first, l2_normalize=model.l2_normalize, multi_vector=model.multi_vector is not None, gpus=gpus
     )
-    yield from (Finding(code, text) for code, text in found.items())
+    yield from (Finding(code, text) for code, text in advice.items())
     loss, optim = config.loss, config.optim
     if model.l2_normalize and model.multi_vector is None and loss.temperature >= 0.5:
         yield Finding(
@@ -319,16 +308,6 @@ def _about_settings(
     warm_up = round(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
     if warm_up > steps / 2:
         yield Finding("warm_up", f"{warm_up} of {steps} steps are warm-up: lower optim.warmup_steps or warmup_ratio")
-    if config.train.accumulation_steps > 1:
-        yield Finding(
-            "accumulation",
-            f"train.accumulation_steps {config.train.accumulation_steps} adds no negatives: set it to 1; memory stays "
-            "flat through micro-batches",
-        )
-    if ranks > 1 and loss.negatives == "local":
-        yield Finding(
-            "local_negatives", "loss.negatives is local: only passages of a query's own rank; set it to gather"
-        )
     if not model.l2_normalize and model.similarity == "cosine":
         yield Finding(
             "similarity", "trained by products, evaluated by cosine: set eval.similarity to dot, or l2_normalize"

@@ -17,8 +17,8 @@ def page(checked: Check, name: str) -> str:
     """Return the page."""
     title, *lines = text(checked, name)
     findings = "".join(
-        f'<li><b class="{found.level}">{found.level}, {found.code}</b>: {html.escape(found.text)}</li>'
-        for found in checked.findings
+        f'<li><b class="{finding.level}">{finding.level}, {finding.code}</b>: {html.escape(finding.text)}</li>'
+        for finding in checked.findings
     )
     figures = "".join(
         f'<img alt="tokens and candidates" src="data:image/svg+xml;base64,{svg}">' for svg in _figures(checked)
@@ -32,6 +32,7 @@ def page(checked: Check, name: str) -> str:
 
 
 def _figures(checked: Check) -> Iterator[str]:
+    import matplotlib
     from matplotlib.figure import Figure
 
     for number, facts in enumerate(checked.sources):
@@ -43,7 +44,10 @@ def _figures(checked: Check) -> Iterator[str]:
         batch.hist(checked.batches.copies[of_source], bins=40, label="copies of its positives")
         batch.set(xlabel="of a query, in its batch", ylabel="queries", yscale="log")
         batch.legend()
-        yield _encoded(figure)
+        with matplotlib.rc_context({"svg.hashsalt": "inbatch"}):  # equal pages for equal findings
+            figure.savefig(written := io.BytesIO(), format="svg", metadata={"Date": None})
+        # In base64: as elements of the page, several SVGs would share names.
+        yield base64.b64encode(written.getvalue()).decode()
 
 
 def _lengths(axes: Any, facts: SourceFacts) -> None:
@@ -52,13 +56,3 @@ def _lengths(axes: Any, facts: SourceFacts) -> None:
         axes.axvline(facts.limits[side], color=color, linestyle="--", label=f"{side}_max_len")
     axes.set(xlabel="tokens", ylabel="texts", yscale="log", title=facts.name[-60:])
     axes.legend()
-
-
-def _encoded(figure: Any) -> str:
-    """Return a figure as base64 of SVG; within the page itself the names of several SVGs would clash."""
-    import matplotlib
-
-    written = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "inbatch"}):  # equal pages for equal findings
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return base64.b64encode(written.getvalue()).decode()

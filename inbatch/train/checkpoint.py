@@ -123,7 +123,7 @@ def save(
 
 
 class Saving:
-    """A checkpoint that a thread of each rank writes while training goes on."""
+    """Write a checkpoint, by a thread of each rank, while training goes on."""
 
     def __init__(self, path: Path, step: int, tensors: Mapping[str, _Local], *, keep_last: int, keep: int | None):
         self._path, self._step, self._keep_last, self._keep = path, step, keep_last, keep
@@ -246,7 +246,7 @@ def load(path: str | Path, *, modules: Mapping[str, nn.Module], optimizer: torch
         try:
             index = _Index.model_validate_json((path / _INDEX).read_bytes(), strict=True)
         except ValidationError as error:
-            raise ValueError(f"{path / _INDEX} is none that a run wrote: {error.errors()[0]['msg']}") from None
+            raise ValueError(f"{path / _INDEX} was not written by a run: {error.errors()[0]['msg']}") from None
         reader = _Reader(path, index.tensors)
         for name, weight in weights.items():
             known, expected = index.tensors.get(name), tuple(weight.shape)
@@ -303,7 +303,7 @@ class _Reader:
                 self._files[file] = safe_open(self._folder / file, framework="pt")
             except Exception as error:
                 if (self._folder / file).exists():
-                    raise ValueError(f"{self._folder / file} is no safetensors file: {error}") from error
+                    raise ValueError(f"{self._folder / file} is not a safetensors file: {error}") from error
                 # Deleted by the run that goes on, which safetensors says by a RuntimeError.
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder / file) from error
         return self._files[file]
@@ -317,8 +317,8 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [(_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted((int(match.group(1)), path) for match, path in found if match)
+    matches = [(_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
 def newest_whole(folder: str | Path) -> tuple[int, Path] | None:
@@ -351,11 +351,11 @@ def damage(path: Path) -> str | None:
     files = [file for _, _, file in lines]
     mine = files[collectives.rank() :: collectives.world_size()]
     shares = collectives.gather_objects({file: _digest(path, file) for file in mine})
-    found = {file: digest for share in shares for file, digest in share.items()}
-    if _INDEX in files and _sums_text(found).encode() == content:
+    digests = {file: digest for share in shares for file, digest in share.items()}
+    if _INDEX in files and _sums_text(digests).encode() == content:
         return None
     known = {file: digest for digest, _, file in lines}
-    bad = next((file for file in found if found[file] != known[file]), _SUMS)
+    bad = next((file for file in digests if digests[file] != known[file]), _SUMS)
     return f"{path} is damaged: {bad} is missing or is not what was written"
 
 

@@ -45,7 +45,7 @@ class ModelConfig:
     l2_normalize: bool | None = None
     """unit-length embeddings; null takes what the saved model says, else true"""
     bidirectional: bool | None = None
-    """let every token see every other one; null means true for decoder backbones"""
+    """let every token attend to every other token; null means true for decoder backbones"""
     attn_implementation: str | None = None
     """attention kernel, as transformers names it (sdpa, eager, flash_attention_2)"""
     packed: bool | None = None
@@ -435,7 +435,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that defines a run."""
+    """Hold everything that defines a run."""
 
     model: ModelConfig
     data: DataConfig
@@ -450,7 +450,7 @@ class Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{"optim.lr": 1e-4, ...}: every field by the name it has on the command line, tuples as lists."""
+    """Return {"optim.lr": 1e-4, ...}: every field by its name on the command line, tuples as lists."""
     return {
         f"{group}.{name}": list(value) if isinstance(value, tuple) else value
         for group, values in asdict(config).items()

@@ -50,7 +50,7 @@ def build(tree: dict[str, Any], overrides: Sequence[str] = (), *, lines: Mapping
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that cannot mislead: no key twice, no alias (which can stand for gigabytes), no tag, no deep nesting."""
+    """Refuse YAML that misleads: a key twice, an alias (which can stand for gigabytes), a tag, deep nesting."""
 
     depth = 0
     aliases = False
@@ -87,7 +87,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _AliasLoader(_Loader):
-    """The same with aliases, which stay one object: for files whose values are not walked through."""
+    """Allow aliases too, each of which stays a single object: for files whose values are not walked through."""
 
     aliases = True
 

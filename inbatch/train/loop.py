@@ -56,7 +56,7 @@ def train(
     metrics.jsonl as it is written. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
     speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/, which sentence-transformers opens.
 
-    Returns the last figures of metrics.jsonl by name. A run that is finished already is left as it is.
+    Returns the last figures of metrics.jsonl by name. A finished run is left unchanged.
     Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
     another run; FloatingPointError where the loss or the weights are no longer finite. At SIGTERM or SIGHUP it saves a
     checkpoint after the step and raises Stopped, a SystemExit.
@@ -138,7 +138,7 @@ def is_due(done: int, every: int | None) -> bool:
 
 
 class StepFunction:
-    """One optimizer step: (step, its parts) -> a function that fetches the step's figures."""
+    """Take an optimizer step: (step, its parts) -> a function that fetches the step's figures."""
 
     def __init__(self, learner: Learner, config: Config, total_steps: int):
         self._learner, self._config, self._total_steps = learner, config, total_steps
@@ -150,7 +150,7 @@ class StepFunction:
         self._grad_cache = GradCache(
             list(encode.values()) if len(encode) > 1 else encode["model"],
             self._loss,
-            modules=[one for name, one in learner.networks.items() if is_spread(one)],
+            modules=[network for network in learner.networks.values() if is_spread(network)],
             micro_batch_tokens=config.train.micro_batch_tokens,
             keep_graph_mib=config.train.keep_graph_mib,
             max_over_ranks=collectives.max_over_ranks if config.train.parallel == "fsdp2" else None,
@@ -260,13 +260,13 @@ def real_tokens(queries: Tensor, passages: Tensor) -> dict[str, Any]:
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:
-    """Seed of the generators at a step: another one for every (seed, step, rank)."""
+    """Return the seed of the generators at a step, which differs for every (seed, step, rank)."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 
 
 def pinned(batch: TrainBatch) -> TrainBatch:
-    """With what goes by row or passage in memory from which the loss's copies to the GPU make nobody wait."""
+    """Return the batch with its tensors in pinned memory, from which copies to the GPU make nobody wait."""
     tensors = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **tensors)
 
@@ -334,9 +334,7 @@ def announce(run: Run, parts: list[Part]) -> None:
         run.report.note(f"transformer layers {done} to repay it (train.compile: true or false decides)")
     for line in mixture(run.config, run.plan):
         run.report.note(line)
-    ragged = (run.plan.mixed or len(run.plan.sizes) == 1) and not run.plan.drop_last
-    short = run.plan.num_examples if ragged else 0
-    for line in candidates(run.config, first, examples=short):
+    for line in candidates(run.config, first, run.plan):
         run.report.note(line)
     for line in warnings(
         run.config, first, l2_normalize=model.l2_normalize, multi_vector=model.multi_vector is not None, gpus=gpus
@@ -420,7 +418,7 @@ def check_finite(parameters: Iterable[nn.Parameter], done: int) -> None:
 
 
 def save_checkpoint(run: Run, clock: Stopwatch, done: int) -> None:
-    """Begin to write a checkpoint, once the one before is written."""
+    """Begin to write a checkpoint, once the previous checkpoint is written."""
     finish_saving(run, clock)
     with clock.during("saving"):
         check_finite(run.learner.parameters, done)

@@ -51,7 +51,7 @@ def shard(model: BiEncoderModel, device: torch.device, *, bf16: bool) -> nn.Modu
     for unit in [*transformer_layers(model.backbone), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         if device.type == "cpu":
-            # gloo has no mean: torch 2.8 took its sum for one.
+            # gloo cannot average: torch 2.8 took its sum for the mean.
             unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
 
@@ -83,14 +83,14 @@ def compile_layers(model: BiEncoderModel) -> None:
 def gathered(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Let sharded networks hold all their parameters inside (as bfloat16 where they compute so), for forward passes.
 
-    Ranks may then encode unequally often, as evaluation does: a pass communicates no more.
+    A pass then needs no communication, so ranks may run different numbers of them, as evaluation does.
     """
     sharded = [network for network in networks if isinstance(network, FSDPModule)]
     for network in sharded:
         network.set_reshard_after_forward(False)
-        one = torch.ones(1, 1, dtype=torch.int64, device=next(network.parameters()).device)  # type: ignore[attr-defined]
+        token = torch.ones(1, 1, dtype=torch.int64, device=next(network.parameters()).device)  # type: ignore[attr-defined]
         with torch.no_grad():
-            network({"input_ids": one, "attention_mask": one})  # type: ignore[operator]
+            network({"input_ids": token, "attention_mask": token})  # type: ignore[operator]
     try:
         yield
     finally:

@@ -7,13 +7,12 @@ speed.jsonl holds what also depends on the machine.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from inbatch import collectives
@@ -28,7 +27,7 @@ OnFigures = Callable[[int, Mapping[str, float]], object]
 
 
 class Report:
-    """The open logs of a run that goes on after `first_step` steps; later lines of an interrupted run are dropped.
+    """Write the logs of a run that goes on after `first_step` steps; later lines of an interrupted run are dropped.
 
     best_step, stale: after how many steps the figure that decides was best, and how many evaluations came since. They
     are functions of metrics.jsonl, so that a resumed run has them.
@@ -64,7 +63,7 @@ class Report:
         tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
-        """Count one more step as done."""
+        """Count a step as done."""
         self._bar.update(1)
 
     def step(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
@@ -77,7 +76,7 @@ class Report:
             self.note(f"step {step} of {self._bar.total}: loss {loss}, {pairs_per_s} pairs/s")
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write what an evaluation after `step` steps found, and the best so far."""
+        """Write the figures of an evaluation after `step` steps, and the best so far."""
         self._remember({"step": step, **figures})
         known = {} if self.best_step is None else {f"best_{self._decides}": self._best, "best_step": self.best_step}
         self._write(self._metrics, step, {**figures, **known}, "eval")
@@ -120,7 +119,7 @@ class Report:
 
 
 class NoReport(Report):
-    """The report of the ranks other than the first, which write nothing."""
+    """Stand for the report on ranks other than the first, which write nothing."""
 
     best_step, stale = None, 0
 
@@ -139,8 +138,8 @@ class NoReport(Report):
 class Stopwatch:
     """Measure where a run's time goes: seconds by activity, and the speed of its steps.
 
-    Training is all from asking for the first batch to the end of the last step, compilation and waiting for batches
-    included, but evaluations and checkpoints. What a GPU was given to do counts as the activity that gave it.
+    Training runs from the request for the first batch to the end of the last step. It includes compilation and waiting
+    for batches, and excludes evaluations and checkpoints. A GPU's work counts as the activity that launched it.
     """
 
     def __init__(self) -> None:
@@ -165,7 +164,7 @@ class Stopwatch:
         self.turn_to(before)
 
     def count(self, *, pairs: int) -> None:
-        """Note that one step with so many pairs over all ranks is done."""
+        """Count a step as done, with its pairs over all ranks."""
         self._steps += 1
         self._pairs += pairs
 
@@ -186,7 +185,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBatch:
-    """The first part of the first step, over all ranks."""
+    """Count the first part of the first step, over all ranks."""
 
     queries: list[int]  # by rank
     passages: list[int]  # by rank
@@ -199,21 +198,16 @@ def look_at(part: Part) -> FirstBatch:
     batch = part.batch
     ids = {"queries": batch.query_ids, "passages": batch.passage_ids}
     rows = collectives.agree("the first batch", ids)
-    own_ids_B = batch.passage_ids[batch.positives]
+    positive_ids_B = batch.passage_ids[batch.positives]
     passage_ids_N = collectives.all_gather(batch.passage_ids, rows=rows["passages"])
-    twice = collectives.all_reduce(_copies(own_ids_B, passage_ids_N).gt(1).sum())
+    known_U, counts_U = torch.unique(passage_ids_N, return_counts=True)
+    twice = collectives.all_reduce((counts_U[torch.searchsorted(known_U, positive_ids_B)] > 1).sum())
     return FirstBatch(
         queries=rows["queries"],
         passages=rows["passages"],
         duplicates=int(twice) / max(1, sum(rows["queries"])),
         tokens=batch.queries["input_ids"].numel() + batch.passages["input_ids"].numel(),
     )
-
-
-def _copies(wanted_B: Tensor, ids_N: Tensor) -> Tensor:
-    """Return how often each wanted id occurs."""
-    known_U, counts_U = torch.unique(ids_N, return_counts=True)
-    return counts_U[torch.searchsorted(known_U, wanted_B)]
 
 
 def mixture(config: Config, plan: Mixture) -> list[str]:
@@ -234,35 +228,27 @@ def mixture(config: Config, plan: Mixture) -> list[str]:
     return lines
 
 
-def candidates(config: Config, first: FirstBatch, *, examples: int) -> list[str]:
+def candidates(config: Config, first: FirstBatch, plan: Mixture) -> list[str]:
     """Return lines on the number of passages that each query is scored against, and why."""
-    ranks, parts = len(first.queries), config.train.accumulation_steps
+    ranks = len(first.queries)
     everyone = config.loss.negatives != "local"
     seen = sum(first.passages) if everyone else max(first.passages)
     queries = sum(first.queries) if everyone else max(first.queries)
     if _alone(config):
         return [f"each query sees its record's {_passages(seen, queries)} alone: data.train has negatives: own"]
-    origin = f"{_each(first.queries)} queries x {_passages(seen, queries)}"
+    fewest, most = min(first.queries), max(first.queries)
+    origin = f"{most if fewest == most else f'{fewest} to {most}'} queries x {_passages(seen, queries)}"
     if ranks > 1:
         origin = f"{ranks} ranks x {origin}" if everyone else f"this rank's {origin}"
-    lines = [f"each query sees {seen} candidates: its positive and {seen - 1} negatives ({origin})"]
-    if ranks > 1 and not everyone:
-        lines.append(
-            f"loss.negatives is local: {seen - 1} of {sum(first.passages) - 1} available negatives are used; "
-            "set it to gather to use those of all ranks"
-        )
+    negatives = f"{seen - 1} negative{'s' * (seen != 2)}"
+    lines = [f"each query sees {seen} candidate{'s' * (seen != 1)}: its positive and {negatives} ({origin})"]
     if config.loss.objective in ("gte", "qwen3_embedding"):
         lines.append(
             f"loss.objective {config.loss.objective} adds scores in other directions to each softmax: `candidates` in "
             "metrics.jsonl counts them too"
         )
-    if parts > 1:
-        lines.append(
-            f"train.accumulation_steps {parts} adds no negatives: each query still sees {seen} candidates; for "
-            "more, set it to 1 (memory stays flat: the step is cut into micro-batches, train.micro_batch_tokens)"
-        )
-    tail = examples % config.train.global_batch_size
-    if tail and examples > tail:
+    tail = plan.num_examples % plan.global_batch_size
+    if tail and plan.steps_per_epoch > 1 and not plan.drop_last and (plan.mixed or len(plan.sizes) == 1):
         lines.append(f"the last step of an epoch has {tail} queries, and so fewer candidates")
     if config.loss.mask_duplicates and first.duplicates:
         lines.append(
@@ -298,6 +284,16 @@ def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, multi_vec
         lines["gpus"] = (
             f"{gpus} GPUs are here but one process uses one: add --nproc-per-node {gpus}, or start with torchrun"
         )
+    if config.train.accumulation_steps > 1:
+        lines["accumulation"] = (
+            f"train.accumulation_steps {config.train.accumulation_steps} adds no negatives: set it to 1; memory stays "
+            "flat, since the step is cut into micro-batches (train.micro_batch_tokens)"
+        )
+    if config.loss.negatives == "local" and len(first.queries) > 1:
+        lines["local_negatives"] = (
+            f"loss.negatives is local: {max(first.passages) - 1} of {sum(first.passages) - 1} available negatives are "
+            "used; set it to gather"
+        )
     budget = config.train.micro_batch_tokens
     if isinstance(budget, int) and budget >= first.tokens:
         lines["micro_batch"] = (
@@ -310,11 +306,6 @@ def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, multi_vec
 def _alone(config: Config) -> bool:
     """Return True if every query is compared with the passages of its own record alone."""
     return all(source.get("negatives") == "own" for source in config.data.sources)
-
-
-def _each(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"
 
 
 def _passages(passages: int, queries: int) -> str:

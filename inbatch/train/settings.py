@@ -1,7 +1,7 @@
 """Frozen dataclasses of settings, checked by pydantic; each mistake is one line.
 
-A group is one class. Its fields are keys such as "optim.lr", by which the file, the command line and messages call
-them. A message names the key, what was given and what is expected.
+A group is a class. Its fields are keys such as "optim.lr": their names in the file, on the command line and in
+messages. A message names the key, what was given and what is expected.
 """
 
 import difflib

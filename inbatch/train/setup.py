@@ -43,7 +43,7 @@ OBJECTIVES = {"info_nce": Objective(), "clip": CLIP, "gte": GTE, "qwen3_embeddin
 
 @dataclass(kw_only=True)
 class Learner:
-    """All that is trained: the towers, the loss with its temperature, and their optimizer.
+    """Hold all that is trained: the towers, the loss with its temperature, and their optimizer.
 
     networks: the towers as they are called, in DDP or sharded where ranks share them. precision: one of
     `inbatch.encoder.precision`; fp32 under FSDP2, which gathers bfloat16 weights itself. compiled: torch.compile has
@@ -75,7 +75,7 @@ class Learner:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run that is ready to begin or to go on: what the loop works with.
+    """Hold a run that is ready to begin or to go on.
 
     evaluation: the whole retrieval set; sample: the part for evaluations before the end. steps: this rank's
     batches. validation: the batches of the held-out records, and their sizes.
@@ -138,9 +138,9 @@ def set_up(
     )
     learner = open_learner(config, towers, device, total_steps)
     if config.distill.teacher is not None:
-        read = [one for one in (examples, held_out) if one is not None]
+        sets = [examples] if held_out is None else [examples, held_out]
         precision = chosen(config.train.precision, device)
-        learner.teacher = teacher_vectors(config.distill.teacher, read, folder.path / "teacher", device, precision)
+        learner.teacher = teacher_vectors(config.distill.teacher, sets, folder.path / "teacher", device, precision)
         check_vectors(config, learner)
     if evaluation is not None:
         how = RetrieveOptions(similarity=config.eval.similarity)
@@ -310,8 +310,7 @@ def open_learner(
         compiled = device.type == "cuda" and operations(towers, config, total_steps) > REPAYS_COMPILING
         compiled = compiled and all(any(isinstance(m, nn.ModuleList) for m in t.modules()) for t in towers.values())
     networks = spread(towers, config, device, bf16=precision != "fp32", compiled=compiled)
-    loss = build_loss(config.loss).to(device)
-    try_loss(loss, config.loss, model.embedding_dim, device)
+    loss = build_loss(config.loss, model.embedding_dim, device)
     return Learner(
         device=device,
         towers=towers,
@@ -338,20 +337,23 @@ def operations(towers: Mapping[str, BiEncoderModel], config: Config, total_steps
 def check_vectors(config: Config, learner: Learner) -> None:
     """Raise ValueError if the student's vectors cannot have the shape of the teacher's."""
     assert learner.teacher is not None
+    if config.distill.kind == "pool":  # which compares products
+        return
     ours, theirs = learner.network("query"), learner.teacher[0].vectors.shape[1]
-    if config.distill.kind != "pool" and is_multi_vector(ours):
+    if is_multi_vector(ours):
         raise ValueError(
             f"distill.kind is {config.distill.kind}, and the model gives a text several vectors: set it to pool"
         )
-    if config.distill.kind != "pool" and (dimension := unwrap(ours).embedding_dim) != theirs:
+    if (dimension := unwrap(ours).embedding_dim) != theirs:
         raise ValueError(
             f"distill.kind is {config.distill.kind}, and the teacher's vectors have {theirs} dimensions, the model's "
             f"{dimension}: set it to pool, which compares products alone, or take a teacher of {dimension}"
         )
 
 
-def build_loss(config: LossConfig) -> InfoNCELoss:
-    return InfoNCELoss(
+def build_loss(config: LossConfig, dimension: int, device: torch.device) -> InfoNCELoss:
+    """Return the loss, tried where a setting may not suit the model or the device. Every rank calls it."""
+    loss = InfoNCELoss(
         config.temperature,
         learnable=config.learnable_temperature,
         # Passages of other ranks without gradient are this rank's own to the loss.
@@ -363,18 +365,13 @@ def build_loss(config: LossConfig) -> InfoNCELoss:
             hardness_mode=config.hardness_mode,
             hardness_strength=config.hardness_strength,
         ),
-    )
-
-
-def try_loss(loss: InfoNCELoss, config: LossConfig, dimension: int, device: torch.device) -> None:
-    """Raise what the loss says of settings that do not go with this model or device; every rank calls it.
-
-    One row shows it. Other settings go with any, and need no kernels compiled for a single row.
-    """
+    ).to(device)
+    # Other settings go with any model, and need no kernels compiled for a single row.
     if config.matryoshka_dims is not None or config.impl == "fused":
         row_1D = torch.ones(1, dimension, device=device)
         with torch.no_grad():
             loss(row_1D, row_1D)
+    return loss
 
 
 def build_collators(

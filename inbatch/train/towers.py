@@ -49,13 +49,14 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
         trust_remote_code=config.model.trust_remote_code,
         multi_vector={name: value for name, value in vars(config.multi_vector).items() if value is not None} or None,
     ).train()
-    if tower.multi_vector is not None:
+    several = tower.multi_vector is not None
+    if several:
         _check_multi_vector(config)
-    # Lengths by task are kept as what they were trained at, too; and the comparison as the one that was measured.
-    tower.query_length = tower.query_length and config.data.query_max_len
-    tower.document_length = tower.document_length and config.data.passage_max_len
-    if tower.multi_vector is not None:
-        tower.query_length, tower.document_length = config.data.query_max_len, config.data.passage_max_len
+    # Lengths by task are saved as those trained at, too, and the comparison as the one that was measured.
+    if several or tower.query_length:
+        tower.query_length = config.data.query_max_len
+    if several or tower.document_length:
+        tower.document_length = config.data.passage_max_len
     tower.similarity = config.eval.similarity or tower.similarity
     if frozen:
         # In evaluation mode too: its dropout would only be noise.

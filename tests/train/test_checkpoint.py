@@ -115,8 +115,8 @@ def test_the_newest_whole_one_is_taken_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("rank-0.safetensors", lambda _: pickle.dumps(print), r"rank-0\.safetensors is no safetensors file"),
-        ("index.json", lambda _: pickle.dumps(print), r"index\.json is none that a run wrote: Invalid JSON"),
+        ("rank-0.safetensors", lambda _: pickle.dumps(print), r"rank-0\.safetensors is not a safetensors file"),
+        ("index.json", lambda _: pickle.dumps(print), r"index\.json was not written by a run: Invalid JSON"),
         ("index.json", lambda text: text.replace(b'"step": 7', b'"step": {"a": 1}'), "valid integer"),
         ("index.json", lambda text: text.replace(b"rank-0", b"../rank-0"), "should match pattern"),
         ("index.json", lambda text: text.replace(b'safetensors", 0, 3', b'safetensors", 0, 2'), "are not all of it"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from inbatch.data import TrainBatch
+from inbatch.data import Mixture, TrainBatch
 from inbatch.data.batches import Part
 from inbatch.train import report
 from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
@@ -24,30 +24,32 @@ def first(**changes) -> FirstBatch:
     return replace(FirstBatch(queries=[128, 128], passages=[256, 256], duplicates=0.0, tokens=50_000), **changes)
 
 
+def plan(examples: int, **changes) -> Mixture:
+    return Mixture(sizes=(examples,), global_batch_size=256, **changes)
+
+
 def test_candidates_and_what_they_are_made_of():
-    (line,) = report.candidates(make_config(), first(), examples=256 * 3)
+    (line,) = report.candidates(make_config(), first(), plan(256 * 3))
     assert line == "each query sees 512 candidates: its positive and 511 negatives (2 ranks x 128 queries x 2 passages)"
-    lines = report.candidates(make_config(), first(queries=[7, 6], passages=[9, 10]), examples=256 * 3 + 5)
+    lines = report.candidates(make_config(), first(queries=[7, 6], passages=[9, 10]), plan(256 * 3 + 5))
     assert lines[0].endswith("its positive and 18 negatives (2 ranks x 6 to 7 queries x 1.46 passages on average)")
     assert lines[1] == "the last step of an epoch has 5 queries, and so fewer candidates"
-    (line,) = report.candidates(make_config(), first(queries=[4], passages=[4]), examples=256)
+    assert len(report.candidates(make_config(), first(), plan(256 * 3 + 5, drop_last=True))) == 1
+    (line,) = report.candidates(make_config(), first(queries=[4], passages=[4]), plan(256))
     assert line == "each query sees 4 candidates: its positive and 3 negatives (4 queries x 1 passage)"
 
 
 def test_what_takes_candidates_away():
-    lines = report.candidates(make_config(loss={"negatives": "local"}), first(), examples=256)
-    assert "each query sees 256 candidates" in lines[0]
-    assert "255 of 511 available negatives are used; set it to gather" in lines[1]
-    lines = report.candidates(make_config(accumulation_steps=2), first(), examples=256)
-    assert "accumulation_steps 2 adds no negatives: each query still sees 512 candidates" in lines[1]
-    lines = report.candidates(make_config(), first(duplicates=0.125), examples=256)
+    (line,) = report.candidates(make_config(loss={"negatives": "local"}), first(), plan(256))
+    assert "each query sees 256 candidates" in line
+    lines = report.candidates(make_config(), first(duplicates=0.125), plan(256))
     assert "12.5% of the first batch's queries" in lines[1]
 
 
 def test_what_adds_candidates():
-    lines = report.candidates(make_config(loss={"objective": "gte"}), first(), examples=256)
+    lines = report.candidates(make_config(loss={"objective": "gte"}), first(), plan(256))
     assert "loss.objective gte adds scores in other directions" in lines[1]
-    assert len(report.candidates(make_config(loss={"objective": "clip"}), first(), examples=256)) == 1
+    assert len(report.candidates(make_config(loss={"objective": "clip"}), first(), plan(256))) == 1
 
 
 def test_settings_that_look_wrong():
@@ -63,12 +65,18 @@ def test_settings_that_look_wrong():
     assert "set loss.mask_duplicates to true" in line
     own = replace(make_config(), data=DataConfig(train=[{"path": "d", "negatives": "own"}]))
     assert warnings(replace(own, loss=LossConfig(mask_duplicates=False)), first(duplicates=0.12)) == []
-    (line,) = report.candidates(own, first(), examples=256)
+    (line,) = report.candidates(own, first(), plan(256))
     assert line == "each query sees its record's 2 passages alone: data.train has negatives: own"
     detached = make_config(loss={"detach_remote": True, "mask_duplicates": "positive"})
     (line,) = warnings(detached)
     assert "cosine 0.62" in line
     assert warnings(detached, first(queries=[4], passages=[4])) == []
+    local = make_config(loss={"negatives": "local"})
+    (line,) = warnings(local)
+    assert "255 of 511 available negatives are used; set it to gather" in line
+    assert warnings(local, first(queries=[4], passages=[4])) == []
+    (line,) = warnings(make_config(accumulation_steps=2))
+    assert "accumulation_steps 2 adds no negatives: set it to 1" in line
     (line,) = warnings(make_config(), l2_normalize=False)
     assert "not normalised and loss.temperature is 0.02" in line
     assert warnings(make_config(loss={"temperature": 1.0}), l2_normalize=False) == []
