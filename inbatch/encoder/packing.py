@@ -36,7 +36,7 @@ def packed_states(
 ) -> Tensor:
     """Return the backbone's last states [B, T, D] of the real tokens, 0 at padding; every text needs a real token."""
     inputs = packed_inputs(mask_BT, slots_N, input_ids=ids_BT, position_ids=positions_BT)
-    states_ND = backbone(**inputs, return_dict=True, **options).last_hidden_state[0]
+    states_ND = backbone(**inputs, return_dict=True, **options).last_hidden_state.squeeze(0)
     padded_MD = states_ND.new_zeros(mask_BT.numel(), states_ND.shape[1]).index_copy(0, slots_N, states_ND)
     return padded_MD.unflatten(0, mask_BT.shape)
 
@@ -98,7 +98,10 @@ def _try_packing(backbone: PreTrainedModel) -> str | None:
 
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
-    """Serve transformers' attention interface: query [1, H, N, E] to [1, N, H, E]; without boundaries, plain SDPA."""
+    """Serve transformers' attention interface: query [1, H, N, E] to [1, N, H, E]; without boundaries, plain SDPA.
+
+    The first dimension is squeezed and not indexed: the gradient of an index is a copy.
+    """
     starts = options.pop("cu_seq_lens_q", None)
     if starts is None:
         return sdpa_attention_forward(
@@ -138,7 +141,7 @@ def _has_kernel(query: Tensor) -> bool:
 
 def _flash(query, key, value, starts, longest, dropout, scaling, causal, window) -> Tensor:
     # torch.nn.attention.varlen is this operation without dropout, and only in later releases.
-    query_NHE, key_NHE, value_NHE = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query_NHE, key_NHE, value_NHE = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     back, ahead = window or (-1, -1)
     return torch.ops.aten._flash_attention_forward(
         query_NHE,
@@ -165,7 +168,7 @@ def _repadded(query, key, value, starts, longest, dropout, scaling, causal, wind
     slots_N = rows_N * T + torch.arange(tokens, device=query.device) - starts[rows_N]
     blocks = []
     for tensor in (query, key, value):
-        flat_NHE = tensor[0].transpose(0, 1)
+        flat_NHE = tensor.squeeze(0).transpose(0, 1)
         padded_MHE = flat_NHE.new_zeros(len(lengths_B) * T, *flat_NHE.shape[1:]).index_copy(0, slots_N, flat_NHE)
         blocks.append(padded_MHE.unflatten(0, (-1, T)).transpose(1, 2))
     columns_T = torch.arange(T, device=query.device)
