@@ -8,6 +8,7 @@
     clock        inbatch and sentence-transformers' cached loss, for equal seconds of training steps
     masks        copies of positives left out of the negatives, or kept
     temperature  of the loss, at --batch and --lr
+    precision    autocast, or bfloat16 copies of the weights
     batch        batch sizes at matched steps, each at the rate that is best on the dev split
 
 Each cell trains --model for --steps steps and is measured on the splits dev and test over the whole corpus. A cell that

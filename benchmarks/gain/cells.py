@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ALONE = ("clock", "masks", "temperature", "batch")
+ALONE = ("clock", "masks", "temperature", "batch", "precision")
 TOGETHER = ("negatives", "gradient")
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 
@@ -28,6 +28,7 @@ class Cell:
     masks: bool | Literal["positive"] = True
     temperature: float = 0.02
     library: str = "inbatch"
+    precision: str = "autocast"
     seconds: float | None = None
 
     @property
@@ -51,6 +52,8 @@ def cells(args: argparse.Namespace, questions: tuple[str, ...]) -> list[Cell]:
             yield from (cell(masks=masks) for masks in (True, "positive", False))
         elif question == "temperature":
             yield from (cell(temperature=temperature) for temperature in args.temperatures)
+        elif question == "precision":
+            yield from (cell(precision=precision) for precision in ("autocast", "bf16"))
         elif question == "batch":
             yield from (cell(batch=batch, lr=lr) for batch in args.batches for lr in args.rates)
         else:

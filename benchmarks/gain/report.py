@@ -33,6 +33,10 @@ COMPARED: dict[str, dict[str, Callable[[Row], bool]]] = {
         "own positive": lambda row: row["processes"] == 1 and row["masks"] == "positive",
         "all positives": lambda row: row["usual"],
     },
+    "precision": {
+        "autocast": lambda row: row["usual"],
+        "bfloat16 copies": lambda row: row["precision"] == "bf16",
+    },
     "clock": {
         "sentence-transformers": lambda row: row["library"] == "sentence-transformers",
         "inbatch": lambda row: row["seconds"] is not None and row["library"] == "inbatch",
@@ -42,6 +46,7 @@ TITLES = {
     "negatives": "Negatives of one process, or of all",
     "gradient": "Passages of other processes: detached, or with exact gradients",
     "masks": "Copies of positives among the negatives",
+    "precision": "Casts, or bfloat16 copies of the weights",
     "clock": "Equal seconds of training",
     "temperature": "Temperature",
     "batch": "Batch size at matched steps, at its best rate",
@@ -61,7 +66,8 @@ def load(path: Path) -> list[Row]:
 
 def plain(row: Row) -> bool:
     """Return True for a training of one process that only batch size and rate, and no other question, set apart."""
-    return row["processes"] == 1 and row["seconds"] is None and row["masks"] is True and row["temperature"] == 0.02
+    usual = row["masks"] is True and row["temperature"] == 0.02 and row["precision"] == "autocast"
+    return row["processes"] == 1 and row["seconds"] is None and usual
 
 
 def by_seed(rows: Sequence[Row], data: str, wanted: Callable[[Row], bool]) -> dict[int, float]:

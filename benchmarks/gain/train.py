@@ -68,7 +68,7 @@ def config_of(cell: Cell, args: argparse.Namespace, output: Path, steps: int, lo
         optim=OptimConfig(lr=cell.lr),
         train=TrainConfig(
             output_dir=str(output), seed=cell.seed, global_batch_size=cell.batch, max_steps=steps, log_every=log_every,
-            progress=False, loggers=[],
+            progress=False, loggers=[], precision=cell.precision if torch.cuda.is_available() else "auto",
         ),
     )  # fmt: skip
 

@@ -126,24 +126,27 @@ class Passes:
         if not on_cuda() or not self._encodes_on_cuda(groups):
             return CPU_TOKENS
         tried, most = FIRST_TOKENS, MOST_TOKENS
+        peaks: dict[int, float] = {}
 
         def attempt(tokens: int) -> Trial:
             nonlocal tried
             tried = tokens
             trial = self._attempt(groups, tokens)
-            peak = self._max(trial.peak_bytes) / self._max(trial.tokens)
-            self._peak_per_token = max(self._peak_per_token or 0.0, peak)
+            peaks[tokens] = self._max(trial.peak_bytes) / self._max(trial.tokens)
             return trial
 
         while True:
             try:
-                return fewest_tokens_that_fill(
+                found = fewest_tokens_that_fill(
                     attempt,
                     first=min(FIRST_TOKENS, most),
                     most=most,
                     free=-self._max(-free_bytes(reserved, torch.device("cuda"))),
                     max_over_ranks=self._max,
                 )
+                # Of the size itself: in a smaller one, what the weights' gradients take weighs more for each token.
+                self._peak_per_token = peaks.get(found, max(peaks.values()))
+                return found
             except torch.OutOfMemoryError as error:
                 if tried <= LEAST_TOKENS or self._sharded:
                     raise torch.OutOfMemoryError(
