@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from inbatch import collectives
+from inbatch.losses.info_nce import describe
 from inbatch.losses.max_sim import make_grid
-from inbatch.retrieval.search import Tile, best_of, product_error, unusable
+from inbatch.retrieval.search import Tile, best_of, misuse, product_error, unusable
 
 _BLOCK_TOKENS = 1 << 18  # of passages, and at most a 16th as many passages
 _QUERY_TOKENS = 32768
@@ -45,12 +46,13 @@ def max_sim_top_k(
     Returns (scores [B, k] float32, indices [B, k] int64) on the queries' device, the same on every rank;
     min(k, all passages) columns. A query to which exclusion leaves fewer ends in (-inf, -1). No gradient.
 
-    Raises ValueError, on every rank, for vectors that are no float matrix, lengths that do not add up or are 0, k < 1,
-    no passages at all, NaN or infinity, or ranks that disagree on dimension, dtype, k or the number of queries.
+    Raises ValueError, on every rank, for vectors that are not a float matrix, lengths that do not add up or are 0,
+    k < 1, no passages at all, NaN or infinity, or ranks that disagree on dimension, dtype, k or the number of queries.
     """
     what, device = "max_sim_top_k", None
     sides = {"query": (query_vectors, query_lengths), "passage": (passage_vectors, passage_lengths)}
-    error = _misuse(what, sides, k, query_tokens, block_tokens)
+    matrices = {"query_vectors": query_vectors, "passage_vectors": passage_vectors}
+    error = misuse(what, k, query_tokens, block_tokens, **matrices) or _wrong_lengths(what, sides)
     fields, same = {}, {}
     norms_m = norms_B = torch.empty(0)
     if error is None:
@@ -152,23 +154,12 @@ def _sums(values_n: Tensor, lengths_B: Tensor) -> Tensor:
     return torch.segment_reduce(values_n, "sum", lengths=lengths_B) if len(lengths_B) else values_n
 
 
-def _misuse(what: str, sides: dict[str, tuple[Tensor, Tensor]], k: int, *chunks: int) -> str | None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        return f"{what}: k is {k!r}; expected an integer of at least 1"
-    if min(chunks) < 1:
-        return f"{what}: query_tokens and block_tokens are {chunks}; expected at least 1"
+def _wrong_lengths(what: str, sides: dict[str, tuple[Tensor, Tensor]]) -> str | None:
     for name, (vectors, lengths) in sides.items():
-        if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
-            given = f"{tuple(vectors.shape)} {vectors.dtype}" if isinstance(vectors, Tensor) else type(vectors).__name__
-            return f"{what}: {name}_vectors are {given}; expected a float matrix, one token a row"
         if not isinstance(lengths, Tensor) or lengths.ndim != 1 or lengths.dtype != torch.int64:
-            given = f"{tuple(lengths.shape)} {lengths.dtype}" if isinstance(lengths, Tensor) else type(lengths).__name__
-            return f"{what}: {name}_lengths are {given}; expected an int64 vector, the number of tokens of each text"
+            return f"{what}: {name}_lengths are {describe(lengths)}; expected int64, the number of tokens of each text"
         if len(lengths) and int(lengths.min()) < 1:
             return f"{what}: {name} {int(lengths.argmin())} has {int(lengths.min())} tokens; expected at least one"
         if int(lengths.sum()) != len(vectors):
             return f"{what}: {name}_lengths add up to {int(lengths.sum())}, of {len(vectors)} vectors; expected as many"
-    dims = [vectors.shape[1] for vectors, _ in sides.values()]
-    if dims[0] != dims[1]:
-        return f"{what}: queries have dimension {dims[0]}, passages {dims[1]}; expected embeddings of one model"
     return None

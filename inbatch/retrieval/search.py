@@ -13,11 +13,13 @@ Shapes: Q queries, N documents of this rank, C documents in a block, P pairs of 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inbatch import collectives
+from inbatch.losses.info_nce import describe
 
 SIMILARITIES = ("cosine", "dot")
 _PAIR_ELEMENTS = 1 << 20  # 8 MiB of float64: the vectors gathered at a time to be scored exactly
@@ -53,7 +55,9 @@ def top_k(
     """
     if document_chunk is None:
         document_chunk = 65536 if isinstance(queries, Tensor) and queries.is_cuda else 16384
-    error = _misuse(queries, documents, k, similarity, query_chunk, document_chunk)
+    error = misuse("top_k", k, query_chunk, document_chunk, queries=queries, documents=documents)
+    if similarity not in SIMILARITIES:
+        error = f"top_k: similarity is {similarity!r}; expected one of {', '.join(SIMILARITIES)}"
     norms_N = norms_Q = torch.empty(0)
     if error is None:
         norms_N, norms_Q = (_norms(rows, document_chunk, queries.device) for rows in (documents, queries))
@@ -88,23 +92,19 @@ def pair_scores(queries: Tensor, documents: Tensor, pairs: Tensor, *, similarity
     return scores.float()
 
 
-def _misuse(queries: Tensor, documents: Tensor, k: int, similarity: str, *chunks: int) -> str | None:
+def misuse(what: str, k: Any, *chunks: int, **matrices: Any) -> str | None:
+    """Return the first mistake in a search's arguments, in words; None if there is none. matrices: of both sides."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        return f"top_k: k is {k!r}; expected an integer of at least 1"
-    if similarity not in SIMILARITIES:
-        return f"top_k: similarity is {similarity!r}; expected one of {', '.join(SIMILARITIES)}"
+        return f"{what}: k is {k!r}; expected an integer of at least 1"
     if min(chunks) < 1:
-        return f"top_k: query_chunk and document_chunk are {chunks}; expected at least 1"
-    for name, tensor in (("queries", queries), ("documents", documents)):
-        if not isinstance(tensor, Tensor):
-            return f"top_k: {name} are of type {type(tensor).__name__}; expected a float tensor, one embedding a row"
-        if tensor.ndim != 2 or not tensor.is_floating_point():
-            return (
-                f"top_k: {name} are {tuple(tensor.shape)} {tensor.dtype}; expected a float matrix, one embedding a row"
-            )
-    if queries.shape[1] != documents.shape[1]:
+        return f"{what}: the sizes of chunks are {chunks}; expected at least 1"
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or not matrix.is_floating_point():
+            return f"{what}: {name} are {describe(matrix)}; expected a float matrix, one vector a row"
+    (first, left), (second, right) = matrices.items()
+    if left.shape[1] != right.shape[1]:
         return (
-            f"top_k: queries have dimension {queries.shape[1]}, documents {documents.shape[1]}; "
+            f"{what}: {first} have dimension {left.shape[1]}, {second} {right.shape[1]}; "
             "expected embeddings of one model"
         )
     return None
