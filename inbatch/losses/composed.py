@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses import tiled
-from inbatch.losses.gathered import Softmax
-from inbatch.losses.max_sim import Spans, Tokens, in_place, max_sim, packed, ring_max_sim
+from inbatch.losses.gathered import Softmax, gathered_keys
+from inbatch.losses.max_sim import Spans, Tokens, in_place, max_sim, packed, prefix, ring_max_sim
 from inbatch.losses.objective import terms
 from inbatch.losses.reference import dense_loss, dot_products, max_similarities
 from inbatch.losses.softmax import Problem
@@ -43,8 +43,8 @@ def composed(queries: Tensor, passages: Tensor, problem: Problem) -> Tensor:
     queries, passages, everyone = rows, passages.to(wide), rows if everyone is queries else everyone.to(wide)
     total = None
     for term in softmaxes:
-        columns = _prefix(everyone, term.dim) if term.query_columns else None
-        rows, candidates = _prefix(queries, term.dim), _prefix(passages, term.dim)
+        columns = prefix(everyone, term.dim) if term.query_columns else None
+        rows, candidates = prefix(queries, term.dim), prefix(passages, term.dim)
         loss = Softmax.apply(rows, candidates, columns, problem.temperature, problem, term)
         total = loss if total is None else total + loss
         problem = replace(problem, stats=None)  # the first term is counted
@@ -58,7 +58,8 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
     Only real tokens travel; passages that stay are read in place. The softmax over the scores is the reference's: the
     scores are a small part of the grid.
     """
-    softmaxes, group, own = terms(problem.objective, queries_BTD.shape[2]), problem.group, problem.positives
+    softmaxes, group = terms(problem.objective, queries_BTD.shape[2]), problem.group
+    place_of_positive = problem.positives
     travels = problem.negatives == "ring" and problem.kernels is not None and len(problem.passage_counts) > 1
     gathers = _gathers(problem) and not travels
     query_columns = any(term.query_columns for term in softmaxes)
@@ -68,14 +69,12 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
     options["fused"] = problem.kernels is not tiled
     if gathers or travels:
         problem = _at_hand(problem, query_columns=query_columns)
-    counts = _by_rank(passages, problem) if gathers or travels else []
+    lengths = lengths_by_rank(passages, problem.passage_counts, group) if travels else []
     everyone = queries
-    positives = passages[own] if query_columns else passages
+    positives = passages[place_of_positive] if query_columns else passages
     if gathers:
-        passages = gathered_texts(passages, counts, group)
-        everyone = (
-            gathered_texts(queries, _by_rank(queries, problem, of_queries=True), group) if query_columns else queries
-        )
+        passages = gathered_texts(passages, problem.passage_counts, group)
+        everyone = gathered_texts(queries, problem.query_counts, group) if query_columns else queries
 
     def scores(rows: Tokens, columns: Tokens) -> Tensor:
         if problem.kernels is None:
@@ -85,7 +84,7 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
             texts = (side.vectors.split(side.lengths.tolist()) for side in (rows, columns))
             return max_similarities(*texts, mean=options["mean"])
         if travels:
-            return ring_max_sim(rows, columns, counts, problem.rank, group, **options)
+            return ring_max_sim(rows, columns, lengths, problem.rank, group, **options)
         return max_sim(rows, columns, **options)
 
     parts = []
@@ -100,10 +99,7 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
         if problem.unmasked and term.plain and len(softmaxes) == 1 and len(similarity_BC):
             # The same formula in few launches: small batches wait for nothing else.
             place_B = _places(problem, len(similarity_BC), similarity_BC.device)["passage"]
-            temperature = problem.temperature
-            if isinstance(temperature, Tensor):
-                temperature = temperature.to(similarity_BC.device, similarity_BC.dtype)
-            loss = F.cross_entropy(similarity_BC / temperature, place_B, reduction="sum")
+            loss = F.cross_entropy(similarity_BC / _temperature(problem, similarity_BC), place_B, reduction="sum")
             return loss * (term.weight * problem.row_weight)
         place_B1 = _places(problem, len(queries.lengths), similarity_BC.device)[direction.split("_to_")[1]][:, None]
         parts.append((similarity_BC.gather(1, place_B1), similarities, term.weight))
@@ -122,15 +118,12 @@ def _at_hand(problem: Problem, *, query_columns: bool) -> Problem:
         positives = slice(positives.start + before, positives.stop + before, positives.step)
     else:
         positives = positives + before
-    packed = problem.passage_keys.packed()
-    passages = None if packed is None else collectives.gather_rows(packed, problem.passage_counts, problem.group)
-    local = replace(problem, negatives="local", positives=positives, passage_keys=problem.passage_keys.like(passages))
+    passage_keys = gathered_keys(problem.passage_keys, problem.passage_counts, problem.group)
+    local = replace(problem, negatives="local", positives=positives, passage_keys=passage_keys)
     if not query_columns:
         return local
-    packed = problem.query_keys.packed()
-    queries = None if packed is None else collectives.gather_rows(packed, problem.query_counts, problem.group)
-    first = sum(problem.query_counts[: problem.rank])
-    return replace(local, query_keys=problem.query_keys.like(queries), first_query=first)
+    query_keys = gathered_keys(problem.query_keys, problem.query_counts, problem.group)
+    return replace(local, query_keys=query_keys, first_query=sum(problem.query_counts[: problem.rank]))
 
 
 def _places(problem: Problem, num_rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -144,18 +137,20 @@ def _places(problem: Problem, num_rows: int, device: torch.device) -> dict[str, 
     }
 
 
+def _temperature(problem: Problem, like: Tensor) -> float | Tensor:
+    given = problem.temperature
+    return given.to(like.device, like.dtype) if isinstance(given, Tensor) else given
+
+
 def _dense(softmaxes: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], problem: Problem) -> Tensor:
     """Return `dense_loss`, the specification, for these softmaxes (its terms), and count its first one."""
     similarity_B1, first, _ = softmaxes[0]
-    temperature = problem.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(similarity_B1.device, similarity_B1.dtype)
     loss, counts_B2 = dense_loss(
         [(positive_B1, others, weight * problem.row_weight) for positive_B1, others, weight in softmaxes],
-        own=_places(problem, len(similarity_B1), similarity_B1.device),
+        places=_places(problem, len(similarity_B1), similarity_B1.device),
         row_keys=problem.row_keys,
         column_keys={"passage": problem.passage_keys, "query": problem.query_keys},
-        temperature=temperature,
+        temperature=_temperature(problem, similarity_B1),
         margin=problem.false_negatives.margin,
         weights_B=problem.weights,
         rules_B=problem.rules,
@@ -169,20 +164,13 @@ def _dense(softmaxes: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], prob
 # ---- several vectors a text
 
 
-def _by_rank(texts: Tokens, problem: Problem, *, of_queries: bool = False) -> list[Tensor]:
-    """Return the lengths of the texts of each rank."""
-    counts = problem.query_counts if of_queries else problem.passage_counts
-    return list(collectives.gather_rows(texts.lengths, counts, problem.group).split(counts))
+def lengths_by_rank(texts: Tokens, counts: list[int], group: ProcessGroup | None) -> list[Tensor]:
+    """Return the lengths of the texts of each rank; counts: of the texts, by rank."""
+    return list(collectives.gather_rows(texts.lengths, counts, group).split(counts))
 
 
-def gathered_texts(texts: Tokens, lengths: list[Tensor], group: ProcessGroup | None) -> Tokens:
-    """Return the texts of all ranks, with gradient; only real tokens travel. lengths: of the texts, by rank."""
-    tokens = torch.stack([each.sum() for each in lengths]).tolist()
+def gathered_texts(texts: Tokens, counts: list[int], group: ProcessGroup | None) -> Tokens:
+    """Return the texts of all ranks, with gradient; only real tokens travel. counts: of the texts, by rank."""
+    lengths = lengths_by_rank(texts, counts, group)
+    tokens = torch.stack([of_rank.sum() for of_rank in lengths]).tolist()
     return Tokens(collectives.all_gather(texts.vectors, group, rows=tokens), torch.cat(lengths))
-
-
-def _prefix(embeddings: Tensor, dim: int) -> Tensor:
-    """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
-    if dim == embeddings.shape[1]:
-        return embeddings
-    return F.normalize(embeddings[:, :dim], dim=1)

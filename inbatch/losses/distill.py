@@ -14,8 +14,7 @@ from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses.composed import gathered_texts
-from inbatch.losses.info_nce import PLAIN, describe, find_error, one_of
-from inbatch.losses.masking import FalseNegatives
+from inbatch.losses.info_nce import describe, find_error, one_of
 from inbatch.losses.max_sim import Spans, max_sim, packed, read_spans
 from inbatch.losses.softmax import Problem
 
@@ -55,10 +54,12 @@ def distill(
     Raises ValueError, on every rank, for wrong or disagreeing inputs. (Hinton et al. 2015; Lin et al. 2021)
     """
     asked = Problem(
-        objective=PLAIN, temperature=temperature, false_negatives=FalseNegatives(), negatives="gather", chunk_mib=None,
-        stats=None, group=group, positives=slice(None) if positives is None else positives, weights=weights,
+        temperature=temperature,
+        group=group,
+        positives=slice(None) if positives is None else positives,
+        weights=weights,
         token_reduction=token_reduction,
-    )  # fmt: skip
+    )
     sides = {"query_mask": (queries, query_mask), "passage_mask": (passages, passage_mask)}
     error = find_error(asked, sides) or _wrong_teacher(teacher_scores, teacher_temperature, over, len(queries))
     spans: list[Spans] = []
@@ -186,9 +187,7 @@ def _pool_scores(queries: Tensor, passages: Tensor, counts: list[int], asked: Pr
         wide = torch.promote_types(queries.dtype, torch.float32)
         passages = collectives.all_gather(passages, asked.group, rows=counts)
         return queries.to(wide) @ passages.to(wide).T
-    texts = packed(passages, spans[1])
-    lengths = list(collectives.gather_rows(texts.lengths, counts, asked.group).split(counts))
-    texts = gathered_texts(texts, lengths, asked.group)
+    texts = gathered_texts(packed(passages, spans[1]), counts, asked.group)
     return max_sim(packed(queries, spans[0]), texts, mean=asked.token_reduction == "mean")
 
 

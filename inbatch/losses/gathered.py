@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses import ring
@@ -176,10 +177,7 @@ def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) ->
         counts, cut = [stop - start for start, stop in cuts], cuts[position]
 
         def gather(counts: list[int] = counts, cut: tuple[int, int] = cut) -> tuple[Tensor, Keys]:
-            keys = problem.passage_keys.part(*cut)
-            packed = keys.packed()
-            if packed is not None:
-                keys = keys.like(collectives.gather_rows(packed, counts, problem.group))
+            keys = gathered_keys(problem.passage_keys.part(*cut), counts, problem.group)
             return collectives.gather_rows(passages[cut[0] : cut[1]], counts, problem.group), keys
 
         (embeddings, keys), wait = beside(passages.device, gather) if number > 1 else (gather(), None)
@@ -188,6 +186,12 @@ def gather_pieces(rows: Rows, passages: Tensor, query_columns: Tensor | None) ->
         rows.add_gradient("passage", columns)
         pieces.append(Piece({"passage": columns}, counts, wait, problem))
     return pieces
+
+
+def gathered_keys(keys: Keys, counts: list[int], group: ProcessGroup | None) -> Keys:
+    """Return the keys of all ranks, of which there are `counts` by rank."""
+    packed = keys.packed()
+    return keys if packed is None else keys.like(collectives.gather_rows(packed, counts, group))
 
 
 def _how_many(passages: Tensor, problem: Problem) -> int:

@@ -22,6 +22,7 @@ from inbatch.losses.gathered import Softmax
 from inbatch.losses.kernels import Kernels
 from inbatch.losses.masking import (
     CANDIDATES,
+    NO_IDS,
     FalseNegatives,
     group_keys,
     group_rules,
@@ -31,14 +32,13 @@ from inbatch.losses.masking import (
     sharing,
 )
 from inbatch.losses.max_sim import read_spans
-from inbatch.losses.objective import Objective, terms
+from inbatch.losses.objective import PLAIN, Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
 from inbatch.other_names import explains_other_names
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "fused")
 NEGATIVES = ("gather", "ring", "local")
-PLAIN = Objective()
 # float8 is floating-point to torch too, but nothing here is defined on it: its backward would fail.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -103,7 +103,7 @@ def info_nce(
     asked = Problem(
         objective=PLAIN if objective is None else objective,
         temperature=temperature,
-        false_negatives=FalseNegatives() if false_negatives is None else false_negatives,
+        false_negatives=NO_IDS if false_negatives is None else false_negatives,
         negatives=negatives,
         chunk_mib=chunk_mib,
         stats=stats,

@@ -92,11 +92,6 @@ class Kernels(Protocol):
     ROW_MULTIPLE: int  # a chunk's rows are a multiple of it, where that many fit
 
     @staticmethod
-    def why_not(queries: Tensor) -> str | None:
-        """Return why these kernels cannot take such inputs, in words; None if they can."""
-        ...
-
-    @staticmethod
     def exp_itemsize(dtype: torch.dtype) -> int:
         """Return the bytes of one exponential for inputs of this dtype."""
         ...

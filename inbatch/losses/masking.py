@@ -62,6 +62,9 @@ class FalseNegatives:
         return self.mask_own_negatives is not True or not isinstance(self.candidates, str) or self.candidates != "all"
 
 
+NO_IDS = FalseNegatives()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keys:
     """int64 keys of n rows or columns: documents [n, K], queries [n, L], groups [n, 1], None where there are none."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from inbatch import collectives
+from inbatch.losses.ring import around
 from inbatch.losses.softmax import refuse_second_derivatives
 
 _CHUNK_MIB = {"cpu": 16.0, "cuda": 256.0}
@@ -56,10 +57,13 @@ class Tokens:
         return Tokens(self.vectors[(first[text_n] + place_n).to(self.vectors.device)], lengths, longest=self.longest)
 
     def prefix(self, dim: int) -> Tokens:
-        """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
-        if dim == self.vectors.shape[1]:
-            return self
-        return replace(self, vectors=F.normalize(self.vectors[:, :dim], dim=1))
+        """Return the texts with `prefix` of their vectors."""
+        return replace(self, vectors=prefix(self.vectors, dim))
+
+
+def prefix(vectors: Tensor, dim: int) -> Tensor:
+    """Return the first `dim` dimensions, renormalised; the full dimension unchanged. Differentiable."""
+    return vectors if dim == vectors.shape[1] else F.normalize(vectors[:, :dim], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +309,7 @@ class _RingMaxSim(torch.autograd.Function):
         token_counts = torch.stack([lengths.sum() for lengths in lengths_by_rank]).tolist()
         scores: list[Tensor] = [queries_nD] * size
         places: list[Tensor] = [queries_nD] * size
-        for owner, vectors_mD in _around(passages_mD, token_counts, rank, group):
+        for owner, (vectors_mD,) in around([passages_mD], token_counts, rank, group):
             lengths_C = lengths_by_rank[owner]
             scores[owner], places[owner] = grid.scores(vectors_mD, lengths_C, lengths_C.cumsum(0) - lengths_C)
         ctx.save_for_backward(queries_nD, passages_mD, lengths_B, *lengths_by_rank, *places)
@@ -323,7 +327,7 @@ class _RingMaxSim(torch.autograd.Function):
         d_scores = d_scores_BC.split([len(lengths) for lengths in lengths_by_rank], dim=1)
         d_queries_nD = torch.zeros_like(queries_nD, dtype=grid.dtype)
         shift = None  # the gradient of the passages travels one hop behind them, and every rank adds its share
-        for hop, (owner, vectors_mD) in enumerate(_around(passages_mD, token_counts, rank, group)):
+        for hop, (owner, (vectors_mD,)) in enumerate(around([passages_mD], token_counts, rank, group)):
             lengths_C = lengths_by_rank[owner]
             of_passages = vectors_mD, lengths_C, lengths_C.cumsum(0) - lengths_C, places[owner]
             gradient_mD = grid.add_gradients(d_scores[owner], *of_passages, d_queries_nD, grid.dtype)
@@ -333,13 +337,3 @@ class _RingMaxSim(torch.autograd.Function):
         assert shift is not None
         (d_passages_mD,) = shift.wait()
         return d_queries_nD.to(queries_nD.dtype), d_passages_mD.to(passages_mD.dtype), *[None] * 5
-
-
-def _around(vectors_mD: Tensor, counts: list[int], rank: int, group) -> Iterator[tuple[int, Tensor]]:
-    """Yield (rank of the owner, its vectors), this rank's first, the next ones being on their way meanwhile."""
-    for hop in range(len(counts)):
-        going_on = hop < len(counts) - 1
-        shift = collectives.ring_shift([vectors_mD], collectives.held(counts, hop), group) if going_on else None
-        yield (rank - hop) % len(counts), vectors_mD
-        if shift is not None:
-            (vectors_mD,) = shift.wait()

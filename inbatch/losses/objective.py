@@ -30,7 +30,6 @@ class Term:
     dim: int  # of the prefix
     directions: tuple[str, ...]
     weight: float
-
     plain: bool  # True for the queries' softmax over the passages, whole embeddings
 
     @property
@@ -136,6 +135,7 @@ def terms(objective: Objective, dim: int) -> list[Term]:
     ]
 
 
+PLAIN = Objective()
 CLIP = Objective(directions=("query_to_passage", "passage_to_query"), partition="per_direction")
 GTE = Objective(directions=tuple(DIRECTIONS))
 QWEN3_EMBEDDING = Objective(directions=("query_to_passage", "query_to_query", "passage_to_passage"))

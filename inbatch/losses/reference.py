@@ -21,15 +21,15 @@ from inbatch.losses.masking import Keys, by_group, mask, match
 
 
 def dense_loss(
-    terms: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], own: Mapping[str, Tensor], row_keys: Keys,
+    terms: Sequence[tuple[Tensor, Mapping[str, Tensor], float]], places: Mapping[str, Tensor], row_keys: Keys,
     column_keys: Mapping[str, Keys], temperature: Tensor | float, margin: float | None, weights_B: Tensor | None,
     rules_B: Tensor | None, hardness: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the loss, 0-d, and int64 [B, 2]: by row the columns masked and those that beat the positive (first term).
 
     terms: of each, the similarities with the positives [B, 1], those with all columns [B, C] by direction, its weight.
-    own, column_keys: by kind of column, "passage" or "query": the place of each row's positive (or of the row itself)
-    among them [B], and their keys. weights_B: of the rows. rules_B: what the rows' groups decide (`masking`), if
+    places, column_keys: by kind of column, "passage" or "query": the place of each row's positive (or of the row
+    itself) among them [B], and their keys. weights_B: of the rows. rules_B: what their groups decide (`masking`), if
     anything does. hardness: strengths for negatives of the row's group and for others, in query_to_passage.
     """
     loss, counts = torch.zeros((), dtype=terms[0][0].dtype, device=terms[0][0].device), None
@@ -48,7 +48,7 @@ def dense_loss(
                 masked_BC = (masked_BC & ~kept_BC) | left_out_BC
                 if direction == "query_to_passage":
                     hardness_BC = torch.where(group_BC, *(strength * similarity_BC.detach() for strength in hardness))
-            own_BC = own[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
+            own_BC = places[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
             masked_BC &= ~own_BC
             # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.
             scores_BC = (similarity_BC / temperature + hardness_BC).masked_fill(masked_BC | own_BC, -math.inf)

@@ -10,23 +10,22 @@ Scores are made twice (8 B N D operations instead of 6), and memory holds a few 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from inbatch import collectives
-from inbatch.losses.masking import Keys
 from inbatch.losses.softmax import Columns, Rows
 
 
 def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Fill `rows`; return the gradients of this rank's passages as columns, and of its queries as columns."""
-    own = rows.columns(passages, query_columns)
+    local = rows.columns(passages, query_columns)
     kernels, score_B = rows.kernels, rows.score_B
     # Each softmax so far is sum_j exp(s_ij) = total_B * exp(score_B + top_B); top_B is 0 but for rows that overflowed.
     top_B, total_B = torch.zeros_like(score_B), torch.zeros_like(score_B)
-    for columns in _hops(rows, own):
+    for columns in _hops(rows, local):
         for block in rows.blocks(columns):
             for start, stop in rows.chunks(len(block.columns)):
                 score_r = score_B[start:stop]
@@ -41,7 +40,7 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     rows.written.clear()  # by blocks that no gradient was asked of
     rows.counts = None  # once is enough
     shifts: dict[str, collectives.RingShift] = {}
-    for hop, columns in enumerate(_hops(rows, own)):
+    for hop, columns in enumerate(_hops(rows, local)):
         for kind, of_kind in columns.items():
             rows.add_gradient(kind, of_kind)
         for block in rows.blocks(columns):
@@ -61,27 +60,39 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
     return arrived.get("passage"), arrived.get("query")
 
 
-def _hops(rows: Rows, own: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
-    """Yield the columns of each rank, beginning with this one, while the next ones are on their way."""
-    hops, group = len(rows.problem.passage_counts), rows.problem.group
-    elsewhere = None
-    held = {kind: replace(of_kind) for kind, of_kind in own.items()}
-    for hop in range(hops):
-        shifts = {}
-        if hop < hops - 1:
-            for kind, of_kind in held.items():
-                packed = of_kind.keys.packed()
-                travelling = [of_kind.embeddings] if packed is None else [of_kind.embeddings, packed]
-                shifts[kind] = collectives.ring_shift(travelling, collectives.held(_counts(rows, kind), hop), group)
+def around(
+    tensors: list[Tensor], counts: list[int], rank: int, group: ProcessGroup | None
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield (rank of the owner, its tensors), beginning with this rank, while the next ones are on their way.
+
+    counts: of the tensors' rows, by rank.
+    """
+    for hop in range(len(counts)):
+        shift = None
+        if hop < len(counts) - 1:
+            shift = collectives.ring_shift(tensors, collectives.held(counts, hop), group)
+        yield (rank - hop) % len(counts), tensors
+        if shift is not None:
+            tensors = shift.wait()
+
+
+def _hops(rows: Rows, local: dict[str, Columns]) -> Iterator[dict[str, Columns]]:
+    """Yield the columns of each rank by kind, beginning with this one."""
+    problem, journeys = rows.problem, {}
+    for kind, columns in local.items():
+        packed = columns.keys.packed()
+        travelling = [columns.embeddings] if packed is None else [columns.embeddings, packed]
+        journeys[kind] = around(travelling, _counts(rows, kind), problem.rank, problem.group)
+    # No row's positive is among the columns of another rank.
+    nowhere = torch.full(rows.score_B.shape, -1, dtype=torch.int32, device=rows.score_B.device)
+    for hop in range(len(problem.passage_counts)):
+        held = {}
+        for kind, journey in journeys.items():
+            _, (embeddings, *packed) = next(journey)
+            keys = local[kind].keys.like(packed[0] if packed else None)
+            positive = nowhere if hop else local[kind].positive
+            held[kind] = Columns(embeddings=embeddings, keys=keys, positive=positive)
         yield held
-        if elsewhere is None:  # no row's positive is among the columns of another rank
-            elsewhere = torch.full(rows.score_B.shape, -1, dtype=torch.int32, device=rows.score_B.device)
-        keys = {kind: of_kind.keys for kind, of_kind in held.items()}
-        held = {kind: _arrived(shift.wait(), keys[kind], elsewhere) for kind, shift in shifts.items()}
-
-
-def _arrived(tensors: list[Tensor], like: Keys, positive: Tensor) -> Columns:
-    return Columns(embeddings=tensors[0], keys=like.like(tensors[1] if len(tensors) > 1 else None), positive=positive)
 
 
 def _counts(rows: Rows, kind: str) -> list[int]:

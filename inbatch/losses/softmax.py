@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from inbatch.losses.kernels import Block, Groups, Kernels
-from inbatch.losses.masking import NO_KEYS, FalseNegatives, Keys, match
-from inbatch.losses.objective import DIRECTIONS, Objective, Term
+from inbatch.losses.masking import NO_IDS, NO_KEYS, FalseNegatives, Keys, match
+from inbatch.losses.objective import DIRECTIONS, PLAIN, Objective, Term
 from inbatch.losses.stats import LossStats
 
 
@@ -28,13 +28,13 @@ from inbatch.losses.stats import LossStats
 class Problem:
     """Hold the arguments of info_nce and, below, the facts that the ranks agreed on. Lists are by rank."""
 
-    objective: Objective
     temperature: float | Tensor
-    false_negatives: FalseNegatives
-    negatives: str
-    chunk_mib: float | None
-    stats: LossStats | None
     group: ProcessGroup | None
+    objective: Objective = PLAIN
+    false_negatives: FalseNegatives = NO_IDS
+    negatives: str = "gather"
+    chunk_mib: float | None = None
+    stats: LossStats | None = None
     positives: slice | Tensor  # each row's positive among the passages at hand: every n-th, or int64 [B]
     kernels: Kernels | None = None  # None: the reference
     dtype: torch.dtype = torch.float32  # of the embeddings given

@@ -23,10 +23,6 @@ ROW_MULTIPLE: int = 16
 _WIDENED_COLUMNS = 4096
 
 
-def why_not(queries: Tensor) -> str | None:
-    return None
-
-
 def exp_itemsize(dtype: torch.dtype) -> int:
     return torch.promote_types(dtype, torch.float32).itemsize
 

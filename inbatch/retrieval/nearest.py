@@ -49,8 +49,5 @@ def from_all_ranks(what: str, texts: Embeddings, device: torch.device, group) ->
     if isinstance(texts, Tensor):
         texts = texts.to(device)
         return collectives.all_gather(texts, group, rows=collectives.agree(what, {what: texts}, group=group)[what])
-    counts = counts_by_rank(what, texts, device, group)
-    if len(counts) == 1:
-        return Tokens(texts.vectors.to(device), texts.lengths.to(device))
-    lengths = collectives.gather_rows(texts.lengths.to(device), counts, group)
-    return gathered_texts(Tokens(texts.vectors.to(device), lengths[:0]), list(lengths.split(counts)), group)
+    on_device = Tokens(texts.vectors.to(device), texts.lengths.to(device))
+    return gathered_texts(on_device, counts_by_rank(what, texts, device, group), group)

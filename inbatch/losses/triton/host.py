@@ -66,6 +66,7 @@ _SETTLE_TILE = {"BM": 32, "BN": 64, "BK": 32, "BT": 64}
 
 
 def why_not(queries: Tensor) -> str | None:
+    """Return why these kernels cannot take such inputs, in words; None if they can."""
     if kernels is None:
         return "triton 3.4 or later is not installed"
     if queries.dtype == torch.float64:
