@@ -1,13 +1,14 @@
-"""Settings in a model's JSON files: every key is honoured, or changes no embedding, or is refused by name."""
+"""A model's JSON files. Of those read every key is honoured, or changes no embedding, or is refused by name."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
-
-
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
@@ -106,3 +107,30 @@ def read_json(path: Path) -> Any:
 
 def settings_of(folder: Path, name: str) -> Settings:
     return Settings(folder / name, read_object(folder, name) or {})
+
+
+def usual_files(
+    layout: Any, modules: list[tuple[str, str]], *, model_type: str, prompts: dict[str, str], similarity: str
+) -> dict[str, Any]:
+    """Return the JSON files that every folder has, by name. layout: a `Layout`. modules: (folder, type) of each."""
+    return {
+        "modules.json": [
+            {"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(modules)
+        ],
+        "config_sentence_transformers.json": {
+            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
+            "model_type": model_type,
+            "prompts": prompts,
+            "default_prompt_name": layout.default_prompt_name,
+            "similarity_fn_name": similarity,
+        },
+        "sentence_bert_config.json": {"max_seq_length": layout.max_seq_length, "do_lower_case": layout.do_lower_case},
+    }
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Write JSON files, by their names within the folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

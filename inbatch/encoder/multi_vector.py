@@ -17,7 +17,7 @@ from torch.nn.functional import normalize, pad
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 ROLES = "token_roles"
-LEFT_OUT, SCORED, UNSEEN = 0, 1, 2  # UNSEEN: it counts, and no other token attends to it
+SCORED, UNSEEN = 1, 2  # 0: it does not count. UNSEEN: it counts, and no other token attends to it
 TASKS = ("query", "document")
 PREFIXES = {"query": "[Q] ", "document": "[D] "}
 LENGTHS = {"query": 32, "document": 180}

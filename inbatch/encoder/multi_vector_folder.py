@@ -3,19 +3,17 @@
 Written: PyLate's form. Both projects then score alike.
 """
 
-import json
 import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from inbatch.encoder.folder_settings import Settings, file_within, settings_of
+from inbatch.encoder.folder_settings import Settings, file_within, settings_of, usual_files, write_files
 from inbatch.encoder.multi_vector import LENGTHS, TASKS, MultiVector, prefix_token
 
 _IDENTITY = "torch.nn.modules.linear.Identity"
@@ -130,25 +128,15 @@ def write_multi_vector(
     options: MultiVector = layout.multi_vector
     numbers = sorted({int(name.split(".")[0]) for name in layers})
     modules = [("", "sentence_transformers.models.Transformer")] + [(f"{n + 1}_Dense", DENSE) for n in numbers]
-    files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(modules)
-        ],
-        "config_sentence_transformers.json": {
-            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "model_type": "ColBERT",
-            "prompts": prompts,
-            "default_prompt_name": layout.default_prompt_name,
-            "similarity_fn_name": "MaxSim",
-            **{f"{task}_prefix": prefix for task, prefix in prefixes.items()},
-            "query_length": layout.query_length,
-            "document_length": layout.document_length,
-            "do_query_expansion": options.query_expansion,
-            "attend_to_expansion_tokens": options.attend_to_expansion,
-            "skiplist_words": list(options.skip_words),
-            **({name: getattr(options, name) for name in _POOLING} if options.pool_factor > 1 else {}),
-        },
-        "sentence_bert_config.json": {"max_seq_length": layout.max_seq_length, "do_lower_case": layout.do_lower_case},
+    files = usual_files(layout, modules, model_type="ColBERT", prompts=prompts, similarity="MaxSim")
+    files["config_sentence_transformers.json"] |= {
+        **{f"{task}_prefix": prefix for task, prefix in prefixes.items()},
+        "query_length": layout.query_length,
+        "document_length": layout.document_length,
+        "do_query_expansion": options.query_expansion,
+        "attend_to_expansion_tokens": options.attend_to_expansion,
+        "skiplist_words": list(options.skip_words),
+        **({name: getattr(options, name) for name in _POOLING} if options.pool_factor > 1 else {}),
     }
     for number in numbers:
         weights = {f"linear.{kind}": layers.get(f"{number}.{kind}") for kind in ("weight", "bias")}
@@ -163,5 +151,4 @@ def write_multi_vector(
             "activation_function": _IDENTITY,
             "use_residual": False,
         }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_files(folder, files)

@@ -4,13 +4,9 @@ Every key of its files is honoured, or changes no embedding, or is refused by na
 written as every release since 2.0 reads them.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from inbatch.encoder.folder_settings import (
     SIMILARITIES,
@@ -21,6 +17,8 @@ from inbatch.encoder.folder_settings import (
     read_object,
     settings_of,
     short,
+    usual_files,
+    write_files,
 )
 from inbatch.encoder.multi_vector import MultiVector
 from inbatch.encoder.multi_vector_folder import DENSE, read_expansion, read_modules, read_top
@@ -300,33 +298,21 @@ def write_layout(folder: Path, layout: Layout, embedding_dim: int) -> None:
     """Write every file of the layout but the backbone's and the tokenizer's own; embedding_dim: of the token states."""
     theirs = next(name for name, ours in _POOLING.items() if ours == layout.pooling)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * layout.l2_normalize
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(kinds)
-    ]
-    pooling = {"word_embedding_dimension": embedding_dim}
-    pooling |= {flag: mode == theirs for mode, flag in _FLAGS.items()}
-    top = {
-        "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-        "model_type": "SentenceTransformer",
-        "prompts": layout.prompts,
-        "default_prompt_name": layout.default_prompt_name,
-        "similarity_fn_name": layout.similarity,
-    }
-    transformer = {"max_seq_length": layout.max_seq_length, "do_lower_case": layout.do_lower_case}
-    # Releases that do not know these keys refuse the one file and ignore the other: only where they say something.
-    top |= {} if layout.truncate_dim is None else {"truncate_dim": layout.truncate_dim}
-    lengths = {"query_length": layout.query_length, "document_length": layout.document_length}
-    transformer |= {key: length for key, length in lengths.items() if length is not None}
-    files: dict[str, Any] = {
-        "modules.json": modules,
-        "1_Pooling/config.json": pooling | {"include_prompt": True},
-        "config_sentence_transformers.json": top,
-        "sentence_bert_config.json": transformer,
-    }
+    files = usual_files(
+        layout,
+        [(path, f"sentence_transformers.models.{kind}") for path, kind in kinds],
+        model_type="SentenceTransformer",
+        prompts=layout.prompts,
+        similarity=layout.similarity,
+    )
+    # Releases that do not know these keys refuse the first and ignore the others: only where they say something.
+    for name, keys in (
+        ("config_sentence_transformers.json", ("truncate_dim",)),
+        ("sentence_bert_config.json", ("query_length", "document_length")),
+    ):
+        files[name] |= {key: value for key in keys if (value := getattr(layout, key)) is not None}
+    flags = {flag: mode == theirs for mode, flag in _FLAGS.items()}
+    files["1_Pooling/config.json"] = {"word_embedding_dimension": embedding_dim, **flags, "include_prompt": True}
     if layout.l2_normalize:
         files["2_Normalize/config.json"] = {}
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_files(folder, files)
