@@ -65,8 +65,8 @@ def group_examples(
     Memory: a share of the positives' embeddings a rank, all queries' embeddings, and 4 n (range_max - range_min) bytes.
     """
     options, retrieve = options or GroupOptions(), retrieve or RetrieveOptions()
-    texts = [_texts(examples, lambda e: e.query), _texts(examples, lambda e: e.positives[0].full_text)]
-    similarity, queries, documents = embed_both(model, *texts, retrieve, query_model=query_model, group=group)
+    texts, positives = _texts(examples, lambda e: e.query), _texts(examples, lambda e: e.positives[0].full_text)
+    similarity, queries, documents = embed_both(model, texts, positives, retrieve, query_model=query_model, group=group)
     depth, count = min(options.range_max, len(examples)), len(examples)
     source = examples.sources[0]
     keys = collectives.together(lambda: keys_of(source.examples, examples.same, source.also, None), group)
