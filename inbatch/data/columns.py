@@ -105,6 +105,7 @@ class Columns:
             if len(names) != 1 and field != "negative":
                 raise ValueError(f"columns[{field!r}] must name one column, got {names}")
         self._layouts: dict[tuple, dict[str, list[Any]]] = {}
+        self.plain: dict[tuple, Any] = {}  # by layout, for the reader
         self._nested: dict[str, Columns] = {}
         self._present: set[str] = set()
         self._instead: dict[str, str] = {}  # role: where a record has another column than the given one
@@ -118,6 +119,7 @@ class Columns:
         if layout is None:
             if len(self._layouts) == _MOST:
                 self._layouts.clear()
+                self.plain.clear()
             layout = self._layouts[names] = self._arrange(names)
         for name in layout[""]:
             if str(name) not in self.unread and not empty(record[name]):

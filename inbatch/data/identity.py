@@ -51,7 +51,8 @@ def apart(positives: Iterable[str], negatives: Iterable[str]) -> bool:
 
 
 def _first_word(text: str) -> str:
-    return unicodedata.normalize("NFC", text).split(None, 1)[0]
+    word = text.split(None, 1)[0]
+    return word if word.isascii() else unicodedata.normalize("NFC", word)
 
 
 def keys_of(rows: Rows[Example], same: Mapping[int, int], also: Sequence[Path] | None, settings: object) -> Keys:

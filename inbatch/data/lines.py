@@ -122,7 +122,7 @@ def scanned(
     """
 
     def visit_some(some: range) -> Arrays:
-        return visit((item, partial(rows.where, row)) for row, item in zip(some, rows.through(some), strict=True))
+        return visit(zip(rows.through(some), map(partial(partial, rows.where), some), strict=True))
 
     def make() -> Arrays:
         parts = [dict(part) for part in spread(visit_some, len(rows), rows.nbytes)]
@@ -206,14 +206,15 @@ def _json_lines(block: bytes) -> Iterator[Any]:
     """
     try:
         text = block.decode()
-        start, end = 0, len(text)
+        start, end, surrogates = 0, len(text), "\\ud" in text or "\\uD" in text
         while start < end:
             stop = text.find("\n", start)
             stop = end if stop < 0 else stop
             value, after = _scan_json(text, start)
             if after != stop and (after > stop or text[after:stop].strip()):
                 return
-            _require_utf8(value, text, start, stop)
+            if surrogates:
+                _require_utf8(value, text, start, stop)
             yield value
             start = stop + 1
     except (StopIteration, ValueError, RecursionError):
@@ -221,11 +222,10 @@ def _json_lines(block: bytes) -> Iterator[Any]:
 
 
 def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(members)
-    if len(value) < len(members):
-        names = [name for name, _ in members]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return value
+    if len(value := dict(members)) == len(members):
+        return value
+    names = [name for name, _ in members]
+    raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)

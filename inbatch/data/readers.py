@@ -322,26 +322,39 @@ def _is_plain(record: Any, columns: Columns) -> bool:
     """
     if type(record) is not dict:
         return False
-    layout = columns.layout(record)
+    layout, names = columns.layout(record), tuple(record)
+    if names not in columns.plain:
+        columns.plain[names] = _plain_columns(layout, columns.given)
+    plain = columns.plain[names]
+    if plain is None:
+        return False
+    query, positive, negative, prompts, scored = plain
+    text, texts = record[query], _texts(record[positive])
+    others = _texts(record[negative]) if negative is not None else []
+    if not texts or others is None or type(text) is not str or not text or text.isspace():
+        return False
+    for column in prompts:
+        if record[column] is not None and type(record[column]) is not str:
+            return False
+    if scored and [len(_numbers(record[column])) for column in scored] != [len(texts), len(others)]:
+        return False
+    return not others or apart(texts, others)
+
+
+def _plain_columns(
+    layout: Mapping[str, list], given: Mapping[str, list]
+) -> tuple[str, str, str | None, list[str], list[str]] | None:
+    """Return the columns of the query, the positive, the negative, prompts and scores; None where others matter too."""
     queries, positives, negatives = (layout[role] for role in ("query", "positive", "negative"))
     if not (
         len(queries) == len(positives) == 1 >= len(negatives)
-        and columns.given.get("query", queries) == queries
-        and columns.given.get("positive", positives) == positives
+        and given.get("query", queries) == queries
+        and given.get("positive", positives) == positives
         and not any(layout[role] for role in ("query_id", "positive_ids", "negative_ids", "corpus", "label", "scores"))
     ):
-        return False
-    for column in layout["prompt"]:
-        if record[column] is not None and type(record[column]) is not str:
-            return False
-    query, texts = record[queries[0]], _texts(record[positives[0]])
-    others = _texts(record[negatives[0]]) if negatives else []
-    if not texts or others is None or type(query) is not str or not query.strip():
-        return False
-    scores = [len(_numbers(record[column])) for role in _SCORES for column in layout[role]]
-    if scores and scores != [len(texts), len(others)]:
-        return False
-    return not others or apart(texts, others)
+        return None
+    scored = [column for role in _SCORES for column in layout[role]]
+    return queries[0], positives[0], negatives[0] if negatives else None, layout["prompt"], scored
 
 
 def _texts(value: Any) -> list[str] | None:
