@@ -243,6 +243,17 @@ def run_command(*command: str, cwd: Path = REPOSITORY, **variables: str) -> tupl
     return done, time.monotonic() - started
 
 
+def test_training_imports_nothing_that_it_does_not_use(home, tmp_path):
+    """transformers would import some of these, from half a thousand files, wherever they are installed."""
+    code = "import sys; from inbatch import cli; assert cli.run(sys.argv[1:]) == 0; print(*sys.modules)"
+    options = [f"--train.output_dir={tmp_path}", "--train.max_steps=1"]
+    done, _ = run_command(sys.executable, "-c", code, "train", str(home / "config.yaml"), *options)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    assert "transformers.modeling_utils" in imported
+    assert not imported & {"datasets", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "sentence_transformers"}
+
+
 def test_two_processes_say_a_shared_mistake_once(home, tmp_path):
     command = [sys.executable, "-m", "inbatch", "train", str(home / "config.yaml"), "--nproc-per-node", "2"]
     done, _ = run_command(*command, f"--train.output_dir={tmp_path}", f"--data.train={home}/broken.jsonl")

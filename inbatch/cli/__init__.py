@@ -137,13 +137,32 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
 
 
 @contextmanager
+def _absent(*packages: str) -> Generator[None]:
+    """Let packages look as if they were not installed to what is imported inside.
+
+    transformers imports these, and pandas with them, to detect objects and to generate text by a second model, which
+    no command does: a quarter of the time from the command to the first record.
+    """
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+@contextmanager
 def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") -> Generator["torch.device"]:
     """Hold the process group of torchrun's environment, if any, and this process's device; ended only after success."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from inbatch import collectives
 
+    with _absent("scipy", "sklearn"):
+        from transformers import PreTrainedModel  # noqa: F401 - the modules that would import them
+        from transformers.generation import candidate_generator  # noqa: F401
+        from transformers.utils import logging as transformers_logging
     transformers_logging.disable_progress_bar()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no GPU: set it to auto or cpu")
