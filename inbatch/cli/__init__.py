@@ -376,10 +376,11 @@ def _data(known: argparse.Namespace) -> None:
 
 def _audit(known: argparse.Namespace) -> None:
     from inbatch import collectives
-    from inbatch.testing.audit import audit, lines, missing
+    from inbatch.testing.audit import audit, inbatch_rows, lines
+    from inbatch.testing.peers import missing, peer_rows
 
     collectives.start("gloo", timeout_s=600)
-    for line in lines(audit()):
+    for line in lines(audit([*inbatch_rows(), *peer_rows()])):
         if collectives.rank() == 0:
             print(line, flush=True)
     if collectives.rank() == 0:

@@ -7,13 +7,9 @@ Shapes: b rows of a rank, T tokens, D dimension.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +66,8 @@ class Tables(nn.Module):
         }
 
 
-def audit() -> Iterator[tuple[Row, GradientParity | str]]:
-    """Yield every row that can be measured here and its result, in words if the step failed."""
+def audit(rows: Iterable[Row]) -> Iterator[tuple[Row, GradientParity | str]]:
+    """Yield every row and its result, in words if the step failed."""
     size, rank = collectives.world_size(), collectives.rank()
     if size < 2 or ROWS % size:
         raise ValueError(f"audit: got {size} processes; expected a divisor of {ROWS} above 1: add --nproc-per-node 2")
@@ -79,7 +75,7 @@ def audit() -> Iterator[tuple[Row, GradientParity | str]]:
     starts = (0, WORDS, WORDS)
     whole = [torch.randint(start, start + WORDS, (ROWS, 5), generator=generator) for start in starts]
     batches = list(zip(*(column.chunk(size) for column in whole), strict=True))
-    for row in _rows():
+    for row in rows:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -114,30 +110,17 @@ def lines(rows: Iterator[tuple[Row, GradientParity | str]]) -> Iterator[str]:
         )
 
 
-def missing() -> list[str]:
-    """Return the libraries that would be measured if they were installed."""
-    libraries = ("sentence-transformers", "pylate", "pytorch-metric-learning", "open_clip_torch")
-    return [name for name in libraries if installed(name) is None]
-
-
-def installed(distribution: str) -> str | None:
-    """Return the version of a distribution, None if it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 # ---- the formulas, in one process
 
 
-def _columns(batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def columns(batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """Return the features of each column of texts."""
     return [{"input_ids": ids_bT, "attention_mask": torch.ones_like(ids_bT)} for ids_bT in batch]
 
 
-def _embedded(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+def embedded(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
     """Return the unit vectors of the queries, those of the other columns, and the temperature."""
-    found = [model(features) for features in _columns(batch)]
+    found = [model(features) for features in columns(batch)]
     queries, *others = (F.normalize(one["sentence_embedding"], dim=1) for one in found)
     return queries, others, found[0]["temperature"]
 
@@ -145,10 +128,10 @@ def _embedded(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, list[T
 def _formula(kind: str, model: nn.Module, batch: Batch) -> Tensor:
     """Return cross-entropy over all passages; "clip": both directions, no negatives; "maxsim": token by token."""
     if kind == "maxsim":
-        tokens = [F.normalize(model(features)["token_embeddings"], dim=-1) for features in _columns(batch)]
+        tokens = [F.normalize(model(features)["token_embeddings"], dim=-1) for features in columns(batch)]
         scores = torch.einsum("bqd,npd->bnqp", tokens[0], torch.cat(tokens[1:])).amax(-1).sum(-1) / TEMPERATURE
-        return _backward(F.cross_entropy(scores, torch.arange(len(scores))))
-    queries, passages, temperature = _embedded(model, batch[:2] if kind == "clip" else batch)
+        return backward(F.cross_entropy(scores, torch.arange(len(scores))))
+    queries, passages, temperature = embedded(model, batch[:2] if kind == "clip" else batch)
     scores = queries @ torch.cat(passages).T / temperature
     labels = torch.arange(len(scores))
     loss = F.cross_entropy(scores, labels)
@@ -163,10 +146,11 @@ def _formula(kind: str, model: nn.Module, batch: Batch) -> Tensor:
         back = (passages[0] @ queries.T / temperature).masked_fill(own, -torch.inf)  # the positive counts once
         everything = torch.cat([scores, to_queries, back, to_passages], dim=1)
         loss = (everything.logsumexp(1) - scores.diagonal()).mean()
-    return _backward(loss)
+    return backward(loss)
 
 
-def _backward(loss: Tensor) -> Tensor:
+def backward(loss: Tensor) -> Tensor:
+    """Return the loss, after its backward pass."""
     loss.backward()
     return loss
 
@@ -174,9 +158,9 @@ def _backward(loss: Tensor) -> Tensor:
 # ---- the steps
 
 
-def _ours(options: dict[str, Any], columns: int, model: nn.Module, batch: Batch) -> Tensor:
-    queries, others, temperature = _embedded(model, batch[:columns])
-    return _backward(info_nce(queries, torch.stack(others, 1).flatten(0, 1), temperature=temperature, **options))
+def _ours(options: dict[str, Any], texts: int, model: nn.Module, batch: Batch) -> Tensor:
+    queries, others, temperature = embedded(model, batch[:texts])
+    return backward(info_nce(queries, torch.stack(others, 1).flatten(0, 1), temperature=temperature, **options))
 
 
 def _grad_cache(model: nn.Module, batch: Batch) -> Tensor:
@@ -186,90 +170,27 @@ def _grad_cache(model: nn.Module, batch: Batch) -> Tensor:
     def loss(queries, positives, negatives):
         return info_nce(queries, torch.stack([positives, negatives], 1).flatten(0, 1), temperature=TEMPERATURE)
 
-    return GradCache(encode, loss, modules=[model], micro_batch_tokens=10)(*_columns(batch))
+    return GradCache(encode, loss, modules=[model], micro_batch_tokens=10)(*columns(batch))
 
 
 def _nemo(preserve_grad: bool, model: nn.Module, batch: Batch) -> Tensor:
-    queries, others, temperature = _embedded(model, batch)
+    queries, others, temperature = embedded(model, batch)
     passages = dist_gather_tensor(torch.stack(others, 1).flatten(0, 1), preserve_grad=preserve_grad)
     assert passages is not None
-    return _backward(F.cross_entropy(queries @ passages.T / temperature, positive_columns(len(queries), 2)))
+    return backward(F.cross_entropy(queries @ passages.T / temperature, positive_columns(len(queries), 2)))
 
 
-def _theirs(module: str, name: str, options: dict[str, Any], model: Any, batch: Batch) -> Tensor:
-    """Return a loss that takes the model and columns of features, as those of sentence-transformers and PyLate do."""
-    loss = getattr(import_module(module), name)(model.module, **options)
-    loss.model = model  # as their trainer does
-    return _backward(loss(_columns(batch), None))
-
-
-def _clip(options: dict[str, Any], model: nn.Module, batch: Batch) -> Tensor:
-    images, (texts,), temperature = _embedded(model, batch[:2])
-    make = _open_clip_loss().ClipLoss
-    loss = make(rank=collectives.rank(), world_size=collectives.world_size(), **options)
-    return _backward(loss(images, texts, 1 / temperature))
-
-
-def _metric_learning(efficient: bool, model: nn.Module, batch: Batch) -> Tensor:
-    losses, distributed = (import_module(f"pytorch_metric_learning.{name}") for name in ("losses", "utils.distributed"))
-    loss = distributed.DistributedLossWrapper(losses.NTXentLoss(temperature=TEMPERATURE), efficient=efficient)
-    queries, passages, _ = _embedded(model, batch)
-    labels = torch.arange(len(queries)) + collectives.rank() * len(queries)
-    return _backward(loss(queries, labels, ref_emb=torch.cat(passages), ref_labels=torch.cat([labels, labels + ROWS])))
-
-
-def _open_clip_loss() -> Any:
-    """Return the module open_clip.loss, of which the package itself would import torchvision."""
-    package = find_spec("open_clip")
-    assert package is not None
-    assert package.origin is not None
-    spec = spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _rows() -> Iterator[Row]:
-    """Yield the rows of this library, and of every other that is installed."""
-    for name, options, columns, kind in (
+def inbatch_rows() -> Iterator[Row]:
+    """Yield the rows of this library, and those of the formula that its drop-in gather is made for."""
+    for name, options, texts, kind in (
         ("gather", {}, 3, "plain"),
         ("ring", {"negatives": "ring"}, 3, "plain"),
         ("local", {"negatives": "local"}, 3, "plain"),
         ("objective GTE", {"objective": GTE}, 3, "gte"),
         ("objective CLIP", {"objective": CLIP}, 2, "clip"),
     ):
-        yield Row("inbatch", f"info_nce, {name}", partial(_ours, options, columns), kind, learns=True)
+        yield Row("inbatch", f"info_nce, {name}", partial(_ours, options, texts), kind, learns=True)
     yield Row("inbatch", "GradCache + info_nce", _grad_cache)
     for keeps in (False, True):
         setting = f"gather, preserve_grad={keeps}" + ("" if keeps else " (default)")
         yield Row("NeMo AutoModel's formula", setting, partial(_nemo, keeps), learns=True)
-    scale = {"scale": 1 / TEMPERATURE}
-    if (known := installed("sentence-transformers")) is not None:
-        for cached in (False, True):
-            name = "CachedMultipleNegativesRankingLoss" if cached else "MultipleNegativesRankingLoss"
-            for gathers in (False, True):
-                options = {**scale, "gather_across_devices": gathers, **({"mini_batch_size": 3} if cached else {})}
-                step = partial(_theirs, "sentence_transformers.losses", name, options)
-                setting = f"{name}, gather_across_devices={gathers}" + ("" if gathers else " (default)")
-                yield Row(f"sentence-transformers {known}", setting, step)
-    if (known := installed("pylate")) is not None:
-        for name in ("Contrastive", "CachedContrastive"):
-            for gathers in (False, True):
-                options = {"temperature": TEMPERATURE, "gather_across_devices": gathers}
-                options |= {"mini_batch_size": 3} if name.startswith("Cached") else {}
-                step = partial(_theirs, "pylate.losses", name, options)
-                setting = f"{name}, gather_across_devices={gathers}" + ("" if gathers else " (default)")
-                yield Row(f"PyLate {known}", setting, step, "maxsim")
-    if (known := installed("pytorch-metric-learning")) is not None:
-        for efficient in (False, True):
-            setting = f"NTXentLoss, DistributedLossWrapper, efficient={efficient}" + ("" if efficient else " (default)")
-            yield Row(f"pytorch-metric-learning {known}", setting, partial(_metric_learning, efficient))
-    if (known := installed("open_clip_torch")) is not None:
-        for local_loss in (False, True):
-            for with_grad in (False, True):
-                options = {"local_loss": local_loss, "gather_with_grad": with_grad}
-                setting = f"ClipLoss, local_loss={local_loss}, gather_with_grad={with_grad}"
-                setting += "" if local_loss or with_grad else " (default)"
-                yield Row(f"open_clip {known}", setting, partial(_clip, options), "clip", learns=True)
