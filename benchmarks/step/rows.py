@@ -148,6 +148,7 @@ def build_inbatch(row: Row, folder: Path, args) -> Trial:
         modules=[network] if is_spread(network) else [],
         micro_batch_tokens=row.tokens or "auto",
         keep_graph_mib="auto" if row.keep is None else row.keep,
+        packed=model.packed,
         max_over_ranks=max_over_ranks if row.fsdp2 else None,
         around=lambda: bf16_copies(model) if bf16 and not row.fsdp2 else nullcontext(),
         reshard=False,

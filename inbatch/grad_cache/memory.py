@@ -96,10 +96,10 @@ def graph_bytes(forward: Callable[[], Tensor], state: PassState) -> tuple[Tensor
     return output, sum(seen.values())
 
 
-def missing_bytes(modules: Sequence[nn.Module]) -> int:
-    """Return what the first step is still to allocate: gradients, and the optimizer's moments."""
+def missing_bytes(modules: Sequence[nn.Module], *, first: bool) -> int:
+    """Return what a step is still to allocate: gradients and, the first time, the optimizer's moments."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and p.grad is None]
-    return 3 * sum(p.numel() * p.element_size() for p in parameters)
+    return (3 if first else 1) * sum(p.numel() * p.element_size() for p in parameters)
 
 
 def free_bytes(reserved: int, device: torch.device) -> int:

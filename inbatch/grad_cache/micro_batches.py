@@ -28,15 +28,12 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Hold `rows` rows of `width` tokens. Without pieces it is a placeholder: a row of zero weight."""
+    """Hold `rows` rows of `width` tokens, of which `tokens` are encoded. Without pieces: a row of zero weight."""
 
     pieces: tuple[Piece, ...]
     rows: int
     width: int
-
-    @property
-    def tokens(self) -> int:
-        return max(self.rows, 1) * self.width
+    tokens: int
 
 
 def check_batches(batches: Sequence[Batch]) -> None:
@@ -103,11 +100,12 @@ def _is_whole(value: Tensor) -> bool:
     return not value.is_floating_point() and not value.is_complex()
 
 
-def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[MicroBatch]:
-    """Sort the rows of all batches by length, longest first, and cut where rows x longest would exceed the budget.
+def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int, packed: bool = False) -> list[MicroBatch]:
+    """Sort the rows of all batches by length, longest first, and cut where their tokens would exceed the budget.
 
-    None cuts nothing but keeps the batches apart, as a plain step would. A width is rounded up to `multiple` as far as
-    the batch has columns. At least one micro-batch comes back: with no rows at all it is a placeholder.
+    These are rows x longest, or what the rows are long together where encoding is packed. None cuts nothing but keeps
+    the batches apart, as a plain step would. A width is rounded up to `multiple` as far as the batch has columns. At
+    least one micro-batch comes back: with no rows at all it is a placeholder.
     """
     spans_2B = [spans(batch) for batch in batches]
     batch_R = torch.cat([torch.full((span.shape[1],), number) for number, span in enumerate(spans_2B)])
@@ -119,24 +117,36 @@ def cut(batches: Sequence[Batch], *, budget: int | None, multiple: int) -> list[
         lengths_R, order_R = lengths_R.sort(descending=True, stable=True)
         batch_R, row_R, sizes, start = batch_R[order_R], row_R[order_R], [], 0
         columns = max(_columns(batch, span) for batch, span in zip(batches, spans_2B, strict=True))
+        totals_R = lengths_R.cumsum(0)
         while start < len(row_R):
-            width = _rounded(int(lengths_R[start]), multiple, columns)
-            sizes.append(min(len(row_R) - start, max(1, budget // width)))
+            longest = int(lengths_R[start])
+            if packed:
+                stop = int(torch.searchsorted(totals_R, int(totals_R[start]) - longest + budget, right=True))
+            else:
+                stop = min(len(row_R), start + budget // _rounded(longest, multiple, columns))
+            sizes.append(max(1, stop - start))
             start += sizes[-1]
     out = []
-    for owners, rows in zip(batch_R.split(sizes), row_R.split(sizes), strict=True):
+    for owners, rows, lengths in zip(batch_R.split(sizes), row_R.split(sizes), lengths_R.split(sizes), strict=True):
         chosen = [(number, rows[owners == number]) for number in range(len(batches))]
         if len(rows):
-            out.append(_micro_batch(batches, spans_2B, [pair for pair in chosen if len(pair[1])], multiple))
+            tokens = int(lengths.sum()) if packed else None
+            out.append(_micro_batch(batches, spans_2B, [pair for pair in chosen if len(pair[1])], multiple, tokens))
     return out or [placeholder(1)]
 
 
 def placeholder(width: int) -> MicroBatch:
     """Return a row of zero weight, so that every rank encodes equally often."""
-    return MicroBatch(pieces=(), rows=0, width=width)
+    return MicroBatch(pieces=(), rows=0, width=width, tokens=width)
 
 
-def _micro_batch(batches, spans_2B, chosen: list[tuple[int, Tensor]], multiple: int) -> MicroBatch:
+def _micro_batch(
+    batches: Sequence[Batch],
+    spans_2B: list[Tensor],
+    chosen: list[tuple[int, Tensor]],
+    multiple: int,
+    tokens: int | None,
+) -> MicroBatch:
     used = [(int(spans_2B[n][0, rows_b].min()), int(spans_2B[n][1, rows_b].max())) for n, rows_b in chosen]
     columns = [_columns(batches[n], spans_2B[n]) for n, _ in chosen]
     width = _rounded(max(stop - start for start, stop in used), multiple, max(columns))
@@ -146,7 +156,8 @@ def _micro_batch(batches, spans_2B, chosen: list[tuple[int, Tensor]], multiple: 
         on_left = start > 0 and stop == total
         start = total - width if on_left else min(start, max(0, total - width))
         pieces.append(Piece(batch=number, rows_b=rows_b, start=start, stop=start + width))
-    return MicroBatch(pieces=tuple(pieces), rows=sum(len(rows_b) for _, rows_b in chosen), width=width)
+    rows = sum(len(rows_b) for _, rows_b in chosen)
+    return MicroBatch(pieces=tuple(pieces), rows=rows, width=width, tokens=rows * width if tokens is None else tokens)
 
 
 def _columns(batch: Batch, span_2B: Tensor) -> int:

@@ -35,13 +35,14 @@ class Passes:
         budget: int | str | None,
         keep_mib: int | str,
         multiple: int,
+        packed: bool,
         max_over_ranks: Callable[[int], int],
         sharded: bool,
     ):
         self.budget = budget
         self._keep_mib, self._keep_share = keep_mib, 1.0
         self._peak_per_token: float | None = None  # forward and backward, where it was measured
-        self._multiple = multiple
+        self._multiple, self._packed = multiple, packed
         self._max = max_over_ranks
         self._sharded = sharded
 
@@ -59,7 +60,7 @@ class Passes:
             held += self._encode_all(group, micro_batches, reserved, held, look)
 
     def _cut(self, group: Group, budget) -> list[MicroBatch]:
-        return cut(group.batches, budget=budget, multiple=self._multiple)
+        return cut(group.batches, budget=budget, multiple=self._multiple, packed=self._packed)
 
     def _encode_all(self, group: Group, micro_batches: list[MicroBatch], reserved: int, held: int, look: bool) -> int:
         """Encode the group, its first micro-batches with a graph, as many as fit; the bytes that those hold."""

@@ -47,6 +47,8 @@ class GradCache:
         Need not be named: an encode that is such a module or its method, and a DDP module whose forward calls the step.
     micro_batch_tokens: most tokens, padding included, of one micro-batch. "auto" is the smallest that fills the
         GPU, found in the first step by timing the longest rows; None keeps each batch whole, the plain step.
+    packed: encode spends nothing on padding, as `BiEncoderModel.packed` says: real tokens are counted, and memory is
+        estimated by them.
     keep_graph_mib: memory for graphs that need no second encoding; "auto" is what is free, 0 keeps none.
     width_multiple: widths are rounded up to it, as far as the batch has columns: fewer shapes to compile or tune for.
     max_over_ranks: int -> the largest over all ranks. Needed under FSDP2, where every rank must encode equally often.
@@ -66,6 +68,7 @@ class GradCache:
         micro_batch_tokens: int | str | None = "auto",
         keep_graph_mib: int | str = "auto",
         width_multiple: int = 8,
+        packed: bool = False,
         max_over_ranks: Callable[[int], int] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         reshard: bool = True,
@@ -85,6 +88,7 @@ class GradCache:
             budget=_count("micro_batch_tokens", micro_batch_tokens, least=1, words=("auto", None)),
             keep_mib=_count("keep_graph_mib", keep_graph_mib, least=0, words=("auto",)),
             multiple=_count("width_multiple", width_multiple, least=1),
+            packed=packed,
             max_over_ranks=max_over_ranks or (lambda value: value),
             sharded=self._sharded,
         )
@@ -201,7 +205,7 @@ class GradCache:
         if reduce and self._unreduced and torch.is_grad_enabled():
             raise ValueError(self._unreduced)
         groups = group_batches(self._encode, batches)
-        reserved = missing_bytes(modules)
+        reserved = missing_bytes(modules, first=not self._checked)
         with ExitStack() as stack:
             # Both look at the parameters, in whose place `around` may put something else.
             reduced = set() if self._checked else stack.enter_context(others_refused(modules))

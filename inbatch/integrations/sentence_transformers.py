@@ -212,7 +212,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         if self._step is None or self._step[0] is not self.model:  # a trainer puts its wrapper in place of the model
             model = self.model
             encode = lambda features: self._embed(model, features)  # noqa: E731
-            self._step = model, cached_step(model, encode, self._of_columns, self.micro_batch_tokens)
+            step = cached_step(model, encode, self._of_columns, self.micro_batch_tokens, packed=self.packed)
+            self._step = model, step
         columns = [
             {name: value for name, value in features.items() if isinstance(value, (Tensor, int, float, str))}
             for features in sentence_features

@@ -39,6 +39,8 @@ def cached_step(
     encode: Callable[[dict[str, Any]], Tensor],
     loss: Callable[..., Tensor],
     micro_batch_tokens: int | str,
+    *,
+    packed: bool = False,
 ) -> GradCache:
     """Return the step of a trainer's model, in DDP, sharded or plain, which `encode` calls."""
     sharded = hasattr(model, "set_requires_gradient_sync")
@@ -47,5 +49,6 @@ def cached_step(
         loss,
         modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
         micro_batch_tokens=micro_batch_tokens,
+        packed=packed,
         max_over_ranks=collectives.max_over_ranks if sharded else None,
     )

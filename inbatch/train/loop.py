@@ -153,6 +153,7 @@ class StepFunction:
             modules=[network for network in learner.networks.values() if is_spread(network)],
             micro_batch_tokens=config.train.micro_batch_tokens,
             keep_graph_mib=config.train.keep_graph_mib,
+            packed=all(tower.packed for tower in learner.towers.values()),
             max_over_ranks=collectives.max_over_ranks if config.train.parallel == "fsdp2" else None,
             around=lambda: bf16_copies(*towers),
             reshard=config.train.reshard,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -73,8 +74,11 @@ def transformer_layers(backbone: nn.Module) -> list[nn.Module]:
 def compile_layers(model: BiEncoderModel) -> None:
     """Compile each transformer layer (torch.compile), for any batch size and length. Call it before `shard`.
 
-    Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it.
+    Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it. For
+    the backward pass they keep what products and attention gave; norms, rotations and activations are computed again
+    there, within kernels that read the same anyway. A graph holds a third less, so that more of them fit.
     """
+    torch._functorch.config.aggressive_recomputation = True
     for layer in transformer_layers(model.backbone):
         layer.forward = torch.compile(layer.forward, dynamic=True)
 

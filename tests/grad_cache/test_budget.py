@@ -91,7 +91,7 @@ def test_less_is_tried_where_memory_is_out(monkeypatch):
     monkeypatch.setattr(passes, "on_cuda", lambda: True)
     monkeypatch.setattr(passes, "free_bytes", lambda modules, device: GIB)
     monkeypatch.setattr(Passes, "_attempt", attempt)
-    options = {"budget": "auto", "keep_mib": 0, "multiple": 8, "max_over_ranks": lambda value: value}
+    options = {"budget": "auto", "keep_mib": 0, "multiple": 8, "packed": False, "max_over_ranks": lambda value: value}
     assert Passes(**options, sharded=False)._find_budget([], []) == 8192
     assert tried == [8192, 16384, 8192]
     with pytest.raises(torch.OutOfMemoryError, match="16384 tokens forward and backward do not fit; set"):
@@ -102,7 +102,7 @@ def test_less_is_tried_where_memory_is_out(monkeypatch):
 
 
 def test_graphs_are_kept_up_to_what_a_backward_needs(monkeypatch):
-    options = {"budget": 100, "keep_mib": "auto", "multiple": 8, "max_over_ranks": lambda value: value}
+    options = {"budget": 100, "keep_mib": "auto", "multiple": 8, "packed": False, "max_over_ranks": lambda value: value}
     parts = [SimpleNamespace(tokens=100)] * 9
     for peak_per_token, free, fits in ((None, 500, 4), (1.05, 512, 4), (1.05, 513, 5), (1.5, 549, 4), (1.5, 550, 5)):
         found = Passes(**options, sharded=False)

@@ -313,13 +313,14 @@ def test_a_batch_without_rows_and_a_loss_that_ignores_a_batch(batches):
     budget=st.integers(1, 90),
     multiple=st.sampled_from([1, 8, 16]),
     left=st.booleans(),
+    packed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_cuts_hold_every_token_once_within_the_budget(shapes, budget, multiple, left, seed):
+def test_cuts_hold_every_token_once_within_the_budget(shapes, budget, multiple, left, packed, seed):
     group = [random_batch(rows, width, seed + number) for number, (rows, width) in enumerate(shapes)]
     if left:
         group = [{name: value.flip(1) for name, value in batch.items()} for batch in group]
-    parts = cut(group, budget=budget, multiple=multiple)
+    parts = cut(group, budget=budget, multiple=multiple, packed=packed)
     assert sum(part.rows for part in parts) == sum(rows for rows, _ in shapes)
     found = []
     for part in parts:
@@ -327,6 +328,8 @@ def test_cuts_hold_every_token_once_within_the_budget(shapes, budget, multiple, 
         assert tokens["input_ids"].shape == tokens["attention_mask"].shape == (max(part.rows, 1), part.width)
         assert part.rows <= 1 or part.tokens <= max(budget, part.rows)
         kept_BT = tokens["attention_mask"] == 1
+        real = int(tokens["attention_mask"].sum(1).clamp(min=1).sum())
+        assert part.tokens == (real if packed and part.rows else max(part.rows, 1) * part.width)
         found += [row[kept].tolist() for row, kept in zip(tokens["input_ids"], kept_BT, strict=True)] * bool(part.rows)
     expected = [
         row[kept == 1].tolist()
