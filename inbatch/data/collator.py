@@ -91,17 +91,19 @@ def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[
     """
     groups = [collator.passages(example, epoch) for collator, example, epoch in drawn]
     sizes = torch.tensor([0] + [len(group) for group in groups])
-    known = [[one.key(passage_key(passage)) for passage in example.positives] for one, example, _ in drawn]
+    known = [[source.key(passage_key(passage)) for passage in example.positives] for source, example, _ in drawn]
     width = max([1, *map(len, known)])
-    queries = [one.prefixed(example.query_prefix, one.query_prefix) + example.query for one, example, _ in drawn]
+    queries = [
+        source.prefixed(example.query_prefix, source.query_prefix) + example.query for source, example, _ in drawn
+    ]
     passages = [
-        one.prefixed(example.passage_prefix, one.passage_prefix) + passage.full_text
-        for (one, example, _), group in zip(drawn, groups, strict=True)
+        source.prefixed(example.passage_prefix, source.passage_prefix) + passage.full_text
+        for (source, example, _), group in zip(drawn, groups, strict=True)
         for passage in group
     ]
     first = collators[0]
     # By all of the global batch's sources, so that ranks agree on what they pass.
-    by_group = any(one.negatives != "all" or not one.mask_own_negatives for one in collators)
+    by_group = any(source.negatives != "all" or not source.mask_own_negatives for source in collators)
     return TrainBatch(
         queries=first.tokenized(queries, first.query_max_len),
         passages=first.tokenized(passages, first.passage_max_len),
@@ -109,12 +111,12 @@ def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[
         query_ids=_int64([first.key(query_key(example)) for _, example, _ in drawn]),
         passage_ids=_int64([first.key(passage_key(passage)) for group in groups for passage in group]),
         positive_ids=_int64([row + [-1] * (width - len(row)) for row in known]).reshape(-1, width),
-        candidates=_int64([CANDIDATES.index(one.negatives) for one, _, _ in drawn]) if by_group else None,
-        mask_own_negatives=torch.tensor([one.mask_own_negatives for one, _, _ in drawn], dtype=torch.bool)
+        candidates=_int64([CANDIDATES.index(source.negatives) for source, _, _ in drawn]) if by_group else None,
+        mask_own_negatives=torch.tensor([source.mask_own_negatives for source, _, _ in drawn], dtype=torch.bool)
         if by_group
         else None,
-        weights=torch.tensor([float(one.loss_weight) for one, _, _ in drawn])
-        if any(one.loss_weight != 1 for one in collators)
+        weights=torch.tensor([float(source.loss_weight) for source, _, _ in drawn])
+        if any(source.loss_weight != 1 for source in collators)
         else None,
         teacher_scores=_scores(drawn, max(sizes.tolist())) if first.teacher_scores else None,
     )
@@ -123,9 +125,9 @@ def collate(drawn: Sequence[tuple[Collator, Example, int]], collators: Sequence[
 def _scores(drawn: Sequence[tuple[Collator, Example, int]], width: int) -> Tensor:
     """Return the teacher's scores of the passages of each query [B, G], NaN where there are none."""
     scores_BG = torch.full((len(drawn), width), math.nan)
-    for row_G, (one, example, epoch) in zip(scores_BG, drawn, strict=True):
+    for row_G, (source, example, epoch) in zip(scores_BG, drawn, strict=True):
         if example.scores:
-            chosen = [example.scores[place] for place in one.chosen(example, epoch)]
+            chosen = [example.scores[place] for place in source.chosen(example, epoch)]
             row_G[: len(chosen)] = torch.tensor(chosen)
     return scores_BG
 

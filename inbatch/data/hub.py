@@ -19,6 +19,7 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
     repository, subset = _parts(name)
     try:
         import datasets
+        from huggingface_hub import hf_hub_download
     except ImportError:
         raise ValueError(f"{name} needs `datasets`, which fetches it: pip install 'inbatch[hub]'") from None
     try:
@@ -26,7 +27,8 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
         if subset is None or f"{subset}_corpus" not in datasets.get_dataset_config_names(repository):
             return records, None
         documents = datasets.load_dataset(repository, f"{subset}_corpus", split="train")
-        metadata = _metadata(repository, subset)
+        path = hf_hub_download(repository, f"{subset}/dataset_metadata.json", repo_type="dataset")
+        metadata = json.loads(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # of any class: no network, no such name, no permission
         raise ValueError(
             f"{name} cannot be fetched from the hub ({type(error).__name__}: {one_line(error)}): "
@@ -46,11 +48,3 @@ def _parts(name: str) -> tuple[str, str | None]:
     if len(parts) < 2 or not all(parts):
         raise ValueError(f"{name}: expected hf://owner/name, or hf://owner/name/subset")
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
-
-
-def _metadata(repository: str, subset: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
-    return json.loads(
-        Path(hf_hub_download(repository, f"{subset}/dataset_metadata.json", repo_type="dataset")).read_text()
-    )

@@ -5,8 +5,8 @@ Shapes: G rows of a global batch, S sources.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 class BatchPlan:
     """The global batches of a training run, in epochs that visit every example once.
 
-    Epoch e is a permutation seeded by (seed, e), with ``groups`` one of the groups, cut into ``steps_per_epoch``
+    Epoch e is a permutation seeded by (seed, e), of the groups if ``groups`` are given, cut into ``steps_per_epoch``
     batches of ``global_batch_size``; the last one holds what is left. Nothing depends on the number of ranks: they only
     share each batch out.
     Steps count from 0 over all epochs. A step costs O(batch); a new epoch O(n), once.
@@ -91,23 +91,34 @@ class BatchPlan:
         if self.keys is not None:
             return self._distinct(epoch).batch(place)
         start = place * self.global_batch_size
-        return self._orders(epoch)[start : start + self.global_batch_size].copy()
+        return self._order(epoch)[start : start + self.global_batch_size].copy()
 
     def left_out(self, step: int) -> int:
         """Return how many examples of the epoch that ends with ``step`` no batch had room for; 0 for other steps."""
         epoch, place = divmod(step + 1, self.steps_per_epoch)
         return self._distinct(epoch - 1).left_out(self.steps_per_epoch) if self.keys is not None and place == 0 else 0
 
-    def _distinct(self, epoch: int) -> DistinctBatches:
-        assert self.keys is not None
-        return _distinct(self.keys, self.global_batch_size, self._orders)(epoch)
+    # Two epochs are remembered: a run may be between them.
 
-    @property
-    def _orders(self) -> Callable[[int], Shuffled | np.ndarray]:
-        return _orders(self.num_examples, self.seed if self.shuffle else None, self.groups)
+    @cached_property
+    def _order(self) -> Callable[[int], Shuffled | np.ndarray]:
+        return lru_cache(maxsize=2)(self._ordered)
+
+    @cached_property
+    def _distinct(self) -> Callable[[int], DistinctBatches]:
+        keys, size = self.keys, self.global_batch_size
+        assert keys is not None
+        return lru_cache(maxsize=2)(lambda epoch: DistinctBatches(keys, self._order(epoch), size))
+
+    def _ordered(self, epoch: int) -> Shuffled | np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_examples)
+        if self.groups is not None:
+            return self.groups.order(self.seed, epoch)
+        return Shuffled(self.num_examples, self.seed, epoch)
 
     def rows(self, step: int) -> Rows:
-        """Return the rows of the global batch of ``step``, of the one source."""
+        """Return the rows of the global batch of ``step``, of its only source."""
         examples = self.batch(step)
         return Rows(examples, np.zeros_like(examples), np.full_like(examples, self.epoch(step)))
 
@@ -116,8 +127,8 @@ class BatchPlan:
 class Mixture:
     """The global batches of a run over several sources, of ``sizes`` examples.
 
-    Every batch comes from one source, or with ``mixed`` its rows are drawn from all. Each source is read in passes of
-    its own, as ``BatchPlan`` does. An epoch has the steps of one pass over all sources; ``weights`` (None: one pass
+    Every batch comes from one source, or with ``mixed`` its rows are drawn from all. Each source is read in passes,
+    as ``BatchPlan`` does. An epoch has the steps of one pass over all sources; ``weights`` (None: one pass
     each) are the sources' shares of its batches (of its rows if mixed), kept over the run to within one.
     """
 
@@ -138,7 +149,7 @@ class Mixture:
         if self.weights is not None and (len(self.weights) != len(self.sizes) or min(self.weights) <= 0):
             raise ValueError(f"weights must be {len(self.sizes)} positive numbers, one a source, got {self.weights}")
 
-    @property
+    @cached_property
     def plans(self) -> list[BatchPlan]:
         """Return the passes over each source, by what is drawn at once: a batch, or if ``mixed`` an example."""
         drawn = 1 if self.mixed else self.global_batch_size
@@ -243,21 +254,3 @@ def _order(shares: tuple[float, ...], number: int, seed: int | None, epoch: int)
     result = np.empty_like(draws)
     result[np.argsort(ordered, kind="stable")] = draws
     return ordered, result
-
-
-@lru_cache(maxsize=1024)
-def _orders(n: int, seed: int | None, groups: Groups | None) -> Callable[[int], Shuffled | np.ndarray]:
-    """Return the function from epochs to orders. It remembers two: a run may be between two epochs."""
-
-    def order(epoch: int) -> Shuffled | np.ndarray:
-        if seed is None:
-            return np.arange(n)
-        return Shuffled(n, seed, epoch) if groups is None else groups.order(seed, epoch)
-
-    return lru_cache(maxsize=2)(order)
-
-
-@lru_cache(maxsize=1024)
-def _distinct(keys: Keys, size: int, order: Callable[[int], Any]) -> Callable[[int], DistinctBatches]:
-    """Return the function from epochs to their batches."""
-    return lru_cache(maxsize=2)(lambda epoch: DistinctBatches(keys, order(epoch), size))

@@ -171,7 +171,7 @@ def _load_from_disk(path: Path) -> Any:
 
 
 def _sequence(source: Any, columns: Columns, split: str | None, name: str) -> Rows[Any]:
-    """Return the records of a sequence of mappings, or of one split of a mapping of such."""
+    """Return the records of a sequence of mappings, or of one split of a mapping of such sequences."""
     if isinstance(source, Mapping):
         key = split or ("train" if "train" in source else next(iter(source), "train"))
         if key not in source:
@@ -211,14 +211,14 @@ def open_json(path: Path) -> tuple[Lines, Any]:
         pass
     content = lines.content
     try:
-        found = arrays_made_once([path], "records", None, lambda: _json_records(content.mapped(), len(lines)))
-        corpora = json_value(found["corpora"].tobytes()) if len(found["corpora"]) else None
+        places = arrays_made_once([path], "records", None, lambda: _json_records(content.mapped(), len(lines)))
+        corpora = json_value(places["corpora"].tobytes()) if len(places["corpora"]) else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON that holds records: {error}") from None
-    if not len(found["starts"]):
+    if not len(places["starts"]):
         raise ValueError(f"{path} is empty: it holds no record")
-    not_read(str(path), found["unread"].tobytes().decode().splitlines())
-    return Lines(path, content=content, bounds=found, unit="record"), corpora
+    not_read(str(path), places["unread"].tobytes().decode().splitlines())
+    return Lines(path, content=content, bounds=places, unit="record"), corpora
 
 
 def _json_records(data: memoryview, num_lines: int) -> Arrays:
@@ -294,11 +294,7 @@ def _delimited(path: Path, columns: Columns) -> Lines:
     try:
         settings = (delimiter, names)
         bounds = arrays_made_once([path], "csv rows", settings, lambda: _csv_bounds(lines, delimiter, names))
-        parse = partial(_csv_row, names, delimiter)
-        if bounds["each_a_line"][0]:
-            rows = Lines(path, parse, content=lines.content, skip=1)
-        else:
-            rows = Lines(path, parse, content=lines.content, bounds=bounds)
+        rows = Lines(path, partial(_csv_row, names, delimiter), content=lines.content, bounds=bounds)
     except ValueError:
         if not tabs:
             raise
@@ -324,17 +320,14 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 
 
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
-    """Return where the rows after the header lie, unless each is a line; ValueError as `_csv_rows` raises it."""
+    """Return where the rows after the header lie; ValueError as `_csv_rows` raises it."""
     dtype, line_stops = places_dtype(lines.nbytes), np.asarray(lines.stops).data
     starts, stops = array(dtype.char), array(dtype.char)
-    each_a_line = all(after == first + 1 for first, after in _csv_rows(lines, delimiter, names))
-    if not each_a_line:
-        for first, after in _csv_rows(lines, delimiter, names):
-            if after > first:
-                starts.append(line_stops[first - 1] + 1 if first else 0)
-                stops.append(line_stops[after - 1])
-    bounds = {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
-    return {**bounds, "each_a_line": np.array([each_a_line])}
+    for first, after in _csv_rows(lines, delimiter, names):
+        if after > first:
+            starts.append(line_stops[first - 1] + 1 if first else 0)
+            stops.append(line_stops[after - 1])
+    return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
 
 
 def _csv_rows(lines: Lines, delimiter: str, names: Sequence[str]) -> Iterator[tuple[int, int]]:
