@@ -88,7 +88,7 @@ class Batches(Dataset):
         return _received_ahead(steps) if num_workers else steps
 
     def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:
-        """Return what travels from a worker, an error included: the loader would wrap one in its traceback."""
+        """Return what travels from a worker: the parts, or an error, which the loader would wrap in its traceback."""
         try:
             return [(_packed(vars(part.batch)), part.share_of_step) for part in self.step(step)]
         except Exception as error:

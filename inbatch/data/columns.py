@@ -224,7 +224,7 @@ class Columns:
         self._present.update(*given.values())
         named = {name for present in by_role.values() for name in present}
         usual = [(place, _number(name), name) for name in names if name not in named and (place := self._usual(name))]
-        for (_, role), _, name in sorted(usual, key=lambda found: (found[0][0], found[1])):
+        for (_, role), _, name in sorted(usual, key=lambda match: (match[0][0], match[1])):
             # An optional role takes one column; the query and the positive may be in any of several.
             if not given.get(role) and (not by_role[role] or role in ("query", "positive", "negative")):
                 by_role[role].append(name)

@@ -35,10 +35,10 @@ class Documents(Rows[Passage]):
             return self._parse(records[row], partial(records.where, row))
 
         super().__init__(len(records), read, records.where, files=records.files, nbytes=records.nbytes)
-        found = scanned(records, "documents", (columns.given, has_ids), self._facts, finish=self._index)
-        self._rows_by_key, self._sorted_keys = found["rows_by_key"], found["sorted_keys"]
-        self._ids, self._id_ends = found["ids"], found["id_ends"]
-        columns.learn(found["columns"])
+        index = scanned(records, "documents", (columns.given, has_ids), self._facts, finish=self._index)
+        self._rows_by_key, self._sorted_keys = index["rows_by_key"], index["sorted_keys"]
+        self._ids, self._id_ends = index["ids"], index["id_ends"]
+        columns.learn(index["columns"])
         not_read(name, columns.all_unread(), ". What is read: an id, a text and a title")
 
     def _parse(self, record: object, where: Where) -> Passage:
@@ -85,10 +85,10 @@ class Documents(Rows[Passage]):
             "columns": self._columns.seen(),
         }
 
-    def _index(self, found: Arrays) -> Arrays:
-        """Order the keys, and check that no two documents have one id."""
-        rows_by_key = np.argsort(found["keys"], kind="stable").astype(places_dtype(len(self)))
-        sorted_keys = found["keys"][rows_by_key]
+    def _index(self, facts: Arrays) -> Arrays:
+        """Order the keys, and check that no two documents have the same id."""
+        rows_by_key = np.argsort(facts["keys"], kind="stable").astype(places_dtype(len(self)))
+        sorted_keys = facts["keys"][rows_by_key]
         repeats = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])
         if self.has_ids and len(repeats):
             first, second = rows_by_key[repeats[0] : repeats[0] + 2].tolist()
@@ -99,9 +99,9 @@ class Documents(Rows[Passage]):
         return {
             "rows_by_key": rows_by_key,
             "sorted_keys": sorted_keys,
-            "ids": found["ids"],
-            "id_ends": np.cumsum(found["id_lengths"], dtype=places_dtype(len(found["ids"]))),
-            "columns": found["columns"],
+            "ids": facts["ids"],
+            "id_ends": np.cumsum(facts["id_lengths"], dtype=places_dtype(len(facts["ids"]))),
+            "columns": facts["columns"],
         }
 
 

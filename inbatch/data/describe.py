@@ -29,7 +29,7 @@ def describe(
         warnings.simplefilter("always")
         try:
             examples = open_examples(source, split=split, columns=columns, corpus=corpus)
-            lines = [line for one in examples.sources for line in (*_source(one, split), *_shown(one.examples[:first]))]
+            lines = [line for s in examples.sources for line in (*_source(s, split), *_shown(s.examples[:first]))]
         except ValueError as error:
             if columns or corpus is not None or is_judged(Path(str(source))) or _has_positives(source, split):
                 raise

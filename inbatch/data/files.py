@@ -1,7 +1,7 @@
 """Files and folders that are either whole or absent, whatever happens while they are written.
 
-Each is filled under a hidden name beside its own (`.NAME.partial`), forced to disk and renamed. What an interrupted
-write leaves behind is that hidden name, which the next write of the same file or folder replaces.
+A file or folder is filled under a hidden name beside it (`.NAME.partial`), forced to disk and renamed. An interrupted
+write leaves the hidden name behind, which the next write of the same file or folder replaces.
 """
 
 import json
@@ -47,7 +47,7 @@ def publish(path: Path) -> None:
         _set_aside(path)
     filled.replace(path)
     sync(path.parent)
-    remove(_aside(path))  # also one of a process that was killed in between
+    remove(_aside(path))  # also what a process left that was killed in between
 
 
 def remove(path: Path) -> None:
@@ -84,8 +84,8 @@ def sync(path: str | os.PathLike) -> None:
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Turn errors of the file system that name no path into OSErrors that name this one.
 
-    A write to a full disk names none. Libraries in Rust (safetensors, tokenizers) raise classes of their own, whose
-    text ends like "No space left on device (os error 28)".
+    A write to a full disk names none. Libraries in Rust (safetensors, tokenizers) raise other classes, whose text ends
+    like "No space left on device (os error 28)".
     """
     try:
         yield

@@ -44,7 +44,7 @@ def load_retrieval(path: str | os.PathLike, split: str = "test") -> RetrievalDat
     """Open the retrieval test set of one split of a folder.
 
     Queries are those of the split, in the order of its qrels; the corpus is always the whole one, its texts read
-    from disk on access. A judged document that is in no corpus stays in the qrels, as never found, with a warning.
+    from disk on access. A judged document that is not in the corpus stays in the qrels, as never found, with a warning.
 
     Raises ValueError, naming file and place, for a missing file or split, a record or row that is malformed, a query of
     the qrels that is not among the queries, an id that occurs twice.
@@ -63,7 +63,7 @@ def load_retrieval(path: str | os.PathLike, split: str = "test") -> RetrievalDat
 def sample(data: RetrievalData, queries: int | None, documents: int | None) -> RetrievalData:
     """Return a part of a test set that depends on its ids alone: so many queries, and documents to search in.
 
-    The documents that are relevant for one of the queries are all among them; None takes all.
+    All documents that are relevant to one of these queries are among them; None takes all.
     """
 
     def first(ids: Iterable[str], what: str, number: int | None) -> list[str]:

@@ -99,7 +99,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any] | None:
 def read_json(path: Path) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be saved
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be saved
         return value
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None

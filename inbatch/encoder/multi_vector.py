@@ -115,7 +115,7 @@ def new_projection(backbone: PreTrainedModel, dim: int) -> nn.Sequential:
 def add_prefix_tokens(
     tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, prompts: Mapping[str, str]
 ) -> None:
-    """Make a token of each prompt such as "[Q] ", where it is none yet, with a new row of the embeddings."""
+    """Make a token of each prompt such as "[Q] " that is not a token yet, with a new row of the embeddings."""
     new = [text for text in prompts.values() if text.startswith("[") and text.rstrip().endswith("]")]
     single_tokens(tokenizer, new)
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:  # type: ignore[union-attr]

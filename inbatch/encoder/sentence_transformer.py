@@ -91,7 +91,9 @@ class SentenceTransformerEncoder(BiEncoderModel):
 
         for name in ("pooling", "l2_normalize", "bidirectional", "packed", "multi_vector"):
             if options.pop(name, None):
-                raise ValueError(f"model.{name} is for models that inbatch opens itself: {name_or_path} says its own")
+                raise ValueError(
+                    f"model.{name} is for models that inbatch opens itself: leave it out for {name_or_path}"
+                )
         arguments = {name: options.pop(name, None) for name in ("dtype", "attn_implementation")}
         model = SentenceTransformer(
             str(local_folder(str(name_or_path))),

@@ -207,7 +207,7 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
         )
     names = [module.get("name") for module in modules]
     if any(names.count(name) > 1 for name in names):
-        raise ValueError(f"{path}: two modules have the name {short(names[1])}; give each its own")
+        raise ValueError(f"{path}: two modules have the name {short(names[1])}; give them different names")
     return kinds, [module["path"] for module in modules]
 
 
@@ -295,7 +295,7 @@ def _read_pooling(folder: Path, name: str) -> str:
 
 
 def write_layout(folder: Path, layout: Layout, embedding_dim: int) -> None:
-    """Write every file of the layout but the backbone's and the tokenizer's own; embedding_dim: of the token states."""
+    """Write every file of the layout but those of backbone and tokenizer; embedding_dim: of the token states."""
     theirs = next(name for name, ours in _POOLING.items() if ours == layout.pooling)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * layout.l2_normalize
     files = usual_files(

@@ -67,7 +67,7 @@ def _clusters(vectors_BTD: Tensor, free_BT: Tensor, merges: list[int]) -> Tensor
         size_AT[rows_A, i_A] += size_AT[rows_A, j_A]
         near_AT[rows_A, j_A] = torch.inf
         cluster_AT.copy_(torch.where(cluster_AT == j_A[:, None], i_A[:, None], cluster_AT))
-        # A merged cluster is no nearer than the nearer of its two parts: only who was nearest to these looks again.
+        # A merged cluster is at least as far away as the nearer of its parts: only their neighbours search again.
         stale_AT = (nearest_AT == i_A[:, None]) | (nearest_AT == j_A[:, None])
         stale_AT[rows_A, i_A] = True
         places = (stale_AT & near_AT.isfinite()).nonzero(as_tuple=True)

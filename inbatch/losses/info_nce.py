@@ -211,7 +211,7 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
 
 
 def _positives_of_same_query(asked: Problem, problem: Problem, device: torch.device) -> Tensor | None:
-    """Return the documents [B, K] that rows of any rank with a row's query id have as positives; None: only its own."""
+    """Return the positives [B, K] of all rows with a row's query id, on any rank; None if every query id is unique."""
     ids, group = asked.false_negatives, asked.group
     assert ids.passage_ids is not None
     assert ids.query_ids is not None

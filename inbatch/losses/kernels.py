@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# exp(60) * 2**24 columns still fits float32 and bfloat16 with room for the products, and exp(-60) is no denormal.
+# exp(60) * 2**24 columns still fits float32 and bfloat16 with room for the products, and exp(-60) is not denormal.
 MAX_EXPONENT = 60.0
 
 

@@ -95,19 +95,19 @@ def read_spans(
     read = [None if mask is None else spans(mask) for mask in masks]
     states = [of_side[2] for of_side in read if of_side is not None]
     numbers = iter(torch.stack(states).tolist() if states else [])
-    found, error = [], None
+    spans_of_sides, error = [], None
     for (name, (vectors, _)), mask, of_side in zip(sides.items(), masks, read, strict=True):
         rows, longest, _ = vectors.shape
         if of_side is None:
             lengths = torch.full((rows,), longest, device=vectors.device)
-            found.append(Spans(None, lengths, torch.arange(rows, device=vectors.device) * longest, True))
+            spans_of_sides.append(Spans(None, lengths, torch.arange(rows, device=vectors.device) * longest, True))
             empty = int(rows > 0 and longest == 0)
         else:
             holes, empty = next(numbers)
-            found.append(Spans(mask, *of_side[:2], not holes))
+            spans_of_sides.append(Spans(mask, *of_side[:2], not holes))
         if empty and error is None:
             error = f"{name}: text {empty - 1} of {rows} has no real token, so nothing has a maximum"
-    return found, error
+    return spans_of_sides, error
 
 
 def _spans(mask_RT: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,7 @@ def dense_loss(
     loss, counts = torch.zeros((), dtype=terms[0][0].dtype, device=terms[0][0].device), None
     for similarity_B1, similarities, weight in terms:
         candidates = [similarity_B1 / temperature]
-        found_B2 = torch.zeros(len(similarity_B1), 2, dtype=torch.int64, device=similarity_B1.device)
+        counts_B2 = torch.zeros(len(similarity_B1), 2, dtype=torch.int64, device=similarity_B1.device)
         for direction, similarity_BC in similarities.items():
             column = direction.split("_to_")[1]
             pairs = match(row_keys, column_keys[column], only_itself=direction == "passage_to_query")
@@ -53,10 +53,10 @@ def dense_loss(
             # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.
             scores_BC = (similarity_BC / temperature + hardness_BC).masked_fill(masked_BC | own_BC, -math.inf)
             candidates.append(scores_BC)
-            found_B2 += torch.stack([masked_BC.sum(1), (scores_BC > candidates[0]).sum(1)], dim=1)
+            counts_B2 += torch.stack([masked_BC.sum(1), (scores_BC > candidates[0]).sum(1)], dim=1)
         loss_B = torch.logsumexp(torch.cat(candidates, dim=1), dim=1) - candidates[0][:, 0]
         loss = loss + weight * (loss_B if weights_B is None else loss_B * weights_B).sum()
-        counts = found_B2 if counts is None else counts
+        counts = counts_B2 if counts is None else counts
     assert counts is not None
     return loss, counts
 

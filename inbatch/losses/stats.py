@@ -1,4 +1,4 @@
-"""Figures of the softmax for the log: the loss counts them, and they are read when wanted."""
+"""Figures of the softmax for the log: counted by the loss, read on demand."""
 
 from __future__ import annotations
 

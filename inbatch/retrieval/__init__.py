@@ -1,1 +1,1 @@
-"""Embed a corpus, search it exactly, and measure what was found."""
+"""Embed a corpus, search it exactly, and measure the results."""

@@ -172,8 +172,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _batches(lengths: Tensor, batch_tokens: int) -> Iterator[Tensor]:
-    """Indices into lengths, batch by batch, so that count * longest <= batch_tokens (or one text). The longest come
-    first: what does not fit in memory fails at once."""
+    """Yield batches of indices into lengths, with count * longest <= batch_tokens, or one text.
+
+    The longest come first: what does not fit in memory fails at once.
+    """
     order = lengths.argsort(descending=True, stable=True)
     start = 0
     while start < len(order):

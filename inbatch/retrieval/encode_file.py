@@ -78,7 +78,7 @@ def encode_to_file(
             shutil.copyfileobj(mine, file, 1 << 24)
 
     def finish() -> None:
-        for path in (ids_path, offsets_path):  # before: these of other embeddings must never lie beside the new file
+        for path in (ids_path, offsets_path):  # first: an earlier run's must never lie beside the new file
             remove(path)
         publish(output)
         if several:
@@ -89,8 +89,8 @@ def encode_to_file(
 
     try:
         if several:
-            found = collectives.together(lambda: fill(part, "wb", 0), group)
-            lengths = torch.cat(collectives.gather_objects(found, group))
+            filled = collectives.together(lambda: fill(part, "wb", 0), group)
+            lengths = torch.cat(collectives.gather_objects(filled, group))
             shape = int(lengths.sum()), shape[1]
             header = _header(output, dtype, shape)
         collectives.together(lambda: create() if first else None, group)
@@ -139,7 +139,7 @@ def _fill(
 
 def _line(doc_id: str) -> str:
     if len(doc_id.splitlines()) != 1:
-        raise ValueError(f"the id {doc_id!r} does not fit on a line of its own")
+        raise ValueError(f"the id {doc_id!r} has a line break: it needs a line for itself")
     return f"{doc_id}\n"
 
 

@@ -43,7 +43,7 @@ class RetrieveOptions:
     passage_max_len: int | None = None
     """tokens a document is cut to; None is the model's limit"""
     keep_identical_ids: bool = False
-    """let a query find the document that has its own id"""
+    """let a query find the document that has the query's id"""
     embedding: EmbedOptions = field(default_factory=EmbedOptions)
     """batches, precision and the like, for queries and documents; dtype is that of the documents"""
 
@@ -184,7 +184,7 @@ def embed_queries(model: nn.Module, queries: Sequence[str], options: RetrieveOpt
 def embed_documents(
     model: nn.Module, documents: Sequence[str], options: RetrieveOptions, *, kept: Path | None = None, group=None
 ) -> Embeddings:
-    """Return the embeddings of this rank's share of the documents, in host memory; kept: a folder that has them."""
+    """Return the embeddings of this rank's share of the documents, in host memory; kept: a folder where they stay."""
     how, rows = embedding_options(model, "document", options, group), share(len(documents), group)
     if kept is not None:
         return embed_kept(model, documents, how, kept, rows=rows, group=group)

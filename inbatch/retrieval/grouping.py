@@ -61,7 +61,7 @@ def group_examples(
     """Return the groups of the examples of one source, the same on every rank and for any number of them.
 
     model, query_model, retrieve: the teacher, as `evaluate.retrieve` takes them. Each example stands for its query and
-    its first positive; examples that share a positive or the query's text are no neighbours.
+    its first positive; examples that share a positive or the query's text are never neighbours.
     Memory: a share of the positives' embeddings a rank, all queries' embeddings, and 4 n (range_max - range_min) bytes.
     """
     options, retrieve = options or GroupOptions(), retrieve or RetrieveOptions()

@@ -71,8 +71,8 @@ def embed_kept(
     settings = {name: str(value) for name, value in asdict(options).items() if name not in ("progress", "batch_tokens")}
 
     def name() -> str:
-        key = f"{model_digest(module)} {settings} {text_digest(texts)}"
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        contents = f"{model_digest(module)} {settings} {text_digest(texts)}"
+        return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()
 
     def create(paths: tuple[Path, Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +95,10 @@ def embed_kept(
                     done.flush()
 
     first, width = collectives.rank(group) == 0, module.embedding_dim * dtype.itemsize
-    found = collectives.broadcast_object(collectives.together(lambda: name() if first else "", group), group=group)
+    key = collectives.broadcast_object(collectives.together(lambda: name() if first else "", group), group=group)
     if is_multi_vector(module):
-        return _kept_tokens(module, texts, options, folder / found, rows, group)
-    paths = folder / f"{found}.embeddings", folder / f"{found}.rows"
+        return _kept_tokens(module, texts, options, folder / key, rows, group)
+    paths = folder / f"{key}.embeddings", folder / f"{key}.rows"
     collectives.together(lambda: create(paths) if first else None, group)
     collectives.together(lambda: fill(paths), group)
     if not len(rows):

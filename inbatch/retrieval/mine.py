@@ -1,7 +1,8 @@
 """Hard negatives: for each query the documents that score highest and are not known to be relevant.
 
-The search is exact and sharded over the ranks (see `search`). Ranks count only documents that may be negatives: known
-positives, texts equal to one, the query itself and blank texts are left out before, and equal texts are one document.
+The search is exact and sharded over the ranks (see `search`). Candidates are the documents that may be negatives: known
+positives, texts equal to a positive, the query itself and blank texts are left out first, and equal texts are one
+document.
 """
 
 import json
@@ -92,18 +93,19 @@ def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSe
         relevant = [
             [row_of[doc] for doc, grade in data.qrels[q].items() if grade > 0 and doc in row_of] for q in data.query_ids
         ]
-        queries, own = data.queries, [row_of.get(query_id, -1) for query_id in data.query_ids]
+        queries, rows_of_ids = data.queries, [row_of.get(query_id, -1) for query_id in data.query_ids]
     else:
-        found: dict[str, list[str]] = {}
+        positive_texts: dict[str, list[str]] = {}
         passages: list[str] = []
         for example in open_examples(source, split=split):
-            found.setdefault(example.query, []).extend(passage.full_text for passage in example.positives)
+            of_query = positive_texts.setdefault(example.query, [])
+            of_query += [passage.full_text for passage in example.positives]
             passages += [passage.full_text for passage in (*example.positives, *example.negatives)]
         _, keys, texts = _distinct(passages)
-        queries, own = list(found), [-1] * len(found)
-        relevant = [[keys.get(_key(text), -1) for text in positives] for positives in found.values()]
+        queries, rows_of_ids = list(positive_texts), [-1] * len(positive_texts)
+        relevant = [[keys.get(_key(text), -1) for text in of_query] for of_query in positive_texts.values()]
     positives = [sorted({row for row in some if row >= 0}) for some in relevant]
-    same = [sorted({row, keys.get(_key(query), -1)} - {-1}) for query, row in zip(queries, own, strict=True)]
+    same = [sorted({row, keys.get(_key(query), -1)} - {-1}) for query, row in zip(queries, rows_of_ids, strict=True)]
     kept = [place for place, some in enumerate(positives) if some]
     if not kept:
         raise ValueError(f"{source}: no query has a positive with a text; expected at least one to mine negatives for")
@@ -185,7 +187,7 @@ def _scored(
 def _scores_of(
     teacher: Any, data: MiningSet, retrieve: RetrieveOptions, device: torch.device, *, kept: Path | None, group
 ) -> Scores:
-    """Return what scores pairs as a teacher does: a bi-encoder, or whatever has sentence-transformers' `predict`."""
+    """Return the function that scores pairs by a teacher: a bi-encoder, or a model with a method `predict`."""
     if not hasattr(teacher, "predict"):
         usual = RetrieveOptions(embedding=retrieve.embedding)  # prefixes and lengths are the teacher's
         similarity = collectives.together(lambda: similarity_of(teacher, usual), group)
@@ -216,7 +218,7 @@ def _pairs(rows_of: Sequence[Sequence[int]], queries: range) -> Tensor:
 
 @dataclass(kw_only=True)
 class _Report:
-    """Count what became of the candidates. Scores, of which there are many, are counted in two digits."""
+    """Count the candidates by what became of them, and the scores by their first two digits."""
 
     counts: Counter = field(default_factory=Counter)
     positive_scores: Counter = field(default_factory=Counter)
@@ -225,7 +227,7 @@ class _Report:
 
     @staticmethod
     def read(saved: dict[str, Any]) -> "_Report":
-        """Return the report of which `saved` is what JSON kept."""
+        """Return the report that JSON holds as `saved`."""
         counters = {name: Counter(value) for name, value in saved.items() if name != "examples"}
         return _Report(examples=saved["examples"], **counters)
 
@@ -285,7 +287,7 @@ def mine(
     model, query_model: as `retrieve`, which names prefixes, lengths, similarity and batches. teacher: a BiEncoderModel
     or sentence-transformers CrossEncoder that scores the best range_max and the positives anew, by which they are
     ranked and filtered. kept: a folder where the documents' embeddings stay, for later runs with the same weights,
-    texts and settings. A run that was killed is gone on with where the same call is made again.
+    texts and settings. The same call continues a run that was killed.
 
     Memory: a share of the documents' embeddings a rank, and 4096 queries with their candidates. The records do not
     depend on the number of ranks, but for rounding in the encoder. Raises ValueError on every rank for what cannot be
@@ -304,8 +306,8 @@ def mine(
     similarity = collectives.together(lambda: similarity_of(model, retrieve), group)
 
     def begin() -> int:
-        models = [one for one in (model, query_model, teacher) if one is not None]
-        digests = [model_digest(one) if isinstance(one, nn.Module) else repr(one) for one in models]
+        models = [encoder for encoder in (model, query_model, teacher) if encoder is not None]
+        digests = [model_digest(m) if isinstance(m, nn.Module) else repr(m) for m in models]
         texts = [text_digest(data.queries), text_digest(data.documents), text_digest(map(str, data.positives))]
         facts = {**asdict(options), **_described(retrieve), "similarity": similarity, "format": format}
         return written.begin({**facts, "models": digests, "texts": texts})
@@ -338,7 +340,7 @@ def _described(retrieve: RetrieveOptions) -> dict[str, Any]:
 
 
 class _Records:
-    """The output under its hidden name, and beside it what it was made for and how far: what a killed run leaves."""
+    """Hold the output under its hidden name and, beside it, a file with its inputs and progress, for the next run."""
 
     def __init__(self, output: Path, data: MiningSet, options: MineOptions, format: str):
         self._output, self._data, self._options, self._format = output, data, options, format
@@ -347,7 +349,7 @@ class _Records:
         self._report = _Report()
 
     def begin(self, made_for: dict[str, Any]) -> int:
-        """Return how many queries are done, of a run that was made for the same; what another one left goes."""
+        """Return how many queries an earlier run for the same inputs finished; remove what a run for others left."""
         self._made_for = json.loads(json.dumps(made_for))
         with naming(self._output):
             self._output.parent.mkdir(parents=True, exist_ok=True)
@@ -360,7 +362,7 @@ class _Records:
         return state["queries"]
 
     def add(self, rows: range, scores: Tensor, indices: Tensor, positive_scores: list[list[float]]) -> None:
-        """Write the records of some queries, then how far this is."""
+        """Write the records of some queries, then the progress."""
         with naming(self._output), partial(self._output).open("a", encoding="utf-8") as file:
             for place, row in enumerate(rows):
                 some = indices[place][indices[place] >= 0].tolist()
@@ -381,7 +383,7 @@ class _Records:
         return _write_report(self._output, self._report, {"documents": len(self._data.documents), **facts})
 
     def forget(self) -> None:
-        """Remove what is not complete."""
+        """Remove the incomplete output and its progress."""
         remove(partial(self._output))
         remove(self.state)
 

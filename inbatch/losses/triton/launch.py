@@ -37,10 +37,10 @@ def launch(kernel: Any, grid: int, arguments: tuple, constants: dict[str, Any], 
         _launchable[key_of_call] = kernel[(grid,)](*arguments, **constants, **options)
         return
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    # Somebody, a profiler say, wants to know of launches. An empty chain of hooks counts as none.
+    # A profiler, say, listens to launches. An empty chain of hooks counts as none.
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         compiled[(grid, 1, 1)](*values, *constants.values())
-    else:  # the same, but for what it prepares for hooks: half of its time
+    else:  # the same without the preparation for hooks, which takes half of the time
         stream, metadata = driver.active.get_current_stream(device), compiled.packed_metadata
         hooks = None, None, None
         compiled.run(grid, 1, 1, stream, compiled.function, metadata, *hooks, *values, *constants.values())
