@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.pool import BACKEND
 
@@ -23,3 +24,10 @@ def data_dir(name: str) -> Path:
     if not folder.exists():
         pytest.skip(f"the data set {name} is not at {folder}; set INBATCH_DATA to the folder that holds it")
     return folder
+
+
+def by_one_rank(work):
+    """What `work()` returns on rank 0, on every rank: a formula in Python is slow, and the ranks share the cores."""
+    result = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]

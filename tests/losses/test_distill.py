@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from inbatch import GradCache, collectives
 from inbatch.losses import distill, info_nce, match_vectors
+from tests.helpers import by_one_rank
 
 DIM = 4
 
@@ -32,6 +34,18 @@ def oracle(queries, passages, candidates, temperature, teacher_temperature, weig
             a, b = theirs[j] / sum(theirs.values()), ours[j] / sum(ours.values())
             total = total + weight * a * (math.log(a) - torch.log(b))
     return total / len(queries)
+
+
+def truth(queries, passages, candidates, weights, mean) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients to every text and the temperature."""
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    leaves = [text.clone().requires_grad_() for text in (*queries, *passages)]
+    loss = oracle(leaves[: len(queries)], leaves[len(queries) :], candidates, temperature, 2.0, weights, mean)
+    gradients = [torch.zeros_like(x) for x in (*leaves, temperature)]
+    if loss.requires_grad:
+        known = torch.autograd.grad(loss, [*leaves, temperature], allow_unused=True)
+        gradients = [z if g is None else g for g, z in zip(known, gradients, strict=True)]
+    return loss.detach(), gradients
 
 
 def check(rank: int, world_size: int, seeds: range) -> None:
@@ -62,15 +76,8 @@ def check(rank: int, world_size: int, seeds: range) -> None:
                 tables.append(row)
                 candidates.append({before + k: t for k, t in enumerate(row) if not math.isnan(t)})
         weights = [rng.random() for _ in queries] if rng.random() < 0.5 else None
-        temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-        leaves = [text.clone().requires_grad_() for text in (*queries, *passages)]
-        expected = oracle(leaves[: len(queries)], leaves[len(queries) :], candidates, temperature, 2.0,
-                          weights or [1] * len(queries), mean)  # fmt: skip
-        gradients = [torch.zeros_like(x) for x in (*leaves, temperature)]
-        if expected.requires_grad:
-            found = torch.autograd.grad(expected, [*leaves, temperature], allow_unused=True)
-            gradients = [z if g is None else g for g, z in zip(found, gradients, strict=True)]
-
+        formula = partial(truth, queries, passages, candidates, weights or [1] * len(queries), mean)
+        expected, gradients = by_one_rank(formula)
         rows = slice(sum(query_counts[:rank]), sum(query_counts[: rank + 1]))
         columns = slice(starts[rank], starts[rank] + passage_counts[rank])
         mine = []
@@ -83,7 +90,7 @@ def check(rank: int, world_size: int, seeds: range) -> None:
             mine.append((padded if late else torch.stack([*some, torch.zeros(DIM).double()])[:-1], mask))
         (ours, query_mask), (theirs, passage_mask) = mine
         ours, theirs = ours.requires_grad_(), theirs.requires_grad_()
-        learnt = temperature.detach().clone().requires_grad_()
+        learnt = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
         width = sum(passage_counts) if pool else passage_counts[rank]
         loss = distill(
             ours, theirs,
@@ -97,7 +104,7 @@ def check(rank: int, world_size: int, seeds: range) -> None:
         parts = [loss.detach().clone(), torch.zeros(()).double() if learnt.grad is None else learnt.grad]
         for part in parts if world_size > 1 else []:
             dist.all_reduce(part)
-        torch.testing.assert_close(parts[0] / world_size, expected.detach(), msg=str(seed))
+        torch.testing.assert_close(parts[0] / world_size, expected, msg=str(seed))
         torch.testing.assert_close(parts[1] / world_size, gradients[-1], msg=str(seed))
         for vectors, mask, some, first in ((ours, query_mask, rows, 0), (theirs, passage_mask, columns, len(queries))):
             wanted = gradients[first + some.start : first + some.stop]

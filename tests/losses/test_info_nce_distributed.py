@@ -12,6 +12,7 @@ import os
 import random
 import re
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from inbatch.losses import (
     tiled,
 )
 from inbatch.losses.masking import CANDIDATES
-from tests.helpers import device
+from tests.helpers import by_one_rank, device
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
 
@@ -144,6 +145,7 @@ def true_loss(case: Case, queries: Tensor, passages: Tensor, temperature: Tensor
     def same_query(i: int, k: int) -> bool:
         return case.query_ids is not None and case.query_ids[i] == case.query_ids[k] != -1
 
+    @cache
     def documents(i: int) -> set:
         known = set(case.positive_ids[i]) - {-1} if case.positive_ids else set()
         again = [k for k in rows if same_query(i, k) and (not local or row_rank[k] == row_rank[i])]
@@ -156,6 +158,7 @@ def true_loss(case: Case, queries: Tensor, passages: Tensor, temperature: Tensor
         row_documents = document(y[i]) if direction == "passage_to_query" else documents(i)
         return bool(row_documents & documents(j)) or same_query(i, j)
 
+    @cache
     def group_of(j: int) -> int | None:
         """The positive of the group of passage j: the nearest at or before it among those of its rank."""
         return max((k for k in y if k <= j and column_rank[k] == column_rank[j]), default=None)
@@ -311,20 +314,15 @@ def check_cases(rank: int, world_size: int, seeds: range) -> int:
             case = make_case(seed, world_size)
             gathered.SMALLEST_PIECE_BYTES = smallest if seed % 2 else 16  # gathered whole, or in pieces
             for local in (False, True):
-                # The formula in Python is slow: one rank works it out.
-                by_dtype = [
-                    {dtype: truth(case, dtype, local) for dtype in {variant[1] for variant in variants}}
-                    if rank == 0
-                    else None
-                ]
-                dist.broadcast_object_list(by_dtype)
+                dtypes = {variant[1] for variant in variants}
+                by_dtype = by_one_rank(lambda: {dtype: truth(case, dtype, local) for dtype in dtypes})  # noqa: B023
                 for impl, dtype, tolerance in variants:
                     for negatives in ("local",) if local else ("gather", "ring"):
                         if dtype != torch.float64 and case.objective.matryoshka_dims:
                             continue  # renormalised prefixes are rounded once more, in any code
                         share = run_share(case, rank, dtype=dtype, impl=impl, negatives=negatives)
                         what = f"seed {seed}, {impl}, {negatives}, {dtype}"
-                        check_share(case, rank, None, share, by_dtype[0][dtype], tolerance, what)
+                        check_share(case, rank, None, share, by_dtype[dtype], tolerance, what)
                         checked += 1
     finally:
         torch.use_deterministic_algorithms(False)
@@ -394,7 +392,7 @@ def check_pairs(rank: int) -> int:
     checked = 0
     for (name, one), (other_name, other) in itertools.combinations(FEATURES.items(), 2):
         case = replace(plain, **together(one, other))
-        expected = truth(case, torch.float64, local=False)
+        expected = by_one_rank(partial(truth, case, torch.float64, local=False))
         for impl in ("reference", "tiled"):
             for negatives in ("gather", "ring"):
                 share = run_share(case, rank, dtype=torch.float64, impl=impl, negatives=negatives)

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from inbatch.losses import CLIP, FalseNegatives, InfoNCELoss, LossStats, Objective, info_nce
 from inbatch.losses.max_sim import max_sim, packed, read_spans
+from tests.helpers import by_one_rank
 
 DIM = 6
 
@@ -128,6 +130,16 @@ def oracle(case: Case, queries: list, passages: list, temperature: Tensor) -> Te
     return total / len(case.positives)
 
 
+def truth(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients to every text and the temperature."""
+    temperature = torch.tensor(case.temperature, dtype=torch.float64, requires_grad=True)
+    texts = [[text.clone().requires_grad_() for text in side] for side in (case.queries, case.passages)]
+    loss = oracle(case, *texts, temperature)
+    leaves = [*texts[0], *texts[1], temperature]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
+
+
 def padded(texts: list, extra: int) -> tuple[Tensor, Tensor]:
     """Tensors [rows, T, D] and a mask; what is masked holds large values, and stands in front of real ones at times."""
     length = max((len(text) for text in texts), default=1) + extra
@@ -142,12 +154,7 @@ def padded(texts: list, extra: int) -> tuple[Tensor, Tensor]:
 def _check(rank: int, world_size: int, seeds: range) -> None:
     for seed in seeds:
         case = make_case(seed, world_size)
-        temperature = torch.tensor(case.temperature, dtype=torch.float64, requires_grad=True)
-        texts = [[text.clone().requires_grad_() for text in side] for side in (case.queries, case.passages)]
-        expected = oracle(case, *texts, temperature)
-        leaves = [*texts[0], *texts[1], temperature]
-        gradients = torch.autograd.grad(expected, leaves, allow_unused=True)
-        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
+        expected, gradients = by_one_rank(partial(truth, case))
         cuts = []
         for counts in (case.query_counts, case.passage_counts):
             start = sum(counts[:rank])
@@ -176,7 +183,7 @@ def _check(rank: int, world_size: int, seeds: range) -> None:
             if world_size > 1:
                 dist.all_reduce(everywhere)
                 dist.all_reduce(learnt.grad)
-            torch.testing.assert_close(everywhere / world_size, expected.detach())
+            torch.testing.assert_close(everywhere / world_size, expected)
             torch.testing.assert_close(learnt.grad / world_size, gradients[-1])
             for vectors, mask, some, first in (
                 (queries, query_mask, rows, 0), (passages, passage_mask, columns, len(case.queries)),
