@@ -139,7 +139,7 @@ def _fill(
 
 def _line(doc_id: str) -> str:
     if len(doc_id.splitlines()) != 1:
-        raise ValueError(f"the id {doc_id!r} has a line break: it needs a line for itself")
+        raise ValueError(f"the id {doc_id!r} does not fit on a line: ids are written one a line")
     return f"{doc_id}\n"
 
 
