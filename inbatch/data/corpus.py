@@ -145,6 +145,13 @@ class Corpus:
     passage_prefix: str | None = None
 
 
+def instructed(documents: Documents, metadata: Mapping[str, Any]) -> Corpus:
+    """Return a corpus with the query_instruction and passage_instruction of NeMo's metadata as prefixes."""
+    texts = [metadata.get(f"{role}_instruction") for role in ("query", "passage")]
+    query_prefix, passage_prefix = (f"{text} " if text else None for text in texts)
+    return Corpus(documents=documents, query_prefix=query_prefix, passage_prefix=passage_prefix)
+
+
 # By NeMo's corpus_id, or else by path: sources that share a corpus share its index.
 Corpora = dict[str, Corpus]
 
@@ -198,7 +205,5 @@ def _open_corpus_folder(folder: Path, corpora: Corpora) -> str:
         raise ValueError(f"corpus_id {name!r} names two folders, {known} and {folder}: rename one in its {METADATA}")
     if name not in corpora:
         not_read(str(path), [key for key in metadata if key not in read])
-        prefixes = [texts[role] + " " if texts[role] else None for role in read[2:]]
-        documents = open_corpus(folder)
-        corpora[name] = Corpus(documents=documents, query_prefix=prefixes[0], passage_prefix=prefixes[1])
+        corpora[name] = instructed(open_corpus(folder), texts)
     return name

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.data.columns import one_line
-from inbatch.data.corpus import Corpora, Corpus, open_corpus
+from inbatch.data.corpus import Corpora, instructed, open_corpus
 
 PREFIX = "hf://"
 
@@ -35,11 +35,7 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
             "without a network give a folder"
         ) from error
     corpus_id = metadata.get("corpus_id") or subset
-    prefixes = {f"{role}_prefix": metadata.get(f"{role}_instruction") for role in ("query", "passage")}
-    corpora[corpus_id] = Corpus(
-        documents=open_corpus(documents),
-        **{key: f"{text} " if text else None for key, text in prefixes.items()},
-    )
+    corpora[corpus_id] = instructed(open_corpus(documents), metadata)
     return records, corpus_id
 
 

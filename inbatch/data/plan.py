@@ -37,7 +37,7 @@ class Groups:
         return np.argsort(places[self.of], kind="stable")
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """The rows of a global batch, int64 [G]: examples (over all sources), their sources, how often each was read."""
 
     examples: np.ndarray
@@ -117,10 +117,10 @@ class BatchPlan:
             return self.groups.order(self.seed, epoch)
         return Shuffled(self.num_examples, self.seed, epoch)
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> BatchRows:
         """Return the rows of the global batch of ``step``, of its only source."""
         examples = self.batch(step)
-        return Rows(examples, np.zeros_like(examples), np.full_like(examples, self.epoch(step)))
+        return BatchRows(examples, np.zeros_like(examples), np.full_like(examples, self.epoch(step)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class Mixture:
         """Return the example indices of the global batch of ``step``, counted over all sources: int64 [G]."""
         return self.rows(step).examples
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> BatchRows:
         """Return the rows of the global batch of ``step``."""
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
@@ -204,7 +204,7 @@ class Mixture:
             examples = plans[source].batch(draw)
             passes = np.full_like(examples, plans[source].epoch(draw))
             parts.append((examples + first[source], np.full_like(examples, source), passes))
-        return Rows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        return BatchRows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def left_out(self, step: int) -> int:
         """Return how many examples of a source the pass over it that ends with ``step`` had no room for."""

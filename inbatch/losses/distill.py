@@ -18,7 +18,7 @@ from inbatch.losses.info_nce import describe, find_error, one_of
 from inbatch.losses.max_sim import Spans, max_sim, packed, read_spans
 from inbatch.losses.softmax import Problem
 
-CANDIDATES = ("group", "pool")
+OVER = ("group", "pool")
 KINDS = ("cosine", "mse")
 _NEVER = -1e30  # as a score: its share is exactly 0, and no infinity meets another
 
@@ -159,8 +159,8 @@ def _share(counts: list[int], name: str, what: str) -> float:
 
 
 def _wrong_teacher(scores: Any, teacher_temperature: Any, over: Any, num_queries: int) -> str | None:
-    if over not in CANDIDATES:
-        return f"over must be {one_of(CANDIDATES)}, got {over!r}"
+    if over not in OVER:
+        return f"over must be {one_of(OVER)}, got {over!r}"
     if not (isinstance(teacher_temperature, (int, float)) and 0 < teacher_temperature < math.inf):
         return f"teacher_temperature must be a positive number, got {teacher_temperature!r}"
     right = isinstance(scores, Tensor) and scores.is_floating_point() and scores.ndim == 2
