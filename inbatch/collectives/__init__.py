@@ -11,6 +11,7 @@ from inbatch.collectives.agreement import agreeing_on as agreeing_on
 from inbatch.collectives.agreement import barrier as barrier
 from inbatch.collectives.agreement import broadcast_object as broadcast_object
 from inbatch.collectives.agreement import gather_objects as gather_objects
+from inbatch.collectives.agreement import on_rank_0 as on_rank_0
 from inbatch.collectives.agreement import together as together
 from inbatch.collectives.gather import all_gather as all_gather
 from inbatch.collectives.gather import all_reduce as all_reduce

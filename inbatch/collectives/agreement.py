@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inbatch.collectives.process_group import ProcessGroup, device_types, global_rank, world_size
+from inbatch.collectives.process_group import ProcessGroup, device_types, global_rank, rank, world_size
 
 T = TypeVar("T")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -186,3 +186,9 @@ def together(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
         failures = [(mistake, f"rank {r}: {text}") for r, (mistake, text) in reports if text is not None]
         raise (ValueError if failures[0][0] else OtherRankError)("; ".join(text for _, text in failures))
     return value  # pyright: ignore[reportReturnType]
+
+
+def on_rank_0(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
+    """Return on every rank what rank 0 of the group computes; an error there is raised on every rank."""
+    value = together(lambda: function() if rank(group) == 0 else None, group)
+    return broadcast_object(value, group=group)  # type: ignore[return-value]

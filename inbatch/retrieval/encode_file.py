@@ -93,10 +93,10 @@ def encode_to_file(
             lengths = torch.cat(collectives.gather_objects(filled, group))
             shape = int(lengths.sum()), shape[1]
             header = _header(output, dtype, shape)
-        collectives.together(lambda: create() if first else None, group)
+        collectives.on_rank_0(create, group)
         place = len(header) + rows.start * row_bytes
         collectives.together(join if several else lambda: fill(partial(output), "r+b", place), group)
-        collectives.together(lambda: finish() if first else None, group)
+        collectives.on_rank_0(finish, group)
     except BaseException:
         if first:
             remove(partial(output))

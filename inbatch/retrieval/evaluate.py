@@ -77,19 +77,16 @@ def evaluate(
     share no id with the data or call nothing relevant, a run file that cannot be written.
     """
     options = options or RetrieveOptions()
-    first = collectives.rank(group) == 0
 
     def check() -> None:
         check_evaluation(data, measures, options.top_k, run_file is not None)
-        if run_file is not None and first:
+        if run_file is not None and collectives.rank(group) == 0:
             _check_writable(Path(run_file))
 
     collectives.together(check, group)
     run = retrieve(model, data, options, query_model=query_model, group=group)
 
-    def measure() -> dict[str, float] | None:
-        if not first:
-            return None
+    def measure() -> dict[str, float]:
         figures = retrieval_metrics(run, data.qrels, measures)
         if report is not None:
             report(figures)
@@ -97,9 +94,7 @@ def evaluate(
             write_trec_run(run_file, run)
         return figures
 
-    figures = collectives.broadcast_object(collectives.together(measure, group), group=group)
-    assert figures is not None
-    return figures
+    return collectives.on_rank_0(measure, group)
 
 
 def _check_writable(path: Path) -> None:

@@ -94,12 +94,12 @@ def embed_kept(
                     done.write(b"\x01" * len(window))
                     done.flush()
 
-    first, width = collectives.rank(group) == 0, module.embedding_dim * dtype.itemsize
-    key = collectives.broadcast_object(collectives.together(lambda: name() if first else "", group), group=group)
+    width = module.embedding_dim * dtype.itemsize
+    key = collectives.on_rank_0(name, group)
     if is_multi_vector(module):
         return _kept_tokens(module, texts, options, folder / key, rows, group)
     paths = folder / f"{key}.embeddings", folder / f"{key}.rows"
-    collectives.together(lambda: create(paths) if first else None, group)
+    collectives.on_rank_0(lambda: create(paths), group)
     collectives.together(lambda: fill(paths), group)
     if not len(rows):
         return torch.empty(0, module.embedding_dim, dtype=dtype)

@@ -314,7 +314,7 @@ def mine(
 
     written = _Records(output, data, options, format)
     try:
-        done = collectives.broadcast_object(collectives.together(lambda: begin() if first else 0, group), group=group)
+        done = collectives.on_rank_0(begin, group)
         documents = embed_documents(model, data.documents, retrieve, kept=folder, group=group)
         scores = None if teacher is None else _scores_of(teacher, data, retrieve, device, kept=folder, group=group)
         for start in range(done, len(data.queries), _QUERIES):
@@ -323,15 +323,12 @@ def mine(
             negatives = search_negatives(
                 rows, queries, documents, data, options.range_max, similarity=similarity, scores=scores, group=group
             )
-            collectives.together(lambda negatives=negatives: written.add(*negatives) if first else None, group)
-        report = collectives.together(
-            lambda: written.finish({"similarity": similarity, **asdict(options)}) if first else {}, group
-        )
+            collectives.on_rank_0(lambda negatives=negatives: written.add(*negatives), group)
+        return collectives.on_rank_0(lambda: written.finish({"similarity": similarity, **asdict(options)}), group)
     except Exception:
         if first and not written.state.exists():  # else the same call goes on from there
             written.forget()
         raise
-    return collectives.broadcast_object(report, group=group)
 
 
 def _described(retrieve: RetrieveOptions) -> dict[str, Any]:

@@ -5,9 +5,8 @@ it is needed, and with bf16 it is gathered as a bfloat16 copy that it computes w
 float32 master weights, bfloat16 computation, no casts in between.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 import torch._functorch.config
@@ -18,15 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import collectives
+from inbatch.collectives import on_rank_0 as on_rank_0
 from inbatch.encoder.model import BiEncoderModel
-
-T = TypeVar("T")
-
-
-def on_rank_0(function: Callable[[], T]) -> T:
-    """Return on every rank what rank 0 computes; an error there is raised on every rank."""
-    value = collectives.together(lambda: function() if collectives.rank() == 0 else None)
-    return collectives.broadcast_object(value)  # type: ignore[return-value]
 
 
 def replicate(model: BiEncoderModel, device: torch.device) -> nn.Module:
