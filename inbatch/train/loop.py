@@ -329,10 +329,8 @@ def announce(run: Run, parts: list[Part]) -> None:
     if model.backend_because or wish(run.config.model.packed, run.learner.device) is None:
         run.report.note(model.way)
     if run.config.train.compile is None and run.learner.device.type == "cuda":
-        done = (
-            "are compiled: the run is long enough" if run.learner.compiled else "are not compiled: the run is too short"
-        )
-        run.report.note(f"transformer layers {done} to repay it (train.compile: true or false decides)")
+        done = "are compiled, which pays" if run.learner.compiled else "are not compiled, which would not pay"
+        run.report.note(f"transformer layers {done} in a run of this length and precision (train.compile decides)")
     for line in mixture(run.config, run.plan):
         run.report.note(line)
     for line in candidates(run.config, first, run.plan):
