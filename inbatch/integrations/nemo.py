@@ -222,7 +222,7 @@ def _texts(keys: _Keys, loader: str) -> tuple[dict[str, Any], bool]:
 
 
 def _validation(keys: _Keys, instructions: bool) -> dict[str, Any]:
-    """Return the settings of loss and accuracy among the candidates of each held-out query, without masks."""
+    """Return the settings of loss, accuracy and MRR among the candidates of each held-out query, without masks."""
     for name in ("validation_dataset", "validation_dataloader"):
         keys.take(name)  # null is none
     sources = _listed(keys.take("validation_dataset.data_dir_list", default=[]))

@@ -20,6 +20,7 @@ class LossStats:
         candidates   mean number of columns in a row's softmax, its positive included
         masked       fraction of the columns other than the positive that were left out as false negatives
         accuracy     fraction of rows whose positive scores highest among the candidates (rounding decides ties)
+        mrr          mean of 1 / the positive's rank among the candidates
 
     With several softmaxes (per_direction, Matryoshka) the first direction and the longest prefix are counted.
     """
@@ -40,9 +41,10 @@ class LossStats:
 
     def add(self, counts_B: Tensor, others: int, group: ProcessGroup | None) -> None:
         """Add counts [B, 2]: masked columns, columns that beat the positive; others: columns besides the positive."""
-        masked, beaten = counts_B[:, 0].sum(), (counts_B[:, 1] > 0).sum()
         rows = counts_B.shape[0]
-        new = torch.stack([torch.full_like(masked, rows), torch.full_like(masked, rows * others), masked, beaten])
+        masked_B, beaten_B = counts_B.double().unbind(1)
+        sums = masked_B.sum(), (beaten_B > 0).double().sum(), (1 / (1 + beaten_B)).sum()
+        new = torch.stack([torch.full_like(sums[0], rows), torch.full_like(sums[0], rows * others), *sums])
         self._totals = new if self._totals is None else self._totals + new
         self._group = group
 
@@ -50,9 +52,11 @@ class LossStats:
         """Return the figures so far, from every rank of the group together; ValueError if there are none."""
         if self._totals is None:
             raise ValueError("LossStats has collected nothing yet: pass it to info_nce(..., stats=...) first")
-        rows, others, masked, beaten = collectives.all_reduce(self._totals.clone(), "sum", self._group).tolist()
+        totals = collectives.all_reduce(self._totals.clone(), "sum", self._group)
+        rows, others, masked, beaten, reciprocal_ranks = totals.tolist()
         return {
             "candidates": 1 + (others - masked) / rows,
             "masked": masked / others if others else 0.0,
             "accuracy": 1 - beaten / rows,
+            "mrr": reciprocal_ranks / rows,
         }

@@ -147,12 +147,13 @@ def _scaled(vectors_bD: Tensor) -> Tensor:
 
 def _bare(name: str, package: str) -> None:
     """Let the modules of an installed package be imported as `name.module`, without what its `__init__` imports."""
+    if name in sys.modules:
+        return
     spec = find_spec(package)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {package!r}")
-    module = ModuleType(name)
+    sys.modules[name] = module = ModuleType(name)
     module.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules.setdefault(name, module)
 
 
 def _gradcache() -> Any:

@@ -375,7 +375,7 @@ class EvalConfig:
     data: str | None = None
     """BEIR folder; null measures no retrieval"""
     validation: str | TrainSource | None = None
-    """held-out records, whose loss and in-batch accuracy are measured in batches as in training; null measures none"""
+    """held-out records, measured in batches as in training: loss, in-batch accuracy and MRR; null measures none"""
     split: str = "dev"
     """which qrels; of a validation folder too"""
     every_steps: int | None = Field(default=None, ge=1)
@@ -391,7 +391,7 @@ class EvalConfig:
     sample_documents: int | None = Field(default=None, ge=1)
     """before the end, search in this many documents only: the queries' relevant ones, and others chosen by hash"""
     best_by: str | None = None
-    """validation_loss, validation_accuracy or one of the measures; null: the first measure, else validation_loss"""
+    """validation_loss, _accuracy, _mrr or one of the measures; null: the first measure, else validation_loss"""
     keep_best: bool = False
     """keep a checkpoint of the best evaluation, and at the end its model in best/"""
     patience: int | None = Field(default=None, ge=1)
@@ -403,7 +403,7 @@ class EvalConfig:
         for name in ("sample_queries", "sample_documents"):
             if getattr(self, name) is not None and self.data is None:
                 raise ValueError(f"eval.{name} is set, but there is no eval.data to take a sample of")
-        names = ["validation_loss", "validation_accuracy"] if self.validation is not None else []
+        names = ["validation_loss", "validation_accuracy", "validation_mrr"] if self.validation is not None else []
         names += self.measures if self.data is not None else []
         if self.best_by is not None and self.best_by not in names:
             raise ValueError(f"eval.best_by is {self.best_by!r}, which is not measured: expected one of {names}")

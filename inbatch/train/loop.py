@@ -386,16 +386,17 @@ def retrieval_figures(run: Run, data: RetrievalData) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_figures(run: Run, batches: Batches, sizes: list[int]) -> dict[str, float]:
-    """Return loss and in-batch accuracy of the held-out batches, without dropout: a mean over their queries."""
+    """Return loss, in-batch accuracy and MRR of the held-out batches, without dropout: means over their queries."""
     step_function = StepFunction(run.learner, run.config, run.total_steps)
     with ExitStack() as stack:
         for tower in run.learner.towers.values():
             stack.enter_context(evaluating(tower))
         losses = [step_function.loss(batches.step(step)) * size for step, size in enumerate(sizes)]
     total = collectives.all_reduce(torch.stack(losses).sum()) / collectives.world_size()
+    counted = step_function.stats.result()
     return {
         "validation_loss": float(total) / sum(sizes),
-        "validation_accuracy": step_function.stats.result()["accuracy"],
+        **{f"validation_{name}": counted[name] for name in ("accuracy", "mrr")},
     }
 
 

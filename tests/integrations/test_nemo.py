@@ -245,8 +245,8 @@ def run_body(rank: int, path: str, overrides: list[str], world_size: int) -> Non
 
 def by_hand(
     folder: Path, *, ranks: int, steps: int, gathered: bool, detached: bool, normalized: bool = True
-) -> tuple[list[dict], dict, float]:
-    """Steps as the specification has them, of all ranks in one process; the weights and the validation loss then."""
+) -> tuple[list[dict], dict, dict]:
+    """Steps as the specification has them, of all ranks in one process; the weights and the validation's figures."""
     model, tokenizer = AutoModel.from_pretrained(folder / "bert"), AutoTokenizer.from_pretrained(folder / "bert")
     documents = [json.loads(line) for line in (folder / "wiki" / "train.jsonl").read_text().splitlines()]
     texts = {document["id"]: document["text"] for document in documents}
@@ -305,8 +305,11 @@ def by_hand(
     with torch.no_grad():
         queries_bD = embed([f"query : {row['question']}" for row in records], 8)
         passages_ND = embed([f"document : {texts[name]}" for row in records for name in group(row, 2)], 12)
-        held_out = F.cross_entropy(own_scores(queries_bD, passages_ND), torch.zeros(len(records), dtype=torch.long))
-    return lines, model.state_dict(), float(held_out)
+        scores_bN = own_scores(queries_bD, passages_ND)
+        loss = F.cross_entropy(scores_bN, torch.zeros(len(records), dtype=torch.long))
+        ranks_b = 1 + (scores_bN > scores_bN[:, :1]).sum(1)
+        found = {"loss": loss, "accuracy": (ranks_b == 1).float().mean(), "mrr": (1 / ranks_b).mean()}
+    return lines, model.state_dict(), {f"validation_{name}": float(value) for name, value in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +333,8 @@ def test_a_run_follows_the_specification_step_by_step(pool, folder, tmp_path, ra
     pool.run(run_body, ranks, path, options, ranks)
     kind = {"ranks": ranks, "gathered": gathered, "normalized": normalized}
     lines, weights, held_out = by_hand(folder, steps=5, detached=detached, **kind)
-    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(held_out, rel=1e-5)
+    last = read_metrics(tmp_path / "run")[-1]
+    assert {name: last[name] for name in held_out} == pytest.approx(held_out, rel=1e-5)
     ours = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     for mine, reference in zip(ours, lines, strict=True):
         assert {name: mine[name] for name in reference} == pytest.approx(reference, rel=1e-5, abs=1e-5)

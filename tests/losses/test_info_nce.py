@@ -303,7 +303,7 @@ def test_stats_count_candidates_masks_and_hits(impl):
     ids = FalseNegatives(torch.tensor([1, 2, 1, -1], device=device()))  # passages 0 and 2 are one document
     for _ in range(2):
         info_nce(q, p, false_negatives=ids, impl=impl, stats=stats)
-    expected = {"candidates": (3 + 4 + 3 + 4) / 4, "masked": 2 / 12, "accuracy": 3 / 4}
+    expected = {"candidates": (3 + 4 + 3 + 4) / 4, "masked": 2 / 12, "accuracy": 3 / 4, "mrr": (3 + 1 / 3) / 4}
     assert stats.result() == pytest.approx(expected)
     stats.reset()
     info_nce(q, p, objective=GTE, impl=impl, stats=stats)

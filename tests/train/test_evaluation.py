@@ -31,15 +31,15 @@ def evaluating(folder: Path, output: Path, *, steps: int, lr: float = 3e-3, drop
     )
 
 
-def by_hand(model: Path, config: Config) -> tuple[float, float]:
-    """Loss and accuracy of the held-out records, dense, in batches of 8."""
+def by_hand(model: Path, config: Config) -> tuple[float, float, float]:
+    """Loss, accuracy and MRR of the held-out records, dense, in batches of 8."""
     encoder = BiEncoderModel.from_pretrained(model).eval()
     collate = Collator(
         lambda texts, length: encoder.tokenize(texts, max_length=length), query_max_len=8, passage_max_len=12
     )
     examples = open_examples(config.eval.validation)
     plan = BatchPlan(len(examples), 8, config.train.seed)
-    losses, hits = [], []
+    losses, ranks = [], []
     for step in range(plan.steps_per_epoch):
         batch = collate([examples[int(i)] for i in plan.batch(step)], 0)
         with torch.no_grad():
@@ -49,8 +49,8 @@ def by_hand(model: Path, config: Config) -> tuple[float, float]:
                 if passage in batch.positive_ids[i].tolist() and j != column:
                     scores_BN[i, j] = -torch.inf
         losses += torch.nn.functional.cross_entropy(scores_BN, batch.positives, reduction="none").tolist()
-        hits += (scores_BN.argmax(1) == batch.positives).tolist()
-    return sum(losses) / len(losses), sum(hits) / len(hits)
+        ranks += (scores_BN >= scores_BN.gather(1, batch.positives[:, None])).sum(1).tolist()
+    return tuple(sum(values) / len(losses) for values in (losses, [n == 1 for n in ranks], [1 / n for n in ranks]))
 
 
 def test_held_out_loss_sample_and_best_are_the_same_on_any_number_of_ranks(pool, folder, tmp_path):  # noqa: F811
@@ -69,7 +69,7 @@ def test_held_out_loss_sample_and_best_are_the_same_on_any_number_of_ranks(pool,
     assert lines[1][-1]["best_step"] == best["step"]
     run = tmp_path / "1"
     assert by_hand(run / "best", config) == pytest.approx(
-        (best["validation_loss"], best["validation_accuracy"]), abs=1e-5
+        [best[f"validation_{name}"] for name in ("loss", "accuracy", "mrr")], abs=1e-5
     )
     # The whole is measured at the end alone, beside the sample.
     assert all(("eval_nDCG@10" in line) == (line["step"] == 7) for line in lines[1])
