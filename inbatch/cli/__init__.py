@@ -218,7 +218,7 @@ def _check(known: argparse.Namespace) -> int:
     print("\n".join(text(checked, name)))
     if known.html is not None:
         write_text(known.html, page(checked, name))
-    return int(checked.worst == "error")
+    return int(any(finding.level == "error" for finding in checked.findings))
 
 
 def _open_model(name: str, device: "torch.device", pool_factor: int | None = None) -> "BiEncoderModel":

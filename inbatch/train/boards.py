@@ -9,23 +9,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from inbatch.data.files import naming, write_json
 from inbatch.train.config import Config, flatten
 from inbatch.train.run_folder import RunFolder
-
-
-class Board(Protocol):
-    def add(self, figures: Mapping[str, float], step: int) -> None:
-        """Log figures after `step` steps."""
-        ...
-
-    def close(self) -> None:
-        """Send the remaining figures."""
-        ...
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -35,25 +25,28 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ValueError(f"train.loggers names {name}, which is not installed: pip install {name}, or leave it out")
 
 
-def open_boards(folder: Path, config: Config, first_step: int) -> list[Board]:
-    """Open the loggers that the configuration names for a run that goes on after `first_step` steps."""
+def open_boards(folder: Path, config: Config, first_step: int) -> "list[_TensorBoard | _Wandb | _MLflow]":
+    """Open the loggers that the configuration names for a run that goes on after `first_step` steps.
+
+    Each has `add(figures, step)` and `close()`.
+    """
     known = dict(RunFolder(folder).read("loggers.json")) if first_step else {}
-    opened: dict[str, Board] = {}
+    opened: list[_TensorBoard | _Wandb | _MLflow] = []
     for name in dict.fromkeys(config.train.loggers):
         if name == "tensorboard":
-            opened[name] = _TensorBoard(folder / name, first_step)
+            opened.append(_TensorBoard(folder / name, first_step))
             continue
         try:
             board = (_Wandb if name == "wandb" else _MLflow)(folder, flatten(config), known.get(name))
         except OSError:
             raise
-        except Exception as error:  # each has classes of its own for a missing key or an unknown server
+        except Exception as error:  # they have classes of their own for a missing key or an unknown server
             raise ValueError(f"train.loggers: {name} does not start: {' '.join(str(error).split())}") from error
-        opened[name] = board
+        opened.append(board)
         known[name] = board.run_id
     if known:
         write_json(folder / "loggers.json", known)
-    return list(opened.values())
+    return opened
 
 
 class _TensorBoard:

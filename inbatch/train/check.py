@@ -124,11 +124,6 @@ class Check:
     lines: list[str]
     memory: Mapping[str, float]  # GiB of a rank
 
-    @property
-    def worst(self) -> str:
-        levels = {finding.level for finding in self.findings}
-        return next((level for level in ("error", "warning") if level in levels), "fine")
-
 
 def check(config: Config, *, ranks: int = 1) -> Check:
     """Return what there is to say about a run of so many ranks; ValueError for what training would refuse."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import Required, TypedDict
 
-from inbatch.train.settings import Number, settings
+from inbatch.train.settings import Number, default, settings, shown
 
 # The keys and whole groups that a resumed run may change: they alter neither the batches nor the meaning of a step
 # already taken.
@@ -456,6 +456,25 @@ def flatten(config: Config) -> dict[str, Any]:
         for group, values in asdict(config).items()
         for name, value in values.items()
     }
+
+
+def unused(config: Config) -> list[str]:
+    """Return a line for each setting that was given and has no effect beside the others."""
+    optim, evaluation = config.optim, config.eval
+    idle = [
+        ("lora.r is null", config.lora.r is None, ["lora.alpha", "lora.dropout", "lora.target_modules", "lora.merge"]),
+        ("optim.schedule is constant", optim.schedule == "constant", ["optim.decay_steps", "optim.min_lr"]),
+        ("optim.warmup_steps is given", optim.warmup_steps is not None, ["optim.warmup_ratio"]),
+        ("eval.data is null", evaluation.data is None, ["eval.measures"]),
+        ("nothing is evaluated", evaluation.data is None and evaluation.validation is None, ["eval.every_steps"]),
+    ]
+    values = flatten(config)
+    return [
+        f"{key} is {shown(values[key])}, which is not used: {why}"
+        for why, holds, keys in idle
+        for key in keys
+        if holds and values[key] != default(key)
+    ]
 
 
 def dump(config: Config) -> str:

@@ -198,7 +198,7 @@ def help_text() -> str:
     for group, cls in GROUPS.items():
         section = parser.add_argument_group(group, cls.__doc__)
         for name, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
-            default = "required" if field.is_required() else f"default: {shown(field.get_default())}"
-            text = f"{field.description} ({default})".replace("%", "%%")
+            usual = "required" if field.is_required() else f"default: {shown(field.get_default())}"
+            text = f"{field.description} ({usual})".replace("%", "%%")
             section.add_argument(f"--{group}.{name}", metavar=in_words(kind(f"{group}.{name}")), help=text)
     return parser.format_help()

@@ -20,7 +20,7 @@ from inbatch.data import Mixture
 from inbatch.data.batches import Part
 from inbatch.data.files import naming, sync
 from inbatch.train.boards import open_boards
-from inbatch.train.config import Config
+from inbatch.train.config import Config, unused
 from inbatch.train.run_folder import RunFolder, read_metrics
 
 OnFigures = Callable[[int, Mapping[str, float]], object]
@@ -259,7 +259,7 @@ def candidates(config: Config, first: FirstBatch, plan: Mixture) -> list[str]:
 
 def warnings(config: Config, first: FirstBatch, *, l2_normalize: bool, multi_vector: bool, gpus: int) -> dict[str, str]:
     """Return advice on settings that train, but probably not as intended, by its name in `check.LEVELS`."""
-    lines = {}
+    lines = {"not_used": "; ".join(idle)} if (idle := unused(config)) else {}
     if not config.loss.mask_duplicates and first.duplicates and not _alone(config):
         lines["duplicates"] = (
             f"{first.duplicates:.1%} of the queries have a duplicate of their positive in the batch, which counts as a "

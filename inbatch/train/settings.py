@@ -114,6 +114,12 @@ def kind(key: str) -> Any:
     return get_type_hints(GROUPS[group])[name]
 
 
+def default(key: str) -> Any:
+    """Return the default of a key that is not required."""
+    group, name = key.split(".")
+    return GROUPS[group].__pydantic_fields__[name].get_default()  # type: ignore[attr-defined]
+
+
 def members(kind: Any) -> tuple[Any, ...]:
     """Return the alternative types of a value."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)

@@ -7,7 +7,16 @@ import torch
 from inbatch.data import Mixture, TrainBatch
 from inbatch.data.batches import Part
 from inbatch.train import report
-from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from inbatch.train.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from inbatch.train.report import FirstBatch
 
 
@@ -71,6 +80,13 @@ def test_settings_that_look_wrong():
     (line,) = warnings(detached)
     assert "cosine 0.62" in line
     assert warnings(detached, first(queries=[4], passages=[4])) == []
+    idle = {"lora": LoraConfig(alpha=8), "optim": OptimConfig(schedule="constant", min_lr=1e-6, warmup_ratio=0.2)}
+    (line,) = warnings(replace(make_config(), **idle, eval=EvalConfig(every_steps=9, measures=["R@1"])))
+    assert line == (
+        "lora.alpha is 8.0, which is not used: lora.r is null; optim.min_lr is 1e-06, which is not used: "
+        "optim.schedule is constant; eval.measures is ['R@1'], which is not used: eval.data is null; "
+        "eval.every_steps is 9, which is not used: nothing is evaluated"
+    )
     local = make_config(loss={"negatives": "local"})
     (line,) = warnings(local)
     assert "255 of 511 available negatives are used; set it to gather" in line
