@@ -13,7 +13,7 @@ from inbatch.collectives.process_group import ProcessGroup, global_rank
 
 
 class RingShift:
-    """A shift under way: `wait()` returns the tensors that came from the previous rank."""
+    """Hold a shift under way: `wait()` returns the tensors that came from the previous rank."""
 
     def __init__(self, received: list[Tensor], works: list, sent: list[Tensor]):
         self._received, self._works, self._sent = received, works, sent

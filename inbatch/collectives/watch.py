@@ -43,13 +43,15 @@ def doing(activity: str, *, steps_only: bool = False) -> None:
 
 
 def tick() -> None:
-    """Count as progress."""
+    """Count a step of progress."""
     _Activity.ticks += 1
 
 
 class Watch:
-    """Watch in threads, until `close`. After `timeout_s` without progress of any rank, or without a beat of one, every
-    rank that still can calls say(message) and ends with status 1.
+    """Watch in threads, until `close`.
+
+    After `timeout_s` without progress of any rank, or without a beat from some rank, every rank that still can calls
+    say(message) and ends with status 1.
     """
 
     def __init__(

@@ -176,7 +176,7 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 class _Touch(torch.autograd.Function):
-    """A zero that depends on every tensor given and passes no gradient: their accumulation hooks still run."""
+    """Return a zero that depends on every tensor given and passes no gradient: their accumulation hooks still run."""
 
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class _Touch(torch.autograd.Function):
 
 
 class _Anchor(nn.Module):
-    """Stands in for the wrapped module when DDP is to await gradients; holds it, since buffers are broadcast then."""
+    """Stand in for the wrapped module while DDP prepares to await gradients, which broadcasts the module's buffers."""
 
     def __init__(self, wrapped: nn.Module):
         super().__init__()
@@ -202,7 +202,7 @@ class _Anchor(nn.Module):
 def await_gradients(module: nn.Module) -> Tensor:
     """Let a DDP module reduce the gradients that its parameters get next, each once.
 
-    Returns a tensor whose backward gives every parameter nothing more, so that DDP reduces what `.grad` holds.
+    Returns a tensor whose backward adds nothing to any gradient, so that DDP reduces what `.grad` holds.
     """
     wrapped: nn.Module = module.module  # type: ignore[assignment]
     module.module = _Anchor(wrapped)  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def loop(run: Run, clock: Stopwatch) -> int:
             if step == run.first_step:
                 announce(run, parts)
                 evaluate_if_due(run, clock, step)
-                if out_of_patience(run):  # an interrupted run was
+                if out_of_patience(run):  # as the interrupted run was
                     return step
             # A GPU's rank that waits for another may keep the processor busy; the first step compiles there.
             steps_only = run.learner.device.type == "cuda" and step > run.first_step

@@ -1,4 +1,4 @@
-"""Before the first step ranks agree that they read the same: files under one name may differ between hosts."""
+"""Agree before the first step that all ranks read the same: files of the same name may differ between hosts."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from inbatch.retrieval.kept import text_digest, weights_digest
 from inbatch.train.parallel import on_rank_0
 
 _SAMPLES = 1000
-_NFS_S = 5  # for which a host may go by what it knew of a folder
+_NFS_S = 5  # for which a host may trust its cached listing of a folder
 
 
 def check_data(examples: Examples, evaluation: RetrievalData | None, held_out: Examples | None) -> None:

@@ -328,7 +328,7 @@ def open_learner(
 def operations(towers: Mapping[str, BiEncoderModel], config: Config, total_steps: int) -> float:
     """Return the floating-point operations of a rank in the whole run, at most: 6 a token and weight of a product.
 
-    From the settings alone, so that ranks and runs that go on agree.
+    It follows from the settings alone, so that all ranks, and a resumed run, get the same number.
     """
     products = [m for tower in towers.values() for m in tower.backbone.modules() if isinstance(m, nn.Linear)]
     weights = sum(module.weight.numel() for module in products) / len(towers)
@@ -359,7 +359,7 @@ def build_loss(config: LossConfig, dimension: int, device: torch.device) -> Info
     loss = InfoNCELoss(
         config.temperature,
         learnable=config.learnable_temperature,
-        # Passages of other ranks without gradient are this rank's own to the loss.
+        # To the loss, passages of other ranks without gradient are this rank's.
         negatives="local" if config.detach_remote else config.negatives,
         impl=config.impl,
         objective=replace(

@@ -24,13 +24,13 @@ from inbatch.train.same import check_towers
 
 @dataclass(frozen=True, kw_only=True)
 class Vectors:
-    """`vectors` [n, D], mapped from the disk, of the texts whose `keys` int64 [n] are sorted."""
+    """Hold the `vectors` [n, D], mapped from the disk, of texts by their sorted `keys`, int64 [n]."""
 
     keys: np.ndarray
     vectors: Tensor
 
     def of(self, ids: Tensor, device: torch.device) -> Tensor:
-        """Return the vectors of texts by the ids that batches give them: those of texts that share an id are one."""
+        """Return the vectors of texts by their ids in batches; texts that share an id share a vector."""
         rows = np.searchsorted(self.keys, ids.cpu().numpy())
         assert np.array_equal(self.keys[rows], ids.cpu().numpy())
         return self.vectors[rows].to(device)
@@ -41,9 +41,9 @@ def teacher_vectors(
 ) -> tuple[Vectors, Vectors]:
     """Return an encoder's vectors of the queries and of the passages of sets of examples, with its own prompts.
 
-    Every rank calls it with the same ones and embeds a share; memory holds each text once meanwhile. folder: shared
-    by all hosts; what it has of the same weights and texts is not embedded again. precision: as EmbedOptions has it.
-    ValueError for what cannot be opened.
+    Every rank calls it with the same sets and embeds a share; memory holds each text once meanwhile. folder: shared by
+    all hosts; what it holds of the same weights and texts is not embedded again. precision: as in EmbedOptions.
+    Raises ValueError for an encoder that cannot be opened.
     """
     queries: dict[int, str] = {}
     passages: dict[int, str] = {}

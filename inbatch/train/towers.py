@@ -59,7 +59,7 @@ def _open(config: Config, packed: bool | None = False, *, frozen: bool = False) 
         tower.document_length = config.data.passage_max_len
     tower.similarity = config.eval.similarity or tower.similarity
     if frozen:
-        # In evaluation mode too: its dropout would only be noise.
+        # In evaluation mode too: dropout would only be noise.
         return tower.requires_grad_(False).eval()
     if config.model.gradient_checkpointing:
         tower.gradient_checkpointing_enable()
@@ -120,7 +120,7 @@ def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Pa
             for name, tower in towers.items():
                 state = states[name]
                 if has_lora(tower) and config.lora.merge:
-                    # Merged in a copy of its own, for the towers in training may be sharded.
+                    # Merged in a copy: the towers in training may be sharded.
                     tower = _open(config)
                     tower.load_state_dict(state)
                     merge_lora(tower)
