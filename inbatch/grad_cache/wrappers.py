@@ -98,7 +98,8 @@ def others_refused(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
     with ExitStack() as stack:
         # A hook on each living wrapper, wherever encode hides it. A global hook would be traced into every layer that
         # is compiled meanwhile. By type, not isinstance: proxies would answer for what they stand for.
-        for module in (thing for thing in gc.get_objects() if type(thing) in kinds):
+        # A wrapper without attributes is being destroyed.
+        for module in (thing for thing in gc.get_objects() if type(thing) in kinds and vars(thing)):
             if id(module) not in known:
                 stack.callback(module.register_forward_pre_hook(_refuse, prepend=True).remove)
             elif is_fsdp2(module):
