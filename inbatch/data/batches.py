@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +64,10 @@ class Batches(Dataset):
                 parts.append(Part(collate(drawn, sources), len(part) / size))
         return parts
 
-    def ahead_from(self, first: int, last: int, *, num_workers: int | None = None) -> Iterator[list[Part]]:
+    def ahead_from(self, first: int, last: int, *, num_workers: int | None = None) -> Generator[list[Part]]:
         """Yield the steps first, first + 1, ..., last - 1 in order, each worker two steps ahead; None: as cores allow.
 
+        Closing it, or an error in it, ends the workers.
         Processes, not threads: a tokenizer that holds the interpreter keeps the GPU waiting for its next kernel.
         """
         options: dict[str, Any] = {}
@@ -80,12 +81,12 @@ class Batches(Dataset):
             self, sampler=range(first, last), batch_size=None, collate_fn=lambda parts: parts, **options
         )
         others = set(multiprocessing.active_children())
-        steps = map(_unpacked, iter(loader))
+        loaded = iter(loader)
         for worker in set(multiprocessing.active_children()) - others:
             # An iterator that outlives its use, as in an exception's traceback, keeps its workers. They ignore
             # SIGTERM, by which multiprocessing ends them, and it would wait for ever.
             atexit.register(worker.kill)
-        return _received_ahead(steps) if num_workers else steps
+        return _received_ahead(loaded) if num_workers else (_unpacked(step) for step in loaded)
 
     def __getitem__(self, step: int) -> list[tuple[dict, float]] | Exception:
         """Return what travels from a worker: the parts, or an error, which the loader would wrap in its traceback."""
@@ -107,13 +108,18 @@ def start_worker(number: int) -> None:
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def _received_ahead(steps: Iterator[list[Part]]) -> Iterator[list[Part]]:
+def _received_ahead(loaded: Any) -> Generator[list[Part]]:
     """Yield the steps, each received while the one before runs: megabytes come through a worker's pipe."""
+    steps = map(_unpacked, loaded)
     with ThreadPoolExecutor(1) as receiver:
-        coming = receiver.submit(next, steps, None)
-        while (parts := coming.result()) is not None:
+        try:
             coming = receiver.submit(next, steps, None)
-            yield parts
+            while (parts := coming.result()) is not None:
+                coming = receiver.submit(next, steps, None)
+                yield parts
+        finally:
+            # Left to the garbage collector, the queues may be closed first: then it waits 20 s, and workers stay.
+            loaded._shutdown_workers()
 
 
 def _workers_that_fit() -> int:

@@ -5,6 +5,7 @@ Shapes: B queries, M passages, N passages of the global batch, D dimension.
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -610,10 +611,12 @@ def test_an_error_while_reading_ahead_is_raised(folder):
         def __getitem__(self, index):
             raise ValueError("records.jsonl, line 3 is not JSON")
 
+    others = {*multiprocessing.active_children()}
     batches = Batches(Broken([0] * 9), BatchPlan(9, 4), collator=None, rank=0, world_size=1)  # type: ignore[arg-type]
     for num_workers in (0, 2):
         with pytest.raises(ValueError, match=r"^records.jsonl, line 3 is not JSON$"):
             next(batches.ahead_from(0, 3, num_workers=num_workers))
+    assert {*multiprocessing.active_children()} <= others, "workers end with it"
 
 
 def test_compiling_is_repaid_by_the_operations_of_the_whole_run(folder, tmp_path):
