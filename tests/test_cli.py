@@ -142,8 +142,9 @@ def test_an_unknown_error_keeps_its_traceback(monkeypatch):
         cli.run(["export", "run", "model"])
 
 
-@pytest.mark.parametrize("source", ["/absent-run", "/"])
-def test_nothing_to_export(tmp_path, capsys, source):
+@pytest.mark.parametrize("source", ["/absent-run", "/", "{home}/runs/without_checkpoints"])  # config.yaml is in home
+def test_nothing_to_export(home, tmp_path, capsys, source):
+    source = source.format(home=home)
     assert cli.run(["export", source, str(tmp_path / "model")]) == 1
     assert f"{source} is neither a run with checkpoints nor a checkpoint in one" in only_message(capsys)
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from inbatch import collectives
+from inbatch.collectives import on_rank_0
 from inbatch.data.files import naming, partial, publish, remove, sync
-from inbatch.train.parallel import on_rank_0
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _SUMS, _INDEX = "SHA256SUMS", "index.json"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from inbatch import collectives
+from inbatch.collectives import on_rank_0
 from inbatch.data import RetrievalData, TrainBatch
 from inbatch.data.batches import Batches, Part
 from inbatch.encoder.packing import wish
@@ -30,7 +31,7 @@ from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
 from inbatch.train.optim import clip_gradients, learning_rate, set_learning_rate
-from inbatch.train.parallel import gathered, is_spread, on_rank_0
+from inbatch.train.parallel import gathered, is_spread
 from inbatch.train.report import OnFigures, Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
 from inbatch.train.same import check_shared
@@ -74,6 +75,7 @@ def train(
                 try:
                     finish(run, clock, loop(run, clock))
                 finally:
+                    run.steps.close()
                     if collectives.world_size() == 1:  # after an error, other ranks may be anywhere
                         finish_saving(run, clock)
                     run.report.close()

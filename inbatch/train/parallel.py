@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import collectives
-from inbatch.collectives import on_rank_0 as on_rank_0
 from inbatch.encoder.model import BiEncoderModel
 
 

@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
+from inbatch.collectives import on_rank_0
 from inbatch.data.files import write_json, write_text
 from inbatch.train.config import Config, differences, dump
 from inbatch.train.config_file import load
-from inbatch.train.parallel import on_rank_0
 
 P = ParamSpec("P")
 T = TypeVar("T")

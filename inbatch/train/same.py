@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from inbatch import collectives
+from inbatch.collectives import on_rank_0
 from inbatch.data.index import HEADER, made_once
 from inbatch.data.lines import Rows
 from inbatch.data.readers import Examples
@@ -16,7 +17,6 @@ from inbatch.data.records import RetrievalData
 from inbatch.data.token_cache import tokenizer_digest
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.retrieval.kept import text_digest, weights_digest
-from inbatch.train.parallel import on_rank_0
 
 _SAMPLES = 1000
 _NFS_S = 5  # for which a host may trust its cached listing of a folder

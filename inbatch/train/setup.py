@@ -1,7 +1,7 @@
 """Everything before the first step: the data, the model, the optimizer, and where to go on from."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from inbatch import collectives
+from inbatch.collectives import on_rank_0
 from inbatch.data import BatchPlan, Collator, Mixture, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches, Part
 from inbatch.data.identity import keys_of
@@ -28,7 +29,6 @@ from inbatch.train import checkpoint
 from inbatch.train.boards import check_loggers
 from inbatch.train.config import Config, EvalConfig, LossConfig, TrainSource
 from inbatch.train.optim import build_optimizer
-from inbatch.train.parallel import on_rank_0
 from inbatch.train.report import NoReport, OnFigures, Report
 from inbatch.train.run_folder import RunFolder
 from inbatch.train.same import check_data, check_towers
@@ -86,7 +86,7 @@ class Run:
     report: Report
     learner: Learner
     plan: Mixture
-    steps: Iterator[list[Part]]
+    steps: Generator[list[Part]]
     evaluation: RetrievalData | None
     sample: RetrievalData | None
     validation: tuple[Batches, list[int]] | None

@@ -128,7 +128,7 @@ def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Pa
                 tower.save_pretrained(_place(filled, name), state_dict=state)
             write_cards(towers, config, filled)
 
-    collectives.together(lambda: write() if collectives.rank() == 0 else None)
+    collectives.on_rank_0(write)
 
 
 def write_cards(towers: Mapping[str, BiEncoderModel], config: Config, folder: Path) -> None:
@@ -156,7 +156,7 @@ def export(source: str | Path, output: str | Path) -> Path:
         newest = checkpoint.newest_whole(Path(source) / "checkpoints")
         path = newest[1] if newest else Path(source).resolve()
         run = path.parent.parent
-        if not (run / "config.yaml").is_file():
+        if path.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
             raise ValueError(
                 f"{source} is neither a run with checkpoints nor a checkpoint in one: expected RUN or "
                 "RUN/checkpoints/step-00000100"
