@@ -1,6 +1,6 @@
 """A session-wide pool of worker processes that run test bodies in real process groups.
 
-Spawning a process and importing torch costs seconds, a job in a warm worker costs milliseconds. Every job gets a fresh
+Starting a process and importing torch costs seconds, a job in a warm worker costs milliseconds. Every job gets a fresh
 default group of exactly the wanted size (file rendezvous) and a time limit: workers that hang are killed and replaced.
 """
 
@@ -78,7 +78,9 @@ def _run_job(group: dict, body, args: tuple) -> bytes:
 
 class Pool:
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # Workers are forked from a server that has imported what most tests need, but no CUDA and no threads.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["inbatch.train.loop", "tests.tiny_models"])
         self._workers: list = []  # (process, connection)
         self._folder = tempfile.TemporaryDirectory(prefix="inbatch-tests-")
         self._jobs = 0
