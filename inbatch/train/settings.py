@@ -63,6 +63,14 @@ def _number(value: Any) -> Any:
         return value
 
 
+# The expectation by pydantic's name of the mistake.
+_LIMITS = {
+    "greater_than": "a positive number",  # of Field(gt=0), the only one in use
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "finite_number": "a finite number",
+}
+
 # YAML 1.1 takes 1e-4 for text.
 Number = Annotated[float, BeforeValidator(_number)]
 
@@ -145,25 +153,11 @@ def _explained(error: ValidationError, group: str, values: Mapping[str, Any]) ->
 
 def _expected(detail: Any, value: Any, kind_: Any) -> str:
     """Return the message about a value: the limit that it exceeds, or the expected type in words."""
-    limits = detail.get("ctx", {})
     or_null = ", or null" if type(None) in members(kind_) else ""
-    match detail["type"]:
-        case "greater_than" if limits["gt"] == 0:
-            expected = f"a positive number{or_null}"
-        case "greater_than":
-            expected = f"more than {limits['gt']}{or_null}"
-        case "greater_than_equal":
-            expected = f"at least {limits['ge']}{or_null}"
-        case "less_than":
-            expected = f"less than {limits['lt']}{or_null}"
-        case "less_than_equal":
-            expected = f"at most {limits['le']}{or_null}"
-        case "finite_number":
-            expected = f"a finite number{or_null}"
-        case "too_short" | "string_too_short" if len(value) == 0:
-            return f"is empty: name at least one{or_null}"
-        case _:
-            expected = in_words(kind_)
+    if detail["type"] in ("too_short", "string_too_short") and len(value) == 0:
+        return f"is empty: name at least one{or_null}"
+    words = _LIMITS.get(detail["type"])
+    expected = in_words(kind_) if words is None else words.format(**detail.get("ctx", {})) + or_null
     return f"is {shown(value)}: expected {expected}"
 
 
