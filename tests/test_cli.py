@@ -127,6 +127,7 @@ def test_wrong_usage_is_one_line(capsys, arguments, expected):
         (RuntimeError("[x/gloo/pair.cc:547] Connection closed by peer [1.2.3.4]:5"), 1, "another rank failed"),
         (RuntimeError("[x/gloo/unbound_buffer.cc:81] Timed out waiting 1000ms for recv"), 1, "another rank hangs"),
         (OtherRankError("rank 1: OSError: No space left on device"), 1, "rank 1: OSError: No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "lower train.micro_batch_tokens"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "lower data.num_workers"),
     ],
 )

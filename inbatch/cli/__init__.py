@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from inbatch.cli.launch import (
     INTERRUPTED,
     REPORT_FD,
+    in_one_line,
     launch,
-    no_fault_of_this_process,
     report,
     report_last,
     show_warning,
@@ -101,11 +101,10 @@ def run(arguments: Sequence[str]) -> int:
         report(stopped.message)
         return int(stopped.code or 0)
     except (RuntimeError, KeyboardInterrupt) as error:
-        if (words := no_fault_of_this_process(error)) is None:
+        if (said := in_one_line(error)) is None:
             raise
-        interrupted = isinstance(error, KeyboardInterrupt)
-        report(words, cause=interrupted)
-        return INTERRUPTED if interrupted else 1
+        report(said[0], cause=said[1])
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

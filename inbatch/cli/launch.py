@@ -119,19 +119,25 @@ def _report_killed(statuses: dict[int, int]) -> None:
         print(f"inbatch: error: rank {rank} {how}", file=sys.stderr)
 
 
-def no_fault_of_this_process(error: BaseException) -> str | None:
-    """Return the message for a failure caused outside this process, whose traceback would not help, or None."""
-    text = " ".join(str(error).split())
+def in_one_line(error: BaseException) -> tuple[str, bool] | None:
+    """Return the message for a failure whose traceback would not help, and True if it began in this process.
+
+    None for other failures.
+    """
+    text, name = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if type(error).__name__ == "OtherRankError":
-        return text
+        return "interrupted", True
+    if name == "OutOfMemoryError":
+        remedy = "lower train.micro_batch_tokens and train.keep_graph_mib, or --batch-tokens"
+        return f"the memory of the GPU is exhausted: {remedy} ({text[:160]})", True
+    if name == "OtherRankError":
+        return text, False
     if "DataLoader worker" in text:
-        return f"a process that makes batches was killed: free memory, or lower data.num_workers ({text[:120]})"
+        return f"a process that makes batches was killed: free memory, or lower data.num_workers ({text[:120]})", False
     if "gloo" in text and "Timed out" in text:
-        return f"another rank hangs, or does something else than this one, which waited too long for it ({text[:160]})"
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in text:
-        return f"another rank failed, and says why if it could: its connection is lost ({text[:160]})"
+        return f"another rank hangs, or is in another call than this one, which waited too long ({text[:160]})", False
+    if name in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in text:
+        return f"another rank failed, and says why if it could: its connection is lost ({text[:160]})", False
     return None
 
 

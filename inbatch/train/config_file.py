@@ -175,7 +175,7 @@ def _read_options(overrides: Sequence[str]) -> dict[str, Any]:
     for argument in rest:
         if argument.startswith("--"):
             raise ValueError(f"the command line: {unknown(argument[2:].split('=', 1)[0])}")
-        raise ValueError(f"unrecognized arguments: {argument}")
+        raise ValueError(f"unrecognized arguments: {argument} (CONFIG comes first, then options: --group.key value)")
     return {key: _typed(key, text) for key, text in vars(given).items() if text is not None}
 
 
