@@ -91,7 +91,7 @@ def test_the_quick_way_finds_what_the_careful_way_finds(content, columns):
         path = Path(folder) / "a.jsonl"
         path.write_text(content)
         quick = opened(path, columns)
-        monkeypatch.setattr(readers, "_is_plain", lambda record, columns: False)
+        monkeypatch.setattr(readers, "_plain", lambda record, columns: None)
         monkeypatch.setattr(lines, "_json_lines", lambda block: iter(()))
         assert opened(path, columns) == quick
 
