@@ -201,7 +201,7 @@ def _encoding_options() -> argparse.ArgumentParser:
         "--batch-tokens",
         type=_positive,
         metavar="N",
-        help="padded tokens per batch (default: 65536 packed on a GPU, else 16384)",
+        help="padded tokens per batch (default: 65536 packed on a GPU, 16384 padded, 4096 on a CPU)",
     )
     options.add_argument(
         "--pool-factor",
