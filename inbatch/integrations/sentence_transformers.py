@@ -227,13 +227,23 @@ class Collator(SentenceTransformerDataCollator):
 
         SentenceTransformerTrainer(..., data_collator=Collator(model.preprocess, ids={"positive": "doc_id"}))
 
-    ids: text column -> the column with its ids, of any type; that is then no text. Texts without ids are hashed.
-    A data set with labels for another loss keeps them.
+    ids: text column -> the column with its ids, of any type; that is then no text. Other texts are hashed, without
+    their prompts. A data set with labels for another loss keeps them.
+    Raises ValueError for prompts, router_mapping or max_length in the training arguments that are not given here too:
+    the trainer would not use them.
     """
 
     ids: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        card = getattr(getattr(self.preprocess_fn, "__self__", None), "model_card_data", None)
+        arguments = getattr(card, "all_hyperparameters", {})  # of the training that has begun
+        for name in ("prompts", "router_mapping", "max_length"):
+            if arguments.get(name) and not getattr(self, name, None):
+                raise ValueError(
+                    f"the training arguments have {name}, which a trainer gives to no collator but its own: give them "
+                    f"to Collator(..., {name}=...) too"
+                )
         apart = {*self.ids.values(), *self.valid_label_columns, "dataset_name"}
         missing = [name for name in (*self.ids, *self.ids.values()) if features and name not in features[0]]
         if missing:

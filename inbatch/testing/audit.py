@@ -89,7 +89,7 @@ def audit(rows: Iterable[Row]) -> Iterator[tuple[Row, GradientParity | str]]:
                         towers=("query", "passage"),
                     ),
                 )
-        except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (ImportError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             yield row, f"failed on rank {rank}: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 

@@ -134,6 +134,9 @@ def _flag_embedding(across: bool, model: Any, batch: Batch) -> Tensor:
 
 def _swift(model: nn.Module, batch: Batch) -> Tensor:
     os.environ["INFONCE_TEMPERATURE"] = str(TEMPERATURE)
+    state = import_module("accelerate.state").PartialState
+    state._reset_state()  # other libraries' imports may have made it for one process
+    state(cpu=True)  # as their training arguments do
     queries, others, _ = embedded(model, batch)
     sentences = torch.stack([queries, *others], 1).flatten(0, 1)
     loss = import_module("swift.loss.embedding").InfonceLoss(None, None)

@@ -231,6 +231,23 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
         ours.MultipleNegativesRankingLoss(model, directions=GTE)([dict(f) for f in features], None)
 
 
+def test_prompts_are_given_to_the_collator(folder, tmp_path):
+    model, columns = SentenceTransformer(folder, device="cpu"), records(4)
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=1, prompts={"anchor": "the "}, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    trained = {"model": model, "args": arguments, "train_dataset": Dataset.from_dict(columns)}
+    trained["loss"] = ours.MultipleNegativesRankingLoss(model)
+    trainer = SentenceTransformerTrainer(**trained, data_collator=ours.Collator(model.preprocess))
+    with pytest.raises(ValueError, match=r"the training arguments have prompts.*Collator\(\.\.\., prompts="):
+        trainer.train()
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    batch = ours.Collator(model.preprocess, prompts={"anchor": "the "})(rows)
+    plain = ours.Collator(SentenceTransformer(folder, device="cpu").preprocess)(rows)
+    assert (batch["anchor_attention_mask"].sum(1) == plain["anchor_attention_mask"].sum(1) + 1).all()
+    assert torch.equal(batch["label"], plain["label"])
+
+
 def test_labels_that_are_no_ids_are_named_as_unused():
     loss = ours.MultipleNegativesRankingLoss(torch.nn.Identity())  # type: ignore[arg-type]
     columns = [{"sentence_embedding": torch.randn(3, 4)} for _ in range(2)]
