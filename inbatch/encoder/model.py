@@ -35,7 +35,7 @@ from inbatch.encoder.multi_vector import ROLES, TASKS, UNSEEN, MultiVector, Toke
 from inbatch.encoder.multi_vector_folder import write_multi_vector
 from inbatch.encoder.multi_vector_head import open_head, with_multi_vector
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
-from inbatch.encoder.pooling import check_pooling, pool
+from inbatch.encoder.pooling import check_pooling, first_of, pool
 from inbatch.encoder.st_folder import Folder, Layout, read_layout, write_layout
 
 
@@ -250,9 +250,7 @@ class BiEncoderModel(nn.Module):
         embeddings_BD = pool(states_BTD, mask_BT, self.pooling)
         if self.l2_normalize:
             embeddings_BD = nn.functional.normalize(embeddings_BD, dim=-1)
-        embeddings_BD = embeddings_BD[:, : self.truncate_dim]
-        # Not a view, which FSDP2's hooks on the output would warn of.
-        return embeddings_BD if rows else embeddings_BD[:0].clone()
+        return first_of(embeddings_BD, rows, self.truncate_dim)
 
     forward = encode
 

@@ -41,3 +41,10 @@ def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
     weight_BT = (mask_BT.cumsum(1) * mask_BT).to(wide)
     total_B1 = weight_BT.sum(1, keepdim=True).clamp(min=1.0)
     return (real_BTD.to(wide) * weight_BT[:, :, None]).sum(1) / total_B1
+
+
+def first_of(embeddings_BD: Tensor, rows: int, dimension: int | None) -> Tensor:
+    """Return the first rows and components (None: all), never a view: FSDP2's hooks on an output warn of those."""
+    if dimension is not None or rows < len(embeddings_BD):
+        embeddings_BD = embeddings_BD[:rows, :dimension]
+    return embeddings_BD.clone() if embeddings_BD._is_view() else embeddings_BD

@@ -15,6 +15,7 @@ from inbatch.encoder.card import model_card
 from inbatch.encoder.folder_settings import UnsupportedError
 from inbatch.encoder.loading import cut_of, local_folder, position_table, restore_cut
 from inbatch.encoder.model import BiEncoderModel, attended
+from inbatch.encoder.pooling import first_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -138,10 +139,8 @@ class SentenceTransformerEncoder(BiEncoderModel):
         else:
             features = {"input_ids": ids_BT, "attention_mask": attended(mask_BT).long()}
         embeddings_BD = self.backbone(features)["sentence_embedding"]
-        embeddings_BD = embeddings_BD.to(torch.promote_types(embeddings_BD.dtype, torch.float32))[
-            :, : self.truncate_dim
-        ]
-        return embeddings_BD if rows else embeddings_BD[:0].clone()
+        embeddings_BD = embeddings_BD.to(torch.promote_types(embeddings_BD.dtype, torch.float32))
+        return first_of(embeddings_BD, rows, self.truncate_dim)
 
     forward = encode
 
