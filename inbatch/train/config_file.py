@@ -126,7 +126,7 @@ def read_value(text: str, source: str) -> Any:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
+        raise ValueError(f"config file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:

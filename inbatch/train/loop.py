@@ -30,7 +30,7 @@ from inbatch.retrieval.embed import EmbedOptions, evaluating, unwrap
 from inbatch.retrieval.evaluate import RetrieveOptions, evaluate
 from inbatch.train import checkpoint
 from inbatch.train.config import Config, LossConfig, flatten
-from inbatch.train.optim import clip_gradients, learning_rate, set_learning_rate
+from inbatch.train.optim import clip_gradients, learning_rate
 from inbatch.train.parallel import gathered, is_spread
 from inbatch.train.report import OnFigures, Stopwatch, candidates, look_at, mixture, warnings
 from inbatch.train.run_folder import RunFolder, read_metrics
@@ -169,7 +169,8 @@ class StepFunction:
         loss = self.loss(parts)
         norm = clip_gradients(learner.parameters, config.optim.max_grad_norm)
         rate = learning_rate(step, self._total_steps, config.optim)
-        set_learning_rate(learner.optimizer, rate)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
         others = {"grad_norm": norm, "lr": rate, "temperature": learner.loss.temperature}
         learner.optimizer.step()
         losses = {"loss": loss, **self._parts}

@@ -43,11 +43,6 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm` (None: only measure it); return the norm."""
     kinds = plain_and_sharded([p for p in parameters if p.grad is not None])

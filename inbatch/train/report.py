@@ -237,7 +237,8 @@ def candidates(config: Config, first: FirstBatch, plan: Mixture) -> list[str]:
     if _alone(config):
         return [f"each query sees its record's {_passages(seen, queries)} alone: data.train has negatives: own"]
     fewest, most = min(first.queries), max(first.queries)
-    origin = f"{most if fewest == most else f'{fewest} to {most}'} queries x {_passages(seen, queries)}"
+    count = most if fewest == most else f"{fewest} to {most}"
+    origin = f"{count} {'query' if fewest == most == 1 else 'queries'} x {_passages(seen, queries)}"
     if ranks > 1:
         origin = f"{ranks} ranks x {origin}" if everyone else f"this rank's {origin}"
     negatives = f"{seen - 1} negative{'s' * (seen != 2)}"
