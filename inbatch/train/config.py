@@ -337,10 +337,10 @@ class TrainConfig:
     """fsdp2: false keeps the gathered weights through a step: faster, for the memory of the weights"""
     compile: bool | None = None
     """torch.compile for each transformer layer; null does so on a GPU where the run is long enough to repay it"""
-    micro_batch_tokens: int | Literal["auto"] | None = "auto"
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
     """tokens encoded at a time, with padding that is encoded: the same gradient, other dropout masks; auto times on a
     GPU how few fill it (give a number for the same masks in every run), null encodes the batch whole"""
-    keep_graph_mib: int | Literal["auto"] = "auto"
+    keep_graph_mib: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """memory for activations kept between the two passes, so that less is encoded twice"""
     log_every: int = Field(default=10, ge=1)
     """steps between two lines of metrics.jsonl"""
