@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -333,12 +332,14 @@ def _plain(record: Any, columns: Columns) -> tuple[str, list[str], list[str], st
     """
     if type(record) is not dict:
         return None
-    layout, names = columns.layout(record), tuple(record)
+    names = tuple(record)
     if names not in columns.plain:
-        columns.plain[names] = _plain_columns(layout, columns.given)
+        columns.plain[names] = _plain_columns(columns.layout(record), columns.given)
     if columns.plain[names] is None:
         return None
-    query, positive, negative, prompts, scored = columns.plain[names]
+    query, positive, negative, prompts, scored, rest = columns.plain[names]
+    if rest:
+        columns.layout(record)  # notes what is not read
     text, texts = record[query], _texts(record[positive])
     others = _texts(record[negative]) if negative is not None else []
     if not texts or others is None or type(text) is not str or not text or text.isspace():
@@ -346,18 +347,21 @@ def _plain(record: Any, columns: Columns) -> tuple[str, list[str], list[str], st
     for column in prompts:
         if record[column] is not None and type(record[column]) is not str:
             return None
-    scores = [_numbers(record[column]) for column in scored]
-    if scores and list(map(len, scores)) != [len(texts), len(others)]:
-        return None
+    scores: list[float] = []
+    if scored:
+        by_column = [_numbers(record[column]) for column in scored]
+        if list(map(len, by_column)) != [len(texts), len(others)]:
+            return None
+        scores = [score for some in by_column for score in some]
     if others and not apart(texts, others):
         return None
-    return text, texts, others, record[prompts[0]] if prompts else None, [*chain.from_iterable(scores)]
+    return text, texts, others, record[prompts[0]] if prompts else None, scores
 
 
 def _plain_columns(
     layout: Mapping[str, list], given: Mapping[str, list]
-) -> tuple[str, str, str | None, list[str], list[str]] | None:
-    """Return the columns of the query, the positive, the negative, prompts and scores; None where others matter too."""
+) -> tuple[str, str, str | None, list[str], list[str], list[str]] | None:
+    """Return the columns of query, positive, negative, prompts, scores, and of no role; None where others count too."""
     queries, positives, negatives = (layout[role] for role in ("query", "positive", "negative"))
     if not (
         len(queries) == len(positives) == 1 >= len(negatives)
@@ -367,7 +371,7 @@ def _plain_columns(
     ):
         return None
     scored = [column for role in _SCORES for column in layout[role]]
-    return queries[0], positives[0], negatives[0] if negatives else None, layout["prompt"], scored
+    return queries[0], positives[0], negatives[0] if negatives else None, layout["prompt"], scored, layout[""]
 
 
 def _texts(value: Any) -> list[str] | None:
