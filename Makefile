@@ -47,6 +47,7 @@ peers:
 		gradcache==0.0.1 tevatron==0.1.0 FlagEmbedding==1.4.2 ms-swift==4.6.0
 	.venv-peers/bin/pytest tests/integrations/test_pylate.py
 	.venv-peers/bin/inbatch audit --nproc-per-node 2
+	.venv-peers/bin/inbatch audit --nproc-per-node 3
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest .venv-peers .pytest_cache .ruff_cache .hypothesis site
