@@ -71,6 +71,6 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, messa
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, repo_type="model")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the client, or of its transport
         raise ValueError(f"the hub takes no {repo_id}: {in_one_line(error)[:300]}") from error
     return str(address)

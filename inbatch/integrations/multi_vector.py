@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from inbatch.grad_cache import GradCache
-from inbatch.integrations.shared import cached_step, described, ids_of
+from inbatch.integrations.shared import cached_step, described, ids_of, micro_batch_tokens
 from inbatch.losses import InfoNCELoss
+from inbatch.retrieval.embed import unwrap
 
 
 class MultiVectorMultipleNegativesRankingLoss(nn.Module):
@@ -46,6 +47,8 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
         for name, given in (("mini_batch_size", mini_batch_size), ("score_mini_batch_size", score_mini_batch_size)):
             if given is not None:
                 warnings.warn(f"{name} is not used: no grid of token pairs is held", stacklevel=2)
+        if type(unwrap(model)).__name__ == "SentenceTransformer":
+            raise ValueError("the losses for a SentenceTransformer are in inbatch.integrations.sentence_transformers")
         self.model = model
         self.loss = InfoNCELoss(
             1 / scale if temperature is None else temperature,
@@ -142,7 +145,4 @@ class CachedMultiVectorMultipleNegativesRankingLoss(Cached):
     ):
         super().__init__(model, **options)
         longest = getattr(model, "max_seq_length", None)
-        if mini_batch_num_tokens is not None:
-            self.micro_batch_tokens = mini_batch_num_tokens
-        elif mini_batch_size is not None and longest:
-            self.micro_batch_tokens = mini_batch_size * longest
+        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, longest)

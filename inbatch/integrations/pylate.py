@@ -13,6 +13,7 @@ from pylate.losses.contrastive import extract_skiplist_mask  # pyright: ignore[r
 from torch import Tensor, nn
 
 from inbatch.integrations.multi_vector import Cached, MultiVectorMultipleNegativesRankingLoss
+from inbatch.integrations.shared import micro_batch_tokens
 
 
 class Contrastive(MultiVectorMultipleNegativesRankingLoss):
@@ -83,5 +84,4 @@ class CachedContrastive(Cached, Contrastive):
             temperature,
             **options,
         )
-        if mini_batch_size is not None:
-            self.micro_batch_tokens = mini_batch_size * getattr(model, "document_length", 180)
+        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, None, getattr(model, "document_length", 180))

@@ -24,9 +24,11 @@ from inbatch.encoder.loading import padding_shifts, position_table
 from inbatch.encoder.packing import BOUNDS, enable_packing, packed_inputs, token_slots, wish
 from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
-from inbatch.integrations.shared import cached_step, described, ids_of
+from inbatch.integrations.shared import cached_step, described, ids_of, micro_batch_tokens
 from inbatch.losses import InfoNCELoss, Objective
 from inbatch.retrieval.embed import unwrap
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
 class MultipleNegativesRankingLoss(nn.Module):
@@ -69,11 +71,18 @@ class MultipleNegativesRankingLoss(nn.Module):
             raise ValueError(
                 f"scale is 1 / temperature: give one of them, got scale={scale}, temperature={temperature}"
             )
+        if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+            raise ValueError(f"scale must be a number above 0, got {scale!r}")
+        if isinstance(directions, str) or not {*directions} <= {*DIRECTIONS}:
+            raise ValueError(f"directions must be a tuple of some of {', '.join(DIRECTIONS)}, got {directions!r}")
         if similarity_fct not in (cos_sim, dot_score, "cosine", "dot"):
             raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct!r}")
+        inner: Any = unwrap(model)
+        if not isinstance(model, nn.Module) or isinstance(inner, MultiVectorEncoder):
+            remedy = "of inbatch.integrations.multi_vector for a MultiVectorEncoder"
+            raise ValueError(f"the loss takes a SentenceTransformer, got {type(inner).__name__}: take those {remedy}")
         self.model = model
         self.packed = wish(packed, getattr(model, "device", torch.device("cpu"))) is not False
-        inner = unwrap(model)
         if self.packed and (problem := _enable_packing(inner)) is not None:
             if packed:
                 raise ValueError(f"packed=True: {problem}; leave it out")
@@ -179,9 +188,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode, **options)
         if any(isinstance(module, StaticEmbedding) for module in model.modules()):
             raise ValueError("a StaticEmbedding's inputs cannot be cut into rows: use MultipleNegativesRankingLoss")
-        self.micro_batch_tokens: int | str = mini_batch_num_tokens or "auto"
-        if mini_batch_size is not None and mini_batch_num_tokens is None and model.max_seq_length:
-            self.micro_batch_tokens = mini_batch_size * model.max_seq_length
+        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, model.max_seq_length)
         self._step: tuple[nn.Module, GradCache] | None = None
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -227,13 +234,19 @@ class Collator(SentenceTransformerDataCollator):
 
         SentenceTransformerTrainer(..., data_collator=Collator(model.preprocess, ids={"positive": "doc_id"}))
 
-    ids: text column -> the column with its ids, of any type; that is then no text. Other texts are hashed, without
-    their prompts. A data set with labels for another loss keeps them.
+    ids: text column -> the column with its ids, integers or strings; that is then no text. Other texts are hashed,
+    without their prompts. A data set with labels for another loss keeps them.
     Raises ValueError for prompts, router_mapping or max_length in the training arguments that are not given here too:
     the trainer would not use them.
     """
 
     ids: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.preprocess_fn, nn.Module):
+            raise ValueError("Collator takes a model's preprocess: give Collator(model.preprocess)")
+        if not isinstance(self.ids, Mapping):
+            raise ValueError(f"Collator: ids must be text column -> column of ids, got {self.ids!r}")
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         card = getattr(getattr(self.preprocess_fn, "__self__", None), "model_card_data", None)
@@ -248,6 +261,10 @@ class Collator(SentenceTransformerDataCollator):
         missing = [name for name in (*self.ids, *self.ids.values()) if features and name not in features[0]]
         if missing:
             raise ValueError(f"Collator: no column {', '.join(missing)} in the data set, which has {list(features[0])}")
+        for column in self.ids.values():
+            wrong = [row[column] for row in features if isinstance(row[column], (float, list, dict, type(None)))]
+            if wrong:
+                raise ValueError(f"Collator: {column} has the id {wrong[0]!r}: expected integers or strings")
         texts = [name for name in features[0] if name not in apart] if features else []
         rows = [
             [

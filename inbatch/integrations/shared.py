@@ -28,6 +28,14 @@ def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
     return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)
 
 
+def micro_batch_tokens(size: int | None, tokens: int | None, longest: int | None) -> int | str:
+    """Return the tokens of a micro-batch: those given, or of so many rows of the longest; "auto" where neither is."""
+    for name, given in (("mini_batch_size", size), ("mini_batch_num_tokens", tokens)):
+        if given is not None and (not isinstance(given, int) or given < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, or None, got {given!r}")
+    return tokens or (size * longest if size and longest else "auto")
+
+
 def described(loss: InfoNCELoss) -> dict[str, Any]:
     """Return what a model card says of the loss."""
     temperature = loss.temperature.detach() if isinstance(loss.temperature, Tensor) else loss.temperature

@@ -95,10 +95,10 @@ def audit(rows: Iterable[Row]) -> Iterator[tuple[Row, GradientParity | str]]:
 
 def lines(rows: Iterator[tuple[Row, GradientParity | str]]) -> Iterator[str]:
     """Yield the lines of a Markdown table."""
-    processes = collectives.world_size()
-    yield f"| library | loss, {processes} processes | cosine, norm | queries | passages | loss | temperature | it is |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for row, found in rows:
+    names = f"library | loss, {collectives.world_size()} processes | cosine, norm | queries | passages | loss"
+    for number, (row, found) in enumerate(rows):
+        if number == 0:  # not before the first step has run
+            yield from (f"| {names} | temperature | it is |", "|---|---|---|---|---|---|---|---|")
         if isinstance(found, str):
             yield f"| {row.library} | {row.setting} | | | | | | {found} |"
             continue

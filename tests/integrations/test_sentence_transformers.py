@@ -27,6 +27,7 @@ from torch.utils.data import SequentialSampler
 
 from inbatch import collectives
 from inbatch.integrations import sentence_transformers as ours
+from inbatch.integrations.multi_vector import MultiVectorMultipleNegativesRankingLoss
 from inbatch.testing import assert_gradient_parity
 from tests.tiny_models import WORDS, save_tiny, tiny_tokenizer
 
@@ -217,6 +218,21 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
     assert scored["label"].tolist() == [0.5]
     with pytest.raises(ValueError, match="no column doc in the data set"):
         ours.Collator(model.preprocess, ids={"positive": "doc"})(rows)
+    for wrong in (1.0, None, ["1"]):
+        with pytest.raises(ValueError, match=r"doc has the id .*: expected integers or strings"):
+            ours.Collator(model.preprocess, ids={"positive": "doc"})([{**rows[0], "doc": wrong}])
+    with pytest.raises(ValueError, match=r"give Collator\(model.preprocess\)"):
+        ours.Collator(model)
+    with pytest.raises(ValueError, match="mini_batch_size must be an integer of at least 1, or None, got 0"):
+        ours.CachedMultipleNegativesRankingLoss(model, mini_batch_size=0)
+    with pytest.raises(ValueError, match="scale must be a number above 0, got 0"):
+        ours.MultipleNegativesRankingLoss(model, scale=0)
+    with pytest.raises(ValueError, match="directions must be a tuple of some of query_to_doc"):
+        ours.MultipleNegativesRankingLoss(model, directions="query_to_doc")
+    with pytest.raises(ValueError, match="the loss takes a SentenceTransformer, got str"):
+        ours.MultipleNegativesRankingLoss(folder)
+    with pytest.raises(ValueError, match=r"are in inbatch\.integrations\.sentence_transformers"):
+        MultiVectorMultipleNegativesRankingLoss(model)
     with pytest.raises(ValueError, match="similarity_fct must be cos_sim or dot_score"):
         ours.MultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
     with pytest.raises(ValueError, match="give one of them"):
