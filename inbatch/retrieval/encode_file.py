@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch import collectives
-from inbatch.data import Documents, open_corpus
+from inbatch.data import open_corpus
 from inbatch.data.files import naming, partial, publish, remove, replacing
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, share, unwrap
@@ -64,7 +64,10 @@ def encode_to_file(
         with naming(output), partial(output).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + shape[0] * row_bytes)
-        _write_ids(ids_path, documents)
+        remove(partial(ids_path))  # of a run that was killed
+        if documents.has_ids:
+            with naming(ids_path), partial(ids_path).open("w", encoding="utf-8") as file:
+                file.writelines(map(_line, documents.ids()))
 
     def fill(path: Path, mode: str, place: int) -> Tensor:
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
@@ -105,14 +108,6 @@ def encode_to_file(
     finally:
         remove(part)
     return shape
-
-
-def _write_ids(path: Path, documents: Documents) -> None:
-    """Write the documents' ids, if they have any, to the hidden path beside `path`."""
-    remove(partial(path))  # of a run that was killed
-    if documents.has_ids:
-        with naming(path), partial(path).open("w", encoding="utf-8") as file:
-            file.writelines(map(_line, documents.ids()))
 
 
 def _fill(

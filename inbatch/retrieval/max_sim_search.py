@@ -16,7 +16,7 @@ from torch import Tensor
 from inbatch import collectives
 from inbatch.losses.info_nce import describe
 from inbatch.losses.max_sim import make_grid
-from inbatch.retrieval.search import Tile, best_of, misuse, product_error, unusable
+from inbatch.retrieval.search import Tile, best_of, misuse, norms, product_error, unusable
 
 _BLOCK_TOKENS = 1 << 18  # of passages, and at most a 16th as many passages
 _QUERY_TOKENS = 32768
@@ -57,8 +57,9 @@ def max_sim_top_k(
     norms_m = norms_B = torch.empty(0)
     if error is None:
         device = query_vectors.device
-        norms_m = _norms(passage_vectors, device)
-        norms_B = _sums(_norms(query_vectors, device), query_lengths.to(device))
+        norms_m = norms(passage_vectors, _BLOCK_TOKENS, device)
+        norms_n = norms(query_vectors, _BLOCK_TOKENS, device)
+        norms_B = torch.segment_reduce(norms_n, "sum", lengths=query_lengths.to(device)) if len(norms_n) else norms_n
         error = unusable(what, {"passage tokens": norms_m, "queries": norms_B})
         fields = {"queries": query_vectors, "passages": passage_lengths.to(device)}
         same = {"k": k, "number of queries": len(query_lengths), "passage dtype": str(passage_vectors.dtype)}
@@ -143,15 +144,6 @@ def _ranges(lengths: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
         token += length
     if first < len(lengths):
         yield slice(first, len(lengths)), slice(first_token, token)
-
-
-def _norms(vectors_mD: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty(0, dtype=torch.float64, device=device)
-    return torch.cat([empty, *(some.to(device).double().norm(dim=1) for some in vectors_mD.split(_BLOCK_TOKENS))])
-
-
-def _sums(values_n: Tensor, lengths_B: Tensor) -> Tensor:
-    return torch.segment_reduce(values_n, "sum", lengths=lengths_B) if len(lengths_B) else values_n
 
 
 def _wrong_lengths(what: str, sides: dict[str, tuple[Tensor, Tensor]]) -> str | None:

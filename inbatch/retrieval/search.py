@@ -60,7 +60,7 @@ def top_k(
         error = f"top_k: similarity is {similarity!r}; expected one of {', '.join(SIMILARITIES)}"
     norms_N = norms_Q = torch.empty(0)
     if error is None:
-        norms_N, norms_Q = (_norms(rows, document_chunk, queries.device) for rows in (documents, queries))
+        norms_N, norms_Q = (norms(rows, document_chunk, queries.device) for rows in (documents, queries))
         error = unusable("top_k", {"documents": norms_N, "queries": norms_Q})
     fields, same = {}, {}
     if error is None:  # else they may not be tensors
@@ -111,14 +111,15 @@ def misuse(what: str, k: Any, *chunks: int, **matrices: Any) -> str | None:
 
 
 @torch.no_grad()
-def _norms(rows_ND: Tensor, chunk: int, device: torch.device) -> Tensor:
+def norms(rows_ND: Tensor, chunk: int, device: torch.device) -> Tensor:
+    """Return the lengths [N] of vectors in float64, on the device."""
     empty = torch.empty(0, dtype=torch.float64, device=device)
     return torch.cat([empty, *(block.to(device).double().norm(dim=1) for block in rows_ND.split(chunk) if len(block))])
 
 
-def unusable(what: str, norms: dict[str, Tensor]) -> str | None:
-    """Return the first fault of documents or queries, by the lengths of their vectors; None if there is none."""
-    for name, norms_N in norms.items():
+def unusable(what: str, sides: dict[str, Tensor]) -> str | None:
+    """Return the first fault of documents or queries, by the norms of their vectors; None if there is none."""
+    for name, norms_N in sides.items():
         # The norm, not the elements, since it is there already and needs no mask of the matrix's size.
         bad = (~norms_N.isfinite()).nonzero()
         if len(bad):
@@ -126,8 +127,8 @@ def unusable(what: str, norms: dict[str, Tensor]) -> str | None:
                 f"{what}: {len(bad)} of {len(norms_N)} {name} on this rank hold NaN or infinity, the first in row "
                 f"{int(bad[0])}; expected finite embeddings: look at the model (did the training diverge?)"
             )
-    longest = {name: float(norms_N.max()) for name, norms_N in norms.items() if len(norms_N)}
-    if len(longest) == len(norms) and math.prod(longest.values()) > torch.finfo(torch.float32).max / 2:
+    longest = {name: float(norms_N.max()) for name, norms_N in sides.items() if len(norms_N)}
+    if len(longest) == len(sides) and math.prod(longest.values()) > torch.finfo(torch.float32).max / 2:
         lengths = " and ".join(f"{length:.1e} ({name})" for name, length in longest.items())
         return (
             f"{what}: embeddings are as long as {lengths}, so scores would overflow float32; expected smaller vectors, "
