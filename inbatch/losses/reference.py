@@ -48,10 +48,10 @@ def dense_loss(
                 masked_BC = (masked_BC & ~kept_BC) | left_out_BC
                 if direction == "query_to_passage":
                     hardness_BC = torch.where(group_BC, *(strength * similarity_BC.detach() for strength in hardness))
-            own_BC = places[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
-            masked_BC &= ~own_BC
+            itself_BC = places[column][:, None] == torch.arange(similarity_BC.shape[1], device=similarity_BC.device)
+            masked_BC &= ~itself_BC
             # Divided first, filled last: no -inf meets the temperature, whose gradient would be 0 * inf.
-            scores_BC = (similarity_BC / temperature + hardness_BC).masked_fill(masked_BC | own_BC, -math.inf)
+            scores_BC = (similarity_BC / temperature + hardness_BC).masked_fill(masked_BC | itself_BC, -math.inf)
             candidates.append(scores_BC)
             counts_B2 += torch.stack([masked_BC.sum(1), (scores_BC > candidates[0]).sum(1)], dim=1)
         loss_B = torch.logsumexp(torch.cat(candidates, dim=1), dim=1) - candidates[0][:, 0]
