@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inbatch.losses.kernels import MAX_EXPONENT, Block
-from inbatch.losses.masking import by_group
+from inbatch.losses.masking import by_group, mask
 
 # Products want at least 256 rows; beyond 16 MiB speed is flat.
 DEFAULT_CHUNKS: tuple[tuple[float, float], ...] = ((32.0, math.inf),)
@@ -56,8 +56,11 @@ def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
         torch.mm(scaled_RD, columns_cD.T, out=scores_RC[:, tile])
     local = ((block.positive >= 0) & (block.positive < num_columns)).nonzero().squeeze(1)
     positives = block.positive[local]
-    masked_RC, groups = _masked(block, scores_RC), block.groups
-    if groups is not None:
+    masked_RC = mask(block.keys, *scores_RC.shape, scores_RC.device) if block.keys else None
+    if block.limit is not None:
+        above_RC = scores_RC > block.limit[:, None]
+        masked_RC = above_RC if masked_RC is None else masked_RC.logical_or_(above_RC)
+    if (groups := block.groups) is not None:
         own_RC, left_out_RC, kept_RC = by_group(groups.rows, groups.columns, groups.rules)
         scores_RC.mul_(torch.where(own_RC, groups.own[:, None], groups.others[:, None]))
         masked_RC = left_out_RC if masked_RC is None else masked_RC.logical_and_(~kept_RC).logical_or_(left_out_RC)
@@ -66,19 +69,6 @@ def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
         scores_RC.masked_fill_(masked_RC, -math.inf)
     scores_RC[local, positives] = -math.inf
     return scores_RC, masked_RC
-
-
-def _masked(block: Block, scores_RC: Tensor) -> Tensor | None:
-    masked_RC = None if block.limit is None else scores_RC > block.limit[:, None]
-    for row_keys, column_keys in block.keys:
-        for row_key in row_keys.unbind(1):
-            unknown_R = row_key == -1
-            for column_key in column_keys.unbind(1):
-                equal_RC = row_key[:, None] == column_key
-                if unknown_R.any():
-                    equal_RC[unknown_R] = False
-                masked_RC = equal_RC if masked_RC is None else masked_RC.logical_or_(equal_RC)
-    return masked_RC
 
 
 def _widened(columns: Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
