@@ -119,7 +119,8 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
             for (_, block), exp_rC, weight_r in zip(chunk, exps, weights, strict=True):
                 kernels.add_gradients(block, exp_rC, weight_r, rows=True, columns=False)
         del exps, exp_rC
-    rows.count(num_columns)
+    if rows.counts is not None:
+        rows.count(num_columns)
     if not wanted:
         return None, None
     d_passages = [piece.result() for piece in pieces]

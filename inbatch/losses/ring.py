@@ -31,7 +31,8 @@ def solve(rows: Rows, passages: Tensor, query_columns: Tensor | None) -> tuple[T
                 score_r = score_B[start:stop]
                 _, sum_r, pivot_r = kernels.exp_scores(block.part(start, stop), score_r, keep=False)
                 _add_sums(total_B[start:stop], top_B[start:stop], sum_r, pivot_r - score_r)
-    rows.count(sum(sum(_counts(rows, direction.split("_to_")[1])) for direction in rows.term.directions))
+    if rows.counts is not None:
+        rows.count(sum(sum(_counts(rows, direction.split("_to_")[1])) for direction in rows.term.directions))
     pivot_B = top_B.add_(score_B)
     (weight_B,) = rows.finish(0, len(score_B), [total_B], [pivot_B])
     if not any(rows.wanted):

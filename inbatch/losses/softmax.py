@@ -184,8 +184,9 @@ class Rows:
 
     def count(self, num_columns: int) -> None:
         """Add the counts to the stats. num_columns: of this softmax, positives and the rows themselves included."""
-        if self.problem.stats is not None and self.counts is not None:
-            self.problem.stats.add(self.counts, num_columns - len(self.term.directions), self.problem.group)
+        assert self.problem.stats is not None
+        assert self.counts is not None
+        self.problem.stats.add(self.counts, num_columns - len(self.term.directions), self.problem.group)
 
     def d_temperature(self) -> Tensor:
         """Return the loss's derivative by the temperature: -scale * (sum over scores of d score * score / scale)."""
