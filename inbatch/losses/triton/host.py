@@ -61,7 +61,7 @@ HALF_TILE = Tile(BM=128, BN=256, BK=64, HALVES=2, GROUP=8, FLATTEN=True, num_war
 FLOAT_TILE = Tile(BM=128, BN=128, BK=32, HALVES=1, GROUP=8, FLATTEN=False, num_warps=8, num_stages=3)
 # Plain loads: other devices, and rows that are not multiples of 16 bytes.
 POINTER_TILE = Tile(BM=64, BN=128, BK=32, HALVES=1, GROUP=8, FLATTEN=False, num_warps=4, num_stages=3)
-INTERPRETED_TILE = Tile(BM=32, BN=32, BK=16, HALVES=2, GROUP=2, FLATTEN=False, num_warps=4, num_stages=1)
+INTERPRETED_TILE = Tile(BM=32, BN=64, BK=16, HALVES=2, GROUP=2, FLATTEN=False, num_warps=4, num_stages=1)
 _SETTLE_TILE = {"BM": 32, "BN": 64, "BK": 32, "BT": 64}
 
 
