@@ -56,7 +56,7 @@ def _masked_scores(block: Block) -> tuple[Tensor, Tensor | None]:
         torch.mm(scaled_RD, columns_cD.T, out=scores_RC[:, tile])
     local = ((block.positive >= 0) & (block.positive < num_columns)).nonzero().squeeze(1)
     positives = block.positive[local]
-    masked_RC = mask(block.keys, *scores_RC.shape, scores_RC.device) if block.keys else None
+    masked_RC = mask(block.keys, len(scores_RC), num_columns, scores_RC.device) if block.keys else None
     if block.limit is not None:
         above_RC = scores_RC > block.limit[:, None]
         masked_RC = above_RC if masked_RC is None else masked_RC.logical_or_(above_RC)
