@@ -5,8 +5,9 @@ it is needed, and with bf16 it is gathered as a bfloat16 copy that it computes w
 float32 master weights, bfloat16 computation, no casts in between.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -18,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import collectives
 from inbatch.encoder.model import BiEncoderModel
+
+LARGE = 100_000_000  # parameters of all layers
 
 
 def replicate(model: BiEncoderModel, device: torch.device) -> nn.Module:
@@ -65,13 +68,36 @@ def transformer_layers(backbone: nn.Module) -> list[nn.Module]:
 def compile_layers(model: BiEncoderModel) -> None:
     """Compile each transformer layer (torch.compile), for any batch size and length. Call it before `shard`.
 
-    Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it. For
-    the backward pass they keep what products and attention gave; norms, rotations and activations are computed again
-    there, within kernels that read the same anyway. A graph holds a third less, so that more of them fit.
+    Only `forward`: hooks of FSDP2 and gradient checkpointing stay around the compiled code. All layers share it.
+
+    Large layers keep what products and attention gave alone for their backward pass; norms, rotations and activations
+    are computed again there, within kernels that read the same anyway. A Qwen3 keeps a third less, so that more graphs
+    fit. Not where something is dropped: torch draws anew what it computes again, and the gradient would be another's.
     """
-    torch._functorch.config.aggressive_recomputation = True
-    for layer in transformer_layers(model.backbone):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+    layers = transformer_layers(model.backbone)
+    large = sum(parameter.numel() for layer in layers for parameter in layer.parameters()) > LARGE
+    lean = large and not _drops(model.backbone)
+    for layer in layers:
+        compiled = torch.compile(layer.forward, dynamic=True)
+        layer.forward = partial(_keeping_less, compiled) if lean else compiled
+
+
+def _drops(backbone: nn.Module) -> bool:
+    """Return True if some module or setting drops anything at random."""
+    settings = backbone.config.to_dict().items()  # type: ignore[union-attr, operator]
+    probabilities = [module.p for module in backbone.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    probabilities += [value for name, value in settings if "drop" in name and isinstance(value, float)]
+    return any(probabilities)
+
+
+def _keeping_less(compiled: Callable, *args: object, **options: object) -> object:
+    # Read where a call compiles. Set for good, it would hold for models that drop something, too.
+    config = torch._functorch.config
+    before, config.aggressive_recomputation = config.aggressive_recomputation, True
+    try:
+        return compiled(*args, **options)
+    finally:
+        config.aggressive_recomputation = before
 
 
 @contextmanager

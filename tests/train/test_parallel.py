@@ -5,6 +5,7 @@ Shapes: B texts, D dimension.
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from inbatch import BiEncoderModel, cli
 from inbatch.data import load_retrieval
 from inbatch.encoder.lora import add_lora, has_lora, merge_lora
+from inbatch.grad_cache.memory import PassState, graph_bytes
 from inbatch.retrieval.evaluate import evaluate
 from inbatch.train.config import CheckpointConfig, Config, EvalConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
 from inbatch.train.config_file import load
@@ -295,7 +297,23 @@ def test_lora_names_what_does_not_fit(tmp_path):
         add_lora(model, r=2, alpha=8, target_modules=["q_proj"])
 
 
-def test_compiled_layers_compute_the_same_and_replay_dropout(tmp_path):
+def test_large_compiled_layers_keep_less_and_compute_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("inbatch.train.parallel.LARGE", 0)
+    texts = {"input_ids": torch.tensor([[5, 6, 7, 8]] * 8), "attention_mask": torch.ones(8, 4, dtype=torch.int64)}
+    plain, compiled = (BiEncoderModel.from_pretrained(save_tiny("qwen3", tmp_path)).train() for _ in range(2))
+    compile_layers(compiled)
+    held = []
+    for model in (plain, compiled):
+        output_BD, size = graph_bytes(partial(model, texts), PassState())
+        held.append(size)
+        output_BD[:, 0].sum().backward()
+    assert held[1] < 0.5 * held[0]
+    for expected, actual in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_layers_compute_the_same_and_replay_dropout(tmp_path, monkeypatch):
+    monkeypatch.setattr("inbatch.train.parallel.LARGE", 0)
     plain, compiled = (
         BiEncoderModel.from_pretrained(save_tiny("bert", tmp_path, hidden_dropout_prob=0.1)) for _ in range(2)
     )
@@ -310,6 +328,19 @@ def test_compiled_layers_compute_the_same_and_replay_dropout(tmp_path):
                 outputs.append(compiled.train()(batch))
         assert (outputs[0] - plain(batch)).abs().max() > 1e-2, "dropout is on"
         torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-6)
+        if length == 9:  # what a backward pass computes again must drop the same
+            weights = [parameter for parameter in compiled.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(outputs[1][:, 0].sum(), weights)
+            along = [torch.randn_like(weight) for weight in weights]
+            slope = sum((gradient * by).sum() for gradient, by in zip(gradients, along, strict=True))
+            sums = []
+            for move in (5e-4, -1e-3, 5e-4):
+                with torch.no_grad():
+                    for weight, by in zip(weights, along, strict=True):
+                        weight.add_(by, alpha=move)
+                torch.manual_seed(1)
+                sums.append(compiled(batch)[:, 0].sum().detach())
+            torch.testing.assert_close(slope, (sums[0] - sums[1]) / 1e-3, rtol=1e-2, atol=1e-3)
         expected_BD, actual_BD = plain.eval()(batch), compiled.eval()(batch)
         torch.testing.assert_close(actual_BD, expected_BD, rtol=0, atol=1e-5)
         for output_BD in (expected_BD, actual_BD):
