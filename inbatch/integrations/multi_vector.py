@@ -16,7 +16,6 @@ from torch.distributed import ProcessGroup
 from inbatch.grad_cache import GradCache
 from inbatch.integrations.shared import cached_step, described, ids_of, micro_batch_tokens
 from inbatch.losses import InfoNCELoss
-from inbatch.retrieval.embed import unwrap
 
 
 class MultiVectorMultipleNegativesRankingLoss(nn.Module):
@@ -47,7 +46,7 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
         for name, given in (("mini_batch_size", mini_batch_size), ("score_mini_batch_size", score_mini_batch_size)):
             if given is not None:
                 warnings.warn(f"{name} is not used: no grid of token pairs is held", stacklevel=2)
-        if type(unwrap(model)).__name__ == "SentenceTransformer":
+        if type(getattr(model, "module", model)).__name__ == "SentenceTransformer":
             raise ValueError("the losses for a SentenceTransformer are in inbatch.integrations.sentence_transformers")
         self.model = model
         self.loss = InfoNCELoss(
