@@ -188,7 +188,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode, **options)
         if any(isinstance(module, StaticEmbedding) for module in model.modules()):
             raise ValueError("a StaticEmbedding's inputs cannot be cut into rows: use MultipleNegativesRankingLoss")
-        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, model.max_seq_length)
+        longest = getattr(unwrap(model), "max_seq_length", None)
+        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, longest)
         self._step: tuple[nn.Module, GradCache] | None = None
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> Tensor:
