@@ -100,7 +100,8 @@ def test_torchrun_restarts_it_to_the_same_figures(start, undisturbed):
     os.kill(running.ranks()[1], signal.SIGUSR2)
     status, errors = running.end()
     assert status == 0, errors
-    assert all("another rank failed" in line for line in errors), errors
+    # The rank that is left sees the other's end itself, or is stopped by torchrun before it does.
+    assert all("another rank failed" in line or "stopped by SIGTERM" in line for line in errors), errors
     assert metrics(running.settings) == undisturbed
 
 
