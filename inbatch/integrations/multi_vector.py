@@ -143,5 +143,5 @@ class CachedMultiVectorMultipleNegativesRankingLoss(Cached):
         **options: Any,
     ):
         super().__init__(model, **options)
-        longest = getattr(model, "max_seq_length", None)
+        longest = getattr(getattr(model, "module", model), "max_seq_length", None)
         self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, longest)

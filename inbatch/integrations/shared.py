@@ -33,6 +33,8 @@ def micro_batch_tokens(size: int | None, tokens: int | None, longest: int | None
     for name, given in (("mini_batch_size", size), ("mini_batch_num_tokens", tokens)):
         if given is not None and (not isinstance(given, int) or given < 1):
             raise ValueError(f"{name} must be an integer of at least 1, or None, got {given!r}")
+    if size and not tokens and not longest:
+        raise ValueError("mini_batch_size needs a model that limits the length of its texts: set mini_batch_num_tokens")
     return tokens or (size * longest if size and longest else "auto")
 
 

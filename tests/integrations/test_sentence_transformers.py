@@ -28,6 +28,7 @@ from torch.utils.data import SequentialSampler
 from inbatch import collectives
 from inbatch.integrations import sentence_transformers as ours
 from inbatch.integrations.multi_vector import MultiVectorMultipleNegativesRankingLoss
+from inbatch.integrations.shared import micro_batch_tokens
 from inbatch.testing import assert_gradient_parity
 from tests.tiny_models import WORDS, save_tiny, tiny_tokenizer
 
@@ -223,6 +224,8 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
             ours.Collator(model.preprocess, ids={"positive": "doc"})([{**rows[0], "doc": wrong}])
     with pytest.raises(ValueError, match=r"give Collator\(model.preprocess\)"):
         ours.Collator(model)
+    with pytest.raises(ValueError, match="mini_batch_size needs a model that limits the length"):
+        micro_batch_tokens(4, None, None)
     with pytest.raises(ValueError, match="mini_batch_size must be an integer of at least 1, or None, got 0"):
         ours.CachedMultipleNegativesRankingLoss(model, mini_batch_size=0)
     with pytest.raises(ValueError, match="scale must be a number above 0, got 0"):
