@@ -80,16 +80,6 @@ def encode_to_file(
             file.seek(len(header) + int(lengths[: rows.start].sum()) * row_bytes)
             shutil.copyfileobj(mine, file, 1 << 24)
 
-    def finish() -> None:
-        for path in (ids_path, offsets_path):  # first: an earlier run's must never lie beside the new file
-            remove(path)
-        publish(output)
-        if several:
-            with replacing(offsets_path) as filled, filled.open("wb") as file:
-                np.save(file, np.concatenate([[0], lengths.cumsum(0).numpy()]).astype("<i8"))
-        if documents.has_ids:
-            publish(ids_path)
-
     try:
         if several:
             filled = collectives.together(lambda: fill(part, "wb", 0), group)
@@ -99,7 +89,7 @@ def encode_to_file(
         collectives.on_rank_0(create, group)
         place = len(header) + rows.start * row_bytes
         collectives.together(join if several else lambda: fill(partial(output), "r+b", place), group)
-        collectives.on_rank_0(finish, group)
+        collectives.on_rank_0(lambda: _publish(output, ids_path, offsets_path, lengths if several else None), group)
     except BaseException:
         if first:
             remove(partial(output))
@@ -108,6 +98,18 @@ def encode_to_file(
     finally:
         remove(part)
     return shape
+
+
+def _publish(output: Path, ids_path: Path, offsets_path: Path, lengths: Tensor | None) -> None:
+    """Give the complete files their names; lengths: of the texts, of which offsets are written; None: none are."""
+    for path in (ids_path, offsets_path):  # first: an earlier run's must never lie beside the new file
+        remove(path)
+    publish(output)
+    if lengths is not None:
+        with replacing(offsets_path) as filled, filled.open("wb") as file:
+            np.save(file, np.concatenate([[0], lengths.cumsum(0).numpy()]).astype("<i8"))
+    if partial(ids_path).exists():
+        publish(ids_path)
 
 
 def _fill(
