@@ -36,7 +36,7 @@ def trained(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
-        collectives.together(lambda: shutil.rmtree(place, ignore_errors=True) if collectives.rank() == 0 else None)
+        collectives.on_rank_0(lambda: shutil.rmtree(place, ignore_errors=True))
     return {**about, **figures, "wall_s": round(time.perf_counter() - start, 1)}
 
 

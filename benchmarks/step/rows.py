@@ -118,7 +118,7 @@ def model_folder(args) -> Path:
             model.save_pretrained(filled)
             transformers.AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(filled)
 
-    collectives.together(lambda: make() if collectives.rank() == 0 and not folder.exists() else None)
+    collectives.on_rank_0(lambda: None if folder.exists() else make())
     return folder
 
 
