@@ -336,7 +336,7 @@ class TrainConfig:
     reshard: bool = True
     """fsdp2: false keeps the gathered weights through a step: faster, for the memory of the weights"""
     compile: bool | None = None
-    """torch.compile for each transformer layer; null does so on a GPU where the run is long enough to repay it"""
+    """torch.compile for each transformer layer; null does so on a GPU where that pays in the run"""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
     """tokens encoded at a time, with padding that is encoded: the same gradient, other dropout masks; auto times on a
     GPU how few fill it (give a number for the same masks in every run), null encodes the batch whole"""
