@@ -11,36 +11,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from inbatch.grad_cache import GradCache
-from inbatch.integrations.shared import cached_step, described, ids_of, micro_batch_tokens
-from inbatch.losses import InfoNCELoss
+from inbatch.integrations.shared import TrainerLoss, ids_of, micro_batch_tokens
 
 
-class MultiVectorMultipleNegativesRankingLoss(nn.Module):
+class MultiVectorMultipleNegativesRankingLoss(TrainerLoss):
     """InfoNCE of MaxSim scores over the passages of all devices, without their grid of token pairs in memory.
 
-    scale, gather_across_devices as in sentence-transformers, where the latter is False by default; mini_batch_size and
-    score_mini_batch_size, which save memory there, are not used. temperature, learnable, negatives, impl, group and
-    labels as in `MultipleNegativesRankingLoss`. Raises ValueError for a similarity_fct: MaxSim is the one.
+    scale (None: 1), gather_across_devices as in sentence-transformers, where the latter is False by default;
+    mini_batch_size and score_mini_batch_size, which save memory there, are not used. options (temperature, learnable,
+    negatives, impl, group) and labels as in `MultipleNegativesRankingLoss`. Raises ValueError for a similarity_fct:
+    MaxSim is the one.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        scale: float = 1.0,
+        scale: float | None = None,
         similarity_fct: Any = None,
         mini_batch_size: int | None = None,
         score_mini_batch_size: int | None = None,
         gather_across_devices: bool = True,
-        temperature: float | None = None,
-        learnable: bool = False,
-        negatives: str | None = None,
-        group: ProcessGroup | None = None,
+        **options: Any,
     ):
-        super().__init__()
         if similarity_fct is not None:
             raise ValueError(f"similarity_fct {similarity_fct!r} is not supported: leave it out for MaxSim")
         for name, given in (("mini_batch_size", mini_batch_size), ("score_mini_batch_size", score_mini_batch_size)):
@@ -48,22 +42,16 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
                 warnings.warn(f"{name} is not used: no grid of token pairs is held", stacklevel=2)
         if type(getattr(model, "module", model)).__name__ == "SentenceTransformer":
             raise ValueError("the losses for a SentenceTransformer are in inbatch.integrations.sentence_transformers")
-        self.model = model
-        self.loss = InfoNCELoss(
-            1 / scale if temperature is None else temperature,
-            learnable=learnable,
-            negatives=negatives or ("gather" if gather_across_devices else "local"),
-            group=group,
-        )
+        super().__init__(model, scale=scale, usual_scale=1.0, gather_across_devices=gather_across_devices, **options)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of the columns (query, positive, negatives...), 0-d."""
-        columns = [self._embed(self.model, one, task) for one, task in zip(sentence_features, _tasks(), strict=False)]
+        columns = [self._embed(one, task) for one, task in zip(sentence_features, _tasks(), strict=False)]
         return self._of_columns(*columns, labels=labels)
 
-    def _embed(self, model: nn.Module, features: dict[str, Any], task: str) -> tuple[Tensor, Tensor]:
+    def _embed(self, features: dict[str, Any], task: str) -> tuple[Tensor, Tensor]:
         """Return the tokens' vectors [b, T, D] and which of them count [b, T]."""
-        column = model(features, task=features.get("task", task))
+        column = self.model(features, task=features.get("task", task))
         return column["token_embeddings"], column["attention_mask"].bool()
 
     def _of_columns(self, *columns: tuple[Tensor, Tensor], labels: Tensor | None = None) -> Tensor:
@@ -82,10 +70,6 @@ class MultiVectorMultipleNegativesRankingLoss(nn.Module):
             false_negatives=ids_of(labels, len(queries[0]), len(passages)),
         )
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return what the model card says of the loss."""
-        return described(self.loss)
-
 
 def _tasks() -> Iterator[str]:
     return chain(["query"], repeat("document"))
@@ -94,28 +78,19 @@ def _tasks() -> Iterator[str]:
 class Cached(MultiVectorMultipleNegativesRankingLoss):
     """The loss of a subclass's `_embed`, and its gradient, in the memory of a micro-batch, by `GradCache`."""
 
-    micro_batch_tokens: int | str = "auto"
-    _step: tuple[nn.Module, GradCache] | None = None
-
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss, whose backward encodes a second time."""
-        if self._step is None or self._step[0] is not self.model:  # a trainer puts its wrapper in place of the model
-            model = self.model
-
-            def encode(features: dict[str, Any]) -> Tensor:
-                given = {_HIDDEN.get(name, name): value for name, value in features.items() if name != "column"}
-                states_BTD, mask_BT = self._embed(model, given, features["column"])
-                return states_BTD * mask_BT[..., None]
-
-            self._step = model, cached_step(model, encode, self._of_states, self.micro_batch_tokens)
         columns = [
-            {
-                "column": task,
-                **{_SHOWN.get(k, k): v for k, v in features.items() if isinstance(v, (Tensor, int, float, str))},
-            }
+            {"column": task, **{_SHOWN.get(name, name): value for name, value in features.items()}}
             for features, task in zip(sentence_features, _tasks(), strict=False)
         ]
-        return self._step[1].loss(*columns, loss_kwargs={"labels": labels})
+        return self._cached(self._states, self._of_states, columns, labels)
+
+    def _states(self, features: dict[str, Any]) -> Tensor:
+        """Return the tokens' vectors, with zeros for those that do not count."""
+        given = {_HIDDEN.get(name, name): value for name, value in features.items() if name != "column"}
+        states_BTD, mask_BT = self._embed(given, features["column"])
+        return states_BTD * mask_BT[..., None]
 
     def _of_states(self, *columns: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._of_columns(*((states_BTD, (states_BTD != 0).any(-1)) for states_BTD in columns), labels=labels)

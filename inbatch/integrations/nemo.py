@@ -60,9 +60,7 @@ _TARGETS = {
     "optimizer._target_": "AdamW|FusedAdam",
 }
 _POOLINGS = {"avg": "mean", "weighted_avg": "mean", "cls": "cls", "last": "last"}
-_PRECISIONS = {
-    None: "auto", "auto": "auto", "bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32",
-}  # fmt: skip
+_PRECISIONS = {"auto": "auto", "bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32"}
 
 
 def translate(recipe: Mapping[str, Any], *, world_size: int = 1) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -96,7 +94,7 @@ def translate(recipe: Mapping[str, Any], *, world_size: int = 1) -> tuple[dict[s
 
 
 class _Keys:
-    """The keys of a recipe with their dotted names, each taken once."""
+    """The keys of a recipe with their dotted names, each taken once; null is absence."""
 
     def __init__(self, recipe: Mapping[str, Any]):
         self.given: dict[str, Any] = {}
@@ -104,11 +102,12 @@ class _Keys:
         # The older nesting, and names that have moved since.
         moved = {f"{of}dataloader.dataset.": f"{of}dataset." for of in ("", "validation_")}
         moved |= {f"{of}dataset.train_n_passages": f"{of}dataset.n_passages" for of in ("", "validation_")}
-        moved |= {"train_n_passages": "dataset.n_passages", "recipe._target_": "recipe", "rng.seed": "seed"}
+        moved |= {"train_n_passages": "dataset.n_passages", "recipe._target_": "recipe"}
         for old, new in moved.items():
             for key in [key for key in self.given if key.startswith(old)]:
-                self.given.setdefault(new + key[len(old) :], self.given[key])
-                del self.given[key]
+                value, name = self.given.pop(key), new + key[len(old) :]
+                if self.given.setdefault(name, value) != value:
+                    raise ValueError(f"{key} is {value!r} and {name} is {self.given[name]!r}: leave one out")
         self._left = dict(self.given)
 
     def _flatten(self, prefix: str, values: Mapping[Any, Any]) -> None:
@@ -116,15 +115,26 @@ class _Keys:
             key = f"{prefix}{name}"
             if isinstance(value, Mapping) and not _UNUSED.fullmatch(key):
                 self._flatten(f"{key}.", value)
-            else:
-                self.given[key] = None if value in ("none", "null", "None") else value
+            elif value not in (None, "none", "null", "None"):
+                self.given[key] = value
             if len(self.given) > 1000:
                 raise ValueError("the recipe has more than 1000 keys")
 
     def take(self, key: str, *, default: Any = None) -> Any:
-        """Return the value of a key; the default where it is absent, or null."""
-        value = self._left.pop(key, None)
-        return default if value is None else value
+        """Return the value of a key, the default where it is absent; ValueError unless it is of the default's kind."""
+        value = self._left.pop(key, default)
+        kinds = {bool: bool, int: int, float: (int, float), str: str, list: (list, str)}.get(type(default), object)
+        if not isinstance(value, kinds):
+            raise ValueError(f"{key} is {value!r}: expected a value such as {default!r}")
+        return value
+
+    def sources(self, key: str) -> list[dict[str, Any]]:
+        """Return the sources that a key lists, each as a mapping."""
+        listed = self._left.pop(key, [])
+        listed = listed if isinstance(listed, list) else [listed]
+        if wrong := [source for source in listed if not isinstance(source, (str, Mapping))]:
+            raise ValueError(f"{key} has {wrong[0]!r}: expected paths")
+        return [{"path": source} if isinstance(source, str) else dict(source) for source in listed]
 
     def number(self, key: str, *, default: float) -> float:
         """Return a number, which YAML 1.1 may have read as text."""
@@ -172,7 +182,7 @@ def _model(keys: _Keys) -> dict[str, Any]:
 
 def _lora(keys: _Keys) -> dict[str, Any]:
     names = keys.take("peft.target_modules", default=[])
-    names = [re.sub(r"^\*\.?", "", name) for name in ([names] if isinstance(names, str) else names)]
+    names = [re.sub(r"^\*\.?", "", str(name)) for name in ([names] if isinstance(names, str) else names)]
     if keys.take("peft.match_all_linear", default=False) or not names:
         names = "all-linear"
     elif wild := [name for name in names if "*" in name or not name]:
@@ -187,8 +197,7 @@ def _lora(keys: _Keys) -> dict[str, Any]:
 
 
 def _data(keys: _Keys, distributed: bool) -> dict[str, Any]:
-    listed, seed = keys.take("dataset.data_dir_list", default=[]), keys.take("dataset.seed", default=42)
-    sources = [{"path": source} if isinstance(source, str) else dict(source) for source in _listed(listed)]
+    sources, seed = keys.sources("dataset.data_dir_list"), keys.take("dataset.seed", default=42)
     if seed != keys.given.get("seed", 42) and any(source.get("num_samples") for source in sources):
         raise ValueError(f"dataset.seed is {seed}, by which num_samples are drawn: give `seed` the same value")
     if not distributed:
@@ -223,9 +232,7 @@ def _texts(keys: _Keys, loader: str) -> tuple[dict[str, Any], bool]:
 
 def _validation(keys: _Keys, instructions: bool) -> dict[str, Any]:
     """Return the settings of loss, accuracy and MRR among the candidates of each held-out query, without masks."""
-    for name in ("validation_dataset", "validation_dataloader"):
-        keys.take(name)  # null is none
-    sources = _listed(keys.take("validation_dataset.data_dir_list", default=[]))
+    sources = keys.sources("validation_dataset.data_dir_list")
     if not sources:
         return {}
     if len(sources) > 1:
@@ -236,14 +243,9 @@ def _validation(keys: _Keys, instructions: bool) -> dict[str, Any]:
                          f"{instructions}")  # fmt: skip
     passages = keys.take("validation_dataset.n_passages", default=5)
     negatives = keys.take("validation_dataset.eval_negative_size", default=passages - 1)
-    source = {"path": sources[0]} if isinstance(sources[0], str) else dict(sources[0])
-    source |= {"split": "train", "train_n_passages": negatives + 1, "negatives": "own", "mask_own_negatives": False}
+    own = {"split": "train", "train_n_passages": negatives + 1, "negatives": "own", "mask_own_negatives": False}
     every = keys.take("step_scheduler.val_every_steps")
-    return {"validation": {**source, **texts}, "every_steps": every, "at_start": False}
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return {"validation": {**sources[0], **own, **texts}, "every_steps": every, "at_start": False}
 
 
 def _loss(keys: _Keys, distributed: bool, detached: bool) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def _optim(keys: _Keys) -> dict[str, Any]:
         "lr": rate,
         "weight_decay": keys.number("optimizer.weight_decay", default=0.01 if plain else 0.0),
         "decay_all": True,
-        "betas": [float(beta) for beta in keys.take("optimizer.betas", default=[0.9, 0.999])],
+        "betas": keys.take("optimizer.betas", default=[0.9, 0.999]),
         "eps": keys.number("optimizer.eps", default=1e-8),
         "max_grad_norm": keys.number("clip_grad_norm.max_norm", default=1.0),
     }
@@ -290,7 +292,7 @@ def _train(keys: _Keys, world_size: int) -> dict[str, Any]:
     size, local = (
         keys.take(f"step_scheduler.{name}_batch_size", default=n) for name, n in (("global", 32), ("local", 1))
     )
-    if size % (local * world_size):
+    if local < 1 or size % (local * world_size):
         raise ValueError(
             f"step_scheduler.global_batch_size {size} is not divisible by local_batch_size {local} x {world_size} "
             "processes: change one of them"
@@ -298,10 +300,13 @@ def _train(keys: _Keys, world_size: int) -> dict[str, Any]:
     wanted = keys.take("distributed.dp_size", default=world_size)
     if wanted != world_size:
         raise ValueError(f"distributed.dp_size is {wanted}, but there are {world_size} processes: leave it out")
-    strategy, precision = keys.take("distributed.strategy", default="fsdp2"), keys.take("model.torch_dtype")
+    strategy, precision = (
+        keys.take("distributed.strategy", default="fsdp2"),
+        keys.take("model.torch_dtype", default="auto"),
+    )
     if strategy not in ("fsdp2", "ddp", "megatron_fsdp"):
         raise ValueError(f"distributed.strategy is {strategy}: expected fsdp2, ddp or megatron_fsdp")
-    precision = precision.removeprefix("torch.") if isinstance(precision, str) else precision
+    precision = precision.removeprefix("torch.")
     if precision not in _PRECISIONS:
         raise ValueError(f"model.torch_dtype is {precision}: expected bfloat16 or float32")
     sharded, max_steps = strategy != "ddp", keys.take("step_scheduler.max_steps")

@@ -46,9 +46,9 @@ class Contrastive(MultiVectorMultipleNegativesRankingLoss):
             **options,
         )
 
-    def _embed(self, model: nn.Module, features: dict[str, Any], task: str) -> tuple[Tensor, Tensor]:
-        states_bTD = F.normalize(model(dict(features))["token_embeddings"], dim=-1)
-        colbert: Any = getattr(model, "module", model)
+    def _embed(self, features: dict[str, Any], task: str) -> tuple[Tensor, Tensor]:
+        states_bTD = F.normalize(self.model(dict(features))["token_embeddings"], dim=-1)
+        colbert: Any = getattr(self.model, "module", self.model)
         if task == "document":  # the first of them is taken for queries
             return states_bTD, extract_skiplist_mask([features, features], skiplist=colbert.skiplist)[1]
         mask_bT = features["attention_mask"].bool()

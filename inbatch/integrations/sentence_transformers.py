@@ -6,7 +6,7 @@ Shapes: B rows, N passages of a row (positive first), D dimension.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,21 +17,19 @@ from sentence_transformers.sentence_transformer.losses.adaptive_layer import Tra
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from inbatch.encoder.loading import padding_shifts, position_table
 from inbatch.encoder.packing import BOUNDS, enable_packing, packed_inputs, token_slots, wish
-from inbatch.grad_cache import GradCache
 from inbatch.ids import stable_id
-from inbatch.integrations.shared import cached_step, described, ids_of, micro_batch_tokens
-from inbatch.losses import InfoNCELoss, Objective
+from inbatch.integrations.shared import TrainerLoss, ids_of, micro_batch_tokens
+from inbatch.losses import Objective
 from inbatch.retrieval.embed import unwrap
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
-class MultipleNegativesRankingLoss(nn.Module):
+class MultipleNegativesRankingLoss(TrainerLoss):
     """InfoNCE over the passages of all devices; arguments up to hardness_strength are those of sentence-transformers.
 
     Different there: gather_across_devices is False by default, nothing is masked, and with "doc_to_query" in a joint
@@ -39,8 +37,8 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     packed: encode texts without padding, as one sequence; None does so on CUDA wherever the model allows, True refuses
     by name where it does not.
-    temperature: 1 / scale; give one of them. learnable: train it; its gradient is averaged over the ranks.
-    negatives, impl, group: as in `info_nce`; negatives "ring" never gathers.
+    options: temperature, which is 1 / scale (give one of them); learnable, which trains it, with its gradient averaged
+    over the ranks; negatives, impl and group as in `info_nce`, where negatives="ring" never gathers.
     labels [B, N] or [B, 1 + N] int64, as `Collator` makes them: ids of the passages, or of query and passages. What has
     the id of the row's positive, or answers the same query, is no negative. Other labels are not used, with a warning.
 
@@ -59,20 +57,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
         *,
-        temperature: float | None = None,
-        learnable: bool = False,
-        negatives: str | None = None,
-        impl: str = "auto",
-        group: ProcessGroup | None = None,
         packed: bool | None = None,
+        **options: Any,
     ):
-        super().__init__()
-        if scale is not None and temperature is not None:
-            raise ValueError(
-                f"scale is 1 / temperature: give one of them, got scale={scale}, temperature={temperature}"
-            )
-        if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
-            raise ValueError(f"scale must be a number above 0, got {scale!r}")
         if isinstance(directions, str) or not {*directions} <= {*DIRECTIONS}:
             raise ValueError(f"directions must be a tuple of some of {', '.join(DIRECTIONS)}, got {directions!r}")
         if similarity_fct not in (cos_sim, dot_score, "cosine", "dot"):
@@ -81,37 +68,30 @@ class MultipleNegativesRankingLoss(nn.Module):
         if not isinstance(model, nn.Module) or isinstance(inner, MultiVectorEncoder):
             remedy = "of inbatch.integrations.multi_vector for a MultiVectorEncoder"
             raise ValueError(f"the loss takes a SentenceTransformer, got {type(inner).__name__}: take those {remedy}")
-        self.model = model
+        objective = Objective(
+            directions=tuple(direction.replace("doc", "passage") for direction in directions),
+            partition=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+        )
+        options |= {"scale": scale, "gather_across_devices": gather_across_devices, "objective": objective}
+        super().__init__(model, usual_scale=20.0, **options)
+        self.objective = objective
+        self.cosine = similarity_fct in (cos_sim, "cosine")
         self.packed = wish(packed, getattr(model, "device", torch.device("cpu"))) is not False
         if self.packed and (problem := _enable_packing(inner)) is not None:
             if packed:
                 raise ValueError(f"packed=True: {problem}; leave it out")
             self.packed = False
         self._first_position = position_table(inner[0].model)[1] if self.packed else 0
-        self.cosine = similarity_fct in (cos_sim, "cosine")
-        self.objective = Objective(
-            directions=tuple(direction.replace("doc", "passage") for direction in directions),
-            partition=partition_mode,
-            hardness_mode=hardness_mode if hardness_strength else None,
-            hardness_strength=hardness_strength if hardness_mode else 0.0,
-        )
-        self.loss = InfoNCELoss(
-            1 / (20.0 if scale is None else scale) if temperature is None else temperature,
-            learnable=learnable,
-            negatives=negatives or ("gather" if gather_across_devices else "local"),
-            impl=impl,
-            group=group,
-            objective=self.objective,
-        )
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of the columns (query, positive, negatives...), 0-d."""
-        return self._of_columns(*(self._embed(self.model, one) for one in sentence_features), labels=labels)
+        return self._of_columns(*(self._embed(one) for one in sentence_features), labels=labels)
 
-    def _embed(self, model: nn.Module, features: dict[str, Any]) -> Tensor:
-        return model(_without_padding(features, self._first_position) if self.packed else features)[
-            "sentence_embedding"
-        ]
+    def _embed(self, features: dict[str, Any]) -> Tensor:
+        features = _without_padding(features, self._first_position) if self.packed else features
+        return self.model(features)["sentence_embedding"]
 
     def _of_columns(self, queries_BD: Tensor, *passages: Tensor, labels: Tensor | None = None) -> Tensor:
         if not passages:
@@ -124,10 +104,6 @@ class MultipleNegativesRankingLoss(nn.Module):
             queries_BD, *passages = (F.normalize(one, dim=1) for one in (queries_BD, *passages))  # type: ignore[assignment]
         together = torch.stack(list(passages), dim=1).flatten(0, 1)
         return self.loss(queries_BD, together, false_negatives=ids_of(labels, len(queries_BD), len(passages)))
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return what the model card says of the loss."""
-        return described(self.loss)
 
 
 def _enable_packing(model: nn.Module) -> str | None:
@@ -190,7 +166,6 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
             raise ValueError("a StaticEmbedding's inputs cannot be cut into rows: use MultipleNegativesRankingLoss")
         longest = getattr(unwrap(model), "max_seq_length", None)
         self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, longest)
-        self._step: tuple[nn.Module, GradCache] | None = None
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of the columns' embeddings, each in parts."""
@@ -210,23 +185,12 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
                     "MatryoshkaLoss(n_dims_per_step=...) draws other dimensions on each rank: leave it out"
                 )
             self.cosine = True  # as MatryoshkaLoss cuts embeddings
-            self.loss.objective = Objective(
-                **{
-                    **vars(self.objective),
-                    "matryoshka_dims": matryoshka.matryoshka_dims,
-                    "matryoshka_weights": matryoshka.matryoshka_weights,
-                }
+            self.loss.objective = replace(
+                self.objective,
+                matryoshka_dims=matryoshka.matryoshka_dims,
+                matryoshka_weights=matryoshka.matryoshka_weights,
             )
-        if self._step is None or self._step[0] is not self.model:  # a trainer puts its wrapper in place of the model
-            model = self.model
-            encode = lambda features: self._embed(model, features)  # noqa: E731
-            step = cached_step(model, encode, self._of_columns, self.micro_batch_tokens, packed=self.packed)
-            self._step = model, step
-        columns = [
-            {name: value for name, value in features.items() if isinstance(value, (Tensor, int, float, str))}
-            for features in sentence_features
-        ]
-        return self._step[1].loss(*columns, loss_kwargs={"labels": labels})
+        return self._cached(self._embed, self._of_columns, sentence_features, labels)
 
 
 @dataclass

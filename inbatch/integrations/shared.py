@@ -4,7 +4,7 @@ Shapes: B rows, N passages of a row.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,69 @@ from torch.nn.parallel import DistributedDataParallel
 from inbatch import collectives
 from inbatch.grad_cache import GradCache
 from inbatch.losses import FalseNegatives, InfoNCELoss
+
+
+class TrainerLoss(nn.Module):
+    """Hold a model and the InfoNCE loss of the columns that it encodes, as trainers of sentence-transformers do."""
+
+    micro_batch_tokens: int | str = "auto"
+    packed = False
+    _step: tuple[nn.Module, GradCache] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scale: float | None,
+        usual_scale: float,
+        gather_across_devices: bool,
+        temperature: float | None = None,
+        negatives: str | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if scale is not None and temperature is not None:
+            raise ValueError(f"scale is 1 / temperature: give one of them, got {scale=}, {temperature=}")
+        if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+            raise ValueError(f"scale must be a number above 0, got {scale!r}")
+        self.model = model
+        self.loss = InfoNCELoss(
+            1 / (scale or usual_scale) if temperature is None else temperature,
+            negatives=negatives or ("gather" if gather_across_devices else "local"),
+            **options,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return what the model card says of the loss."""
+        temperature = self.loss.temperature
+        temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
+        return {"temperature": temperature, "negatives": self.loss.negatives, "masks": "by ids"}
+
+    def _cached(
+        self,
+        encode: Callable[[dict[str, Any]], Tensor],
+        loss: Callable[..., Tensor],
+        columns: Iterable[Mapping[str, Any]],
+        labels: Tensor | None,
+    ) -> Tensor:
+        """Return the loss of the encoded columns by `GradCache`, where `encode` calls `self.model`."""
+        model = self.model
+        if self._step is None or self._step[0] is not model:  # a trainer puts its wrapper in place of the model
+            sharded = hasattr(model, "set_requires_gradient_sync")
+            step = GradCache(
+                encode,
+                loss,
+                modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
+                micro_batch_tokens=self.micro_batch_tokens,
+                packed=self.packed,
+                max_over_ranks=collectives.max_over_ranks if sharded else None,
+            )
+            self._step = model, step
+        inputs = [
+            {name: value for name, value in column.items() if isinstance(value, (Tensor, int, float, str))}
+            for column in columns
+        ]
+        return self._step[1].loss(*inputs, loss_kwargs={"labels": labels})
 
 
 def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
@@ -36,29 +99,3 @@ def micro_batch_tokens(size: int | None, tokens: int | None, longest: int | None
     if size and not tokens and not longest:
         raise ValueError("mini_batch_size needs a model that limits the length of its texts: set mini_batch_num_tokens")
     return tokens or (size * longest if size and longest else "auto")
-
-
-def described(loss: InfoNCELoss) -> dict[str, Any]:
-    """Return what a model card says of the loss."""
-    temperature = loss.temperature.detach() if isinstance(loss.temperature, Tensor) else loss.temperature
-    return {"temperature": float(temperature), "negatives": loss.negatives, "masks": "by ids"}
-
-
-def cached_step(
-    model: nn.Module,
-    encode: Callable[[dict[str, Any]], Tensor],
-    loss: Callable[..., Tensor],
-    micro_batch_tokens: int | str,
-    *,
-    packed: bool = False,
-) -> GradCache:
-    """Return the step of a trainer's model, in DDP, sharded or plain, which `encode` calls."""
-    sharded = hasattr(model, "set_requires_gradient_sync")
-    return GradCache(
-        encode,
-        loss,
-        modules=[model] if sharded or isinstance(model, DistributedDataParallel) else [],
-        micro_batch_tokens=micro_batch_tokens,
-        packed=packed,
-        max_over_ranks=collectives.max_over_ranks if sharded else None,
-    )

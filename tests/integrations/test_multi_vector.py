@@ -54,6 +54,10 @@ def test_value_and_gradient_are_theirs(folder):
     assert loss(features, ids) < expected, "a copy of a positive is no negative"
     with pytest.raises(ValueError, match="leave it out for MaxSim"):
         MultiVectorMultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
+    with pytest.raises(ValueError, match="scale is 1 / temperature: give one of them, got scale="):
+        MultiVectorMultipleNegativesRankingLoss(model, scale=2.0, temperature=0.5)
+    with pytest.raises(ValueError, match="scale must be a number above 0, got 0"):
+        MultiVectorMultipleNegativesRankingLoss(model, scale=0)
     with pytest.raises(ValueError, match="two columns or more"):
         loss(features[:1])
 

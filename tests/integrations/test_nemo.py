@@ -159,6 +159,8 @@ def test_recipes_train(folder, tmp_path, capsys, written, kind):
     assert len(losses) == 3
     model = BiEncoderModel.from_pretrained(tmp_path / "run" / "model")
     assert model.prompts["query"] == ("query : " if written is recipe_of else "query :  ")
+    assert cli.run(["train", "--from-nemo", path, "--nproc-per-node", "2", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["accumulation_steps"] == 2  # as for two processes
     config, _ = load_recipe(path, [], world_size=2)
     assert (config.train.accumulation_steps, config.optim.warmup_steps) == (2, 2 if written is recipe_of else 1)
     assert (config.optim.init_lr, config.optim.min_lr) == pytest.approx((1e-4, 1e-5))
@@ -193,6 +195,10 @@ def test_recipes_train(folder, tmp_path, capsys, written, kind):
         ({"validation_dataset.data_dir_list": ["a", "b"]}, "validation_dataset.data_dir_list has 2 sources"),
         ({"model.tokenizer_backend": "x"}, "unknown key 'model.tokenizer_backend'"),
         ({"dataset.surprise": 1}, "unknown key 'dataset.surprise'"),
+        ({"step_scheduler.local_batch_size": 0}, "8 is not divisible by local_batch_size 0"),
+        ({"step_scheduler.global_batch_size": "all"}, "global_batch_size is 'all': expected a value such as 32"),
+        ({"dataset.data_dir_list": [3]}, "dataset.data_dir_list has 3: expected paths"),
+        ({"dataloader.dataset.n_passages": 9}, "dataset.n_passages is 9 and dataset.n_passages is 3: leave one out"),
         ({"step_scheduler.local_batch_size": 3}, "8 is not divisible by local_batch_size 3 x 1"),
         ({"lr_scheduler.lr_decay_style": "WSD"}, "lr_decay_style is WSD"),
         ({"lr_scheduler.lr_warmup_steps": "none"}, "lr_warmup_steps is missing"),
@@ -232,7 +238,7 @@ def test_what_keys_become(tmp_path):
     assert data["mixed_batches"]
     assert became(lr_scheduler={"lr_warmup_steps": 3})["optim"]["warmup_steps"] == 3
     assert became(model={"is_causal": True})["model"]["bidirectional"] is False
-    assert became(validation_dataset=None, validation_dataloader=None)["eval"] == {}
+    assert became(validation_dataset=None, validation_dataloader=None, peft=None, clip_grad_norm=None)["eval"] == {}
 
 
 # ---- step by step

@@ -238,6 +238,8 @@ def test_ids_leave_out_copies_and_mistakes_are_named(folder):
         MultiVectorMultipleNegativesRankingLoss(model)
     with pytest.raises(ValueError, match="similarity_fct must be cos_sim or dot_score"):
         ours.MultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
+    with pytest.raises(ValueError, match="with a hardness_mode, and 0 without, got hardness_mode=None"):
+        ours.MultipleNegativesRankingLoss(model, hardness_strength=5.0)
     with pytest.raises(ValueError, match="give one of them"):
         ours.MultipleNegativesRankingLoss(model, scale=20, temperature=0.05)
     static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=4)])
