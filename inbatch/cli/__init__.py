@@ -15,15 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from inbatch.cli.launch import (
-    INTERRUPTED,
-    REPORT_FD,
-    in_one_line,
-    launch,
-    report,
-    report_last,
-    show_warning,
-)
+from inbatch.cli.launch import INTERRUPTED, REPORT_FD, in_one_line, launch, report, report_last, show_warning
 from inbatch.cli.options import Parser, build_parser, common_options
 from inbatch.train.stopping import Stopped, stop_on_signals
 
@@ -84,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     known = _parse_train(arguments[1:]) if arguments[:1] == ["train"] else _parse(arguments)
     try:
-        if known.nproc_per_node > 1 and "RANK" not in os.environ:
+        if known.nproc_per_node > 1 and "RANK" not in os.environ and not known.print_config:
             if known.command == "train":
                 _load_config(known, say=False)  # a mistake in it is reported at once, by this process alone
             return launch(arguments, known.nproc_per_node)
@@ -130,8 +122,6 @@ def _parse_train(arguments: list[str]) -> argparse.Namespace:
 
         print(f"{TRAIN_HELP}\n\n{help_text()}", end="")
         sys.exit(0)
-    if known.print_config:
-        known.nproc_per_node = 1
     return argparse.Namespace(**vars(known), command="train", config=config, overrides=overrides)
 
 
@@ -369,8 +359,10 @@ def _encode(known: argparse.Namespace) -> None:
 def _data(known: argparse.Namespace) -> None:
     from inbatch.data.describe import describe
 
-    columns = dict(known.columns) if known.columns else None
-    print(describe(known.source, split=known.split, columns=columns, corpus=known.corpus, first=known.first))
+    columns: dict[str, list[str]] = {}
+    for field, names in known.columns:
+        columns.setdefault(field, []).extend(names)
+    print(describe(known.source, split=known.split, columns=columns or None, corpus=known.corpus, first=known.first))
 
 
 def _audit(known: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(prog="inbatch", description="Train and use text encoders for retrieval.")
     parser.add_argument("--version", action="version", version=f"inbatch {__version__}")
-    parser.set_defaults(nproc_per_node=1)
+    parser.set_defaults(nproc_per_node=1, print_config=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a model from a YAML file (`inbatch train --help` lists every key)")
 
@@ -85,8 +85,9 @@ def _add_data(commands: Any) -> None:
     data.add_argument("source", metavar="SOURCE", help="file, folder or glob (docs/formats.md lists the formats)")
     data.add_argument("--split", default="train", help="of a folder (default: %(default)s)")
     data.add_argument(
-        "--columns", nargs="+", metavar="FIELD=COLUMN", type=_column, help="such as query=question negative=worse,worst"
-    )
+        "--columns", nargs="+", metavar="FIELD=COLUMN", type=_column, default=[],
+        help="such as query=question negative=worse,worst",
+    )  # fmt: skip
     data.add_argument("--corpus", help="where documents are that records name by id, unless they lie beside them")
     data.add_argument("--first", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
 
@@ -181,8 +182,9 @@ def _add_push(commands: Any) -> None:
 def common_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
-        "--nproc-per-node", type=_positive, default=1, metavar="N", help="processes to start here (default: 1)"
-    )
+        "--nproc-per-node", type=_positive, default=1, metavar="N",
+        help="processes to start here (default: %(default)s)",
+    )  # fmt: skip
     return options
 
 

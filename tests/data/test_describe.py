@@ -78,6 +78,7 @@ def test_the_command(tmp_path, capsys):
         ("{oops", [], "a.jsonl, line 1 is not JSON"),
         (json.dumps({"text": "t", "label": 1}), ["--columns", "query=nothing"], "none is known to be the query"),
         (json.dumps({"query": "q", "pos": "p"}), ["--columns", "query=frage"], "columns names 'frage' for 'query'"),
+        (json.dumps({"a": "q", "pos": "p"}), ["--columns", "query=a", "query=b"], "name one column, got ['a', 'b']"),
         (json.dumps({"query_text": "q", "positive_document_ids": [1]}), [], "no corpus is given"),
         (json.dumps({"query": "q", "pos": []}), ["--split", "dev"], "line 1: the record has no positive"),
     ],
