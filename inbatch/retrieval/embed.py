@@ -32,9 +32,9 @@ class EmbedOptions:
     prefix: str = ""
     """put before each text"""
     task: str | None = None
-    """"query" or "document", which a multi-vector model encodes differently"""
+    """"query" or "document", which have lengths of their own and which a multi-vector model encodes differently"""
     max_length: int | None = None
-    """tokens a text is cut to; None is the model's limit"""
+    """tokens a text is cut to; None is the model's limit for such texts"""
     batch_tokens: int | None = None
     """padded tokens of a batch of similarly long texts; None is 65536 packed on a GPU, 16384 padded, 4096 on a CPU"""
     precision: str = "fp32"
@@ -69,15 +69,11 @@ def embed(
     options = options or EmbedOptions()
     module = unwrap(model)
     rows = range(len(texts)) if rows is None else rows
+    windows = embed_windows(module, texts, rows, options)
     if is_multi_vector(module):
-        parts = []
-        for _, window in embed_windows(module, texts, rows, options):
-            assert isinstance(window, Tokens)
-            parts.append(Tokens(window.vectors.to("cpu", options.dtype), window.lengths.cpu()))
-        return joined(parts, module.embedding_dim, options.dtype)
+        return joined([window for _, window in windows], module.embedding_dim, options.dtype)
     embeddings = torch.empty(len(rows), module.embedding_dim, dtype=options.dtype)
-    for start, window in embed_windows(module, texts, rows, options):
-        assert isinstance(window, Tensor)
+    for start, window in windows:
         embeddings[start : start + len(window)] = window
     return embeddings
 
@@ -109,19 +105,16 @@ def share(count: int, group=None) -> range:
     return plan.share(count, collectives.rank(group), collectives.world_size(group))
 
 
-def embed_windows(
-    module: Any, texts: Sequence[str], rows: range, options: EmbedOptions
-) -> Iterator[tuple[int, Embeddings]]:
-    """Yield (place within rows, embeddings [w, D] or Tokens on the model's device), window by window."""
+def embed_windows(module: Any, texts: Sequence[str], rows: range, options: EmbedOptions) -> Iterator[tuple[int, Any]]:
+    """Yield (place within rows, embeddings [w, D] or Tokens in host memory, of options.dtype), window by window."""
     device = next(module.parameters()).device
     # A CPU's caches hold no more: MiniLM took a fifth less time than at 16384.
     usual = (65536 if module.packed else 16384) if device.type == "cuda" else 4096
     batch_tokens = options.batch_tokens or usual
 
     def tokenise(start: int) -> dict[str, Tensor]:
-        window = [options.prefix + texts[row] for row in rows[start : start + WINDOW]]
-        tokens = module.tokenize(window, max_length=options.max_length)
-        return module.mark(tokens, options.task) if is_multi_vector(module) else tokens
+        window = [texts[row] for row in rows[start : start + WINDOW]]
+        return module.tokenize(window, prefix=options.prefix, task=options.task, max_length=options.max_length)
 
     # A window is read and tokenised while the one before it is encoded.
     with (
@@ -130,12 +123,9 @@ def embed_windows(
         ThreadPoolExecutor(1) as reader,
         tqdm(total=len(rows), desc=options.progress, disable=options.progress is None, unit="text", leave=False) as bar,
     ):
-        ahead = reader.submit(tokenise, 0) if len(rows) else None
+        ahead = reader.submit(tokenise, 0)
         for start in range(0, len(rows), WINDOW):
-            assert ahead is not None
-            tokens = ahead.result()
-            if start + WINDOW < len(rows):
-                ahead = reader.submit(tokenise, start + WINDOW)
+            tokens, ahead = ahead.result(), reader.submit(tokenise, start + WINDOW)
             order, parts = [], []
             for some in _batches(tokens["attention_mask"].sum(1), batch_tokens):
                 batch = module.to_device(_without_padding(tokens, some))
@@ -150,15 +140,14 @@ def embed_windows(
                 parts.append(vectors)
                 order.append(some)
                 bar.update(len(some))
-            places = to_device(torch.cat(order), device)
-            if parts[0].ndim == 3:
+            places = to_device(torch.cat(order).argsort(), device)
+            if is_multi_vector(module):
                 real = [part.any(-1) for part in parts]
                 vectors = torch.cat([part[mask] for part, mask in zip(parts, real, strict=True)])
-                lengths = torch.cat([mask.sum(1) for mask in real])
-                yield start, Tokens(vectors, lengths)[places.argsort()]
-                continue
-            window = torch.cat(parts)
-            yield start, torch.empty_like(window).index_copy_(0, places, window)
+                window = Tokens(vectors, torch.cat([mask.sum(1) for mask in real]))[places]
+                yield start, Tokens(window.vectors.to("cpu", options.dtype), window.lengths.cpu())
+            else:
+                yield start, torch.cat(parts)[places].to("cpu", options.dtype)
 
 
 @contextmanager

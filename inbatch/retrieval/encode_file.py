@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,7 @@ from inbatch.data import open_corpus
 from inbatch.data.files import naming, partial, publish, remove, replacing
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, share, unwrap
+from inbatch.retrieval.nearest import Embeddings
 
 _NPY = {torch.float32: "<f4", torch.float16: "<f2"}
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -54,13 +55,13 @@ def encode_to_file(
     texts, several, row_bytes = documents.texts, is_multi_vector(module), module.embedding_dim * dtype.itemsize
     shape = len(texts), module.embedding_dim
     header = collectives.together(lambda: _header(output, dtype, shape), group)
+    collectives.together(lambda: output.parent.mkdir(parents=True, exist_ok=True), group)
     ids_path, offsets_path = (output.with_name(f"{output.name}.{what}") for what in ("ids.txt", "offsets.npy"))
     first, rows = collectives.rank(group) == 0, share(len(texts), group)
     part = output.with_name(f".{output.name}.rank-{collectives.rank(group)}")
     options = options if first else replace(options, progress=None)
 
     def create() -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with naming(output), partial(output).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + shape[0] * row_bytes)
@@ -73,7 +74,7 @@ def encode_to_file(
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
         with naming(output), path.open(mode) as file:
             file.seek(place)
-            return _fill(file, module, texts, rows, options, source)  # type: ignore[arg-type]
+            return _fill(file, embed_windows(module, texts, rows, options), rows.start, source)  # type: ignore[arg-type]
 
     def join() -> None:
         with naming(output), partial(output).open("r+b") as file, part.open("rb") as mine:
@@ -112,24 +113,20 @@ def _publish(output: Path, ids_path: Path, offsets_path: Path, lengths: Tensor |
         publish(ids_path)
 
 
-def _fill(
-    file: BinaryIO,
-    model: nn.Module,
-    texts: Sequence[str],
-    rows: range,
-    options: EmbedOptions,
-    source: str | os.PathLike,
-) -> Tensor:
-    """Write the vectors of texts[rows], and return how many each text has; ValueError for NaN or infinity."""
+def _fill(file: BinaryIO, windows: Iterator[tuple[int, Embeddings]], first: int, source: str | os.PathLike) -> Tensor:
+    """Write vectors and return how many each text has; first: of all texts. Raises ValueError for NaN or infinity."""
     lengths = [torch.empty(0, dtype=torch.int64)]
-    for start, window in embed_windows(model, texts, rows, options):
-        if isinstance(window, Tokens):
-            vectors, lengths_n = window.vectors, window.lengths.cpu()
-        else:
-            vectors, lengths_n = window, torch.ones(len(window), dtype=torch.int64)
-        kept = vectors.to("cpu", options.dtype)
-        _require_finite(kept, lengths_n, rows.start + start, source)
-        file.write(kept.view(torch.uint8).numpy().data)
+    for start, window in windows:
+        texts = window if isinstance(window, Tokens) else Tokens(window, torch.ones(len(window), dtype=torch.int64))
+        vectors_mD, lengths_n = texts.vectors, texts.lengths
+        bad = (~vectors_mD.isfinite()).any(1).nonzero().squeeze(1)
+        if len(bad):
+            text = first + start + int(torch.searchsorted(lengths_n.cumsum(0), bad[0], right=True))
+            raise ValueError(
+                f"{source}: the embedding of text {text + 1} holds NaN or infinity as {vectors_mD.dtype}; "
+                "expected finite numbers: look at the model's weights, or try float32 and precision fp32"
+            )
+        file.write(vectors_mD.view(torch.uint8).numpy().data)
         lengths.append(lengths_n)
     return torch.cat(lengths)
 
@@ -138,16 +135,6 @@ def _line(doc_id: str) -> str:
     if len(doc_id.splitlines()) != 1:
         raise ValueError(f"the id {doc_id!r} does not fit on a line: ids are written one a line")
     return f"{doc_id}\n"
-
-
-def _require_finite(vectors_mD: Tensor, lengths_n: Tensor, start: int, source: str | os.PathLike) -> None:
-    bad = (~vectors_mD.isfinite()).any(1).nonzero().squeeze(1)
-    if len(bad):
-        text = start + int(torch.searchsorted(lengths_n.cumsum(0), bad[0], right=True))
-        raise ValueError(
-            f"{source}: the embedding of text {text + 1} holds NaN or infinity as {vectors_mD.dtype}; "
-            "expected finite numbers: look at the model's weights, or try float32 and precision fp32"
-        )
 
 
 def _header(output: Path, dtype: torch.dtype, shape: tuple[int, int]) -> bytes:

@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor, nn
 
 from inbatch import collectives
-from inbatch.data.files import replacing
 from inbatch.data.records import RetrievalData
 from inbatch.retrieval.embed import EmbedOptions, embed, is_multi_vector, share, unwrap
 from inbatch.retrieval.kept import embed_kept
@@ -52,6 +52,12 @@ class RetrieveOptions:
             raise ValueError(f"top_k is {self.top_k}; expected at least 1 document a query")
         if self.similarity not in (None, *SIMILARITIES):
             raise ValueError(f"similarity is {self.similarity!r}; expected one of {', '.join(SIMILARITIES)}")
+        for name in ("prefix", "task", "max_length"):
+            if (given := getattr(self.embedding, name)) != getattr(EmbedOptions, name):
+                raise ValueError(
+                    f"embedding has the {name} {given!r}, which queries and documents have apart: leave it out, and "
+                    "give query_prefix, query_max_len and the like"
+                )
 
 
 def evaluate(
@@ -102,9 +108,8 @@ def _check_writable(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise ValueError(f"the run cannot be written to {path}, which is not a file: name a file")
     try:
-        with replacing(path.with_name(f".{path.name}.trial")) as trial:
-            trial.touch()
-        path.with_name(f".{path.name}.trial").unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ValueError(f"the run cannot be written to {path}: {error}; name a file in another folder") from None
 
@@ -190,13 +195,12 @@ def embedding_options(model: nn.Module, what: str, options: RetrieveOptions, gro
     """Return the options to embed queries ("query") or documents ("document"): those given, else the model's."""
     module, of_query = unwrap(model), what == "query"
     prefix = options.query_prefix if of_query else options.passage_prefix
-    max_length = options.query_max_len if of_query else options.passage_max_len
     shown = options.embedding.progress is not None and collectives.rank(group) == 0
     return replace(
         options.embedding,
         task=what,
         prefix=module.prompts.get(what, "") if prefix is None else prefix,
-        max_length=getattr(module, f"{what}_length", None) if max_length is None else max_length,
+        max_length=options.query_max_len if of_query else options.passage_max_len,
         progress=what if shown else None,
     )
 

@@ -76,14 +76,14 @@ def group_examples(
     holders = Keys(
         np.append(0, np.cumsum(np.bincount(number_of_key))), example_of_key[np.argsort(number_of_key, kind="stable")]
     )
-    near = np.full((count, max(1, depth - options.range_min)), -1, np.int32)
+    near = np.empty((count, max(0, depth - options.range_min)), np.int32)
     for start in range(0, count, _QUERIES):
         stop = min(count, start + _QUERIES)
         shared, places = numbers.of(np.arange(start, stop))
         rows, of_key = holders.of(shared)
         known = torch.from_numpy(np.stack([places[of_key], rows], axis=1))
         _, best = nearest(queries[start:stop], documents, depth, similarity=similarity, exclude=known, group=group)
-        near[start:stop, : max(0, depth - options.range_min)] = best[:, options.range_min :].cpu().numpy()
+        near[start:stop] = best[:, options.range_min :].cpu().numpy()
     return Groups(_grown(near, options.size))
 
 

@@ -9,7 +9,7 @@ Shapes: n texts, D dimension.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def model_digest(model: nn.Module) -> str:
     settings.pop("training", None)
     configuration = getattr(getattr(module, "backbone", None), "config", "")
     settings["multi_vector"] = str(getattr(module, "multi_vector", None))
-    digest.update(f"{sorted(settings.items())} {configuration} {version('transformers')} {type(module)}".encode())
+    # As text the module names what its parts are and, of sentence-transformers' parts, their settings.
+    digest.update(f"{sorted(settings.items())} {configuration} {version('transformers')} {module}".encode())
     if (tokenizer := getattr(module, "tokenizer", None)) is not None:
         digest.update(tokenizer_digest(tokenizer).encode())
     digest.update(weights_digest(module.state_dict()).encode())
@@ -68,43 +69,42 @@ def embed_kept(
     follow one another. Raises OSError, on every rank, if the folder cannot be written or is full.
     """
     module, dtype = unwrap(model), options.dtype
-    settings = {name: str(value) for name, value in asdict(options).items() if name not in ("progress", "batch_tokens")}
+    settings = str(replace(options, progress=None, batch_tokens=None))
 
     def name() -> str:
-        contents = f"{model_digest(module)} {settings} {text_digest(texts)}"
-        return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()
-
-    def create(paths: tuple[Path, Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, row_bytes in zip(paths, (width, 1), strict=True):
-            with naming(path), path.open("ab") as file:
-                file.truncate(len(texts) * row_bytes)
+        return text_digest([model_digest(module), settings, text_digest(texts)])
 
-    def fill(paths: tuple[Path, Path]) -> None:
+    key = collectives.on_rank_0(name, group)
+    if is_multi_vector(module):
+        return _kept_tokens(module, texts, options, folder / key, rows, group)
+    row_bytes = module.embedding_dim * dtype.itemsize
+    path, done_path = folder / f"{key}.embeddings", folder / f"{key}.rows"
+
+    def create() -> None:
+        for created, size in ((path, len(texts) * row_bytes), (done_path, len(texts))):
+            with naming(created), created.open("ab") as file:
+                file.truncate(size)
+
+    def fill() -> None:
         # Written, not mapped: on a disk that is full a mapping ends the process by a signal.
-        with naming(paths[0]), paths[0].open("r+b") as file, paths[1].open("r+b") as done:
-            for missing in _missing(np.fromfile(paths[1], np.uint8)[rows.start : rows.stop], rows.start):
+        with naming(path), path.open("r+b") as file, done_path.open("r+b") as done:
+            for missing in _missing(np.fromfile(done_path, np.uint8)[rows.start : rows.stop], rows.start):
                 for start, window in embed_windows(module, texts, missing, options):
-                    assert isinstance(window, Tensor)
-                    file.seek((missing.start + start) * width)
-                    file.write(window.to("cpu", dtype).view(torch.uint8).numpy().data)
+                    file.seek((missing.start + start) * row_bytes)
+                    file.write(window.view(torch.uint8).numpy().data)
                     file.flush()
-                    sync(paths[0])  # before it counts
+                    sync(path)  # before it counts
                     done.seek(missing.start + start)
                     done.write(b"\x01" * len(window))
                     done.flush()
 
-    width = module.embedding_dim * dtype.itemsize
-    key = collectives.on_rank_0(name, group)
-    if is_multi_vector(module):
-        return _kept_tokens(module, texts, options, folder / key, rows, group)
-    paths = folder / f"{key}.embeddings", folder / f"{key}.rows"
-    collectives.on_rank_0(lambda: create(paths), group)
-    collectives.together(lambda: fill(paths), group)
+    collectives.on_rank_0(create, group)
+    collectives.together(fill, group)
     if not len(rows):
         return torch.empty(0, module.embedding_dim, dtype=dtype)
-    shape = len(rows), width
-    mapped = np.memmap(paths[0], np.uint8, mode="c", offset=rows.start * width, shape=shape)  # a copy where written
+    shape = len(rows), row_bytes
+    mapped = np.memmap(path, np.uint8, mode="c", offset=rows.start * row_bytes, shape=shape)  # a copy where written
     return torch.from_numpy(mapped).view(dtype)
 
 
@@ -112,17 +112,12 @@ def _kept_tokens(module: Any, texts: Any, options: EmbedOptions, name: Path, row
     paths = {first: name.with_name(f"{name.name}.{first}.safetensors") for first in range(0, len(texts), WINDOW)}
 
     def fill() -> None:
-        name.parent.mkdir(parents=True, exist_ok=True)
         missing = [first for first, path in paths.items() if first in rows and not path.exists()]
-        if not missing:
-            return
         # From the first missing one on, as a killed run leaves them.
-        some = range(missing[0], min(len(texts), missing[-1] + WINDOW))
+        some = range(missing[0], min(len(texts), missing[-1] + WINDOW)) if missing else range(0)
         for start, window in embed_windows(module, texts, some, options):
-            assert isinstance(window, Tokens)
-            tensors = {"vectors": window.vectors.to("cpu", options.dtype), "lengths": window.lengths.cpu()}
             with replacing(paths[some.start + start]) as filled:
-                save_file(tensors, filled)
+                save_file({"vectors": window.vectors, "lengths": window.lengths}, filled)
 
     collectives.together(fill, group)
     parts = []

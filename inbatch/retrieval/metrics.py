@@ -178,6 +178,8 @@ def check_evaluation(
             raise ValueError(f"there are no {what} to evaluate with; expected at least one")
         if count != len(ids):
             raise ValueError(f"there are {count} {what} but {len(ids)} ids; expected one id each")
+        if repeated := count - len(set(ids)):
+            raise ValueError(f"{repeated} of {count} {what} have the id of another; expected an id of its own for each")
         if run_file:
             check_trec_words(ids)
     judged = {document for documents in data.qrels.values() for document in documents}

@@ -8,8 +8,8 @@ document.
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class MineOptions:
             )
         if self.sampling not in ("top", "random"):
             raise ValueError(f"sampling is {self.sampling!r}; expected top or random")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +150,18 @@ def search_negatives(
     query with fewer candidates ends in (-inf, -1).
     """
     known = _pairs(data.positives, rows)
-    device = queries.vectors.device if isinstance(queries, Tokens) else queries.device
-    exclude, offset = torch.cat([known, _pairs(data.same, rows)]), _offset(documents, device, group)
-    best, indices = (
-        x.cpu()
-        for x in nearest(queries, documents, depth, similarity=similarity, exclude=exclude, offset=offset, group=group)
-    )
+    exclude = torch.cat([known, _pairs(data.same, rows)])
+    found = nearest(queries, documents, depth, similarity=similarity, exclude=exclude, group=group)
+    best, indices = (tensor.cpu() for tensor in found)
     if scores is None:
-        of_known = _scored(queries, documents, known, offset, similarity, device, group)
+        of_known = _scored(queries, documents, known, similarity, group)
     else:
         places = (indices >= 0).nonzero()
         candidates = torch.stack([places[:, 0], indices[places[:, 0], places[:, 1]]], dim=1)
-        of_known, of_candidates = scores(rows, torch.cat([known, candidates])).split([len(known), len(candidates)])
+        anew = scores(rows, torch.cat([known, candidates]))
+        if not anew.isfinite().all():
+            raise ValueError("the teacher's scores hold NaN or infinity; expected finite numbers: look at its weights")
+        of_known, of_candidates = anew.split([len(known), len(candidates)])
         best = torch.full_like(best, -torch.inf)
         best[places[:, 0], places[:, 1]] = of_candidates
         best, order = best.sort(dim=1, descending=True, stable=True)
@@ -168,19 +170,15 @@ def search_negatives(
     return rows, best, indices, [[next(flat) for _ in data.positives[row]] for row in rows]
 
 
-def _offset(documents: Embeddings, device: torch.device, group) -> int:
-    return sum(counts_by_rank("the documents", documents, device, group)[: collectives.rank(group)])
-
-
-def _scored(
-    queries: Embeddings, documents: Embeddings, pairs: Tensor, offset: int, similarity: str, device: torch.device, group
-) -> Tensor:
+def _scored(queries: Embeddings, documents: Embeddings, pairs: Tensor, similarity: str, group) -> Tensor:
     """Return the scores [P] of pairs [P, 2] (row of a query, document), each from the rank that has the document."""
+    device = (queries.vectors if isinstance(queries, Tokens) else queries).device
+    offset = sum(counts_by_rank("the documents", documents, device, group)[: collectives.rank(group)])
     here = ((pairs[:, 1] >= offset) & (pairs[:, 1] < offset + len(documents))).nonzero().squeeze(1)
     scores = torch.zeros(len(pairs), device=device)
     local = pairs[here] - torch.tensor([0, offset])
     for some, place in zip(local.split(_PAIRS), here.split(_PAIRS), strict=True):
-        scores[place.to(scores.device)] = scores_of_pairs(queries, documents, some, similarity=similarity)
+        scores[place.to(device)] = scores_of_pairs(queries, documents, some, similarity=similarity)
     return collectives.all_reduce(scores, group=group).cpu()
 
 
@@ -192,20 +190,26 @@ def _scores_of(
         usual = RetrieveOptions(embedding=retrieve.embedding)  # prefixes and lengths are the teacher's
         similarity = collectives.together(lambda: similarity_of(teacher, usual), group)
         documents = embed_documents(teacher, data.documents, usual, kept=kept, group=group)
-        offset = _offset(documents, device, group)
 
         def score(rows: range, pairs: Tensor) -> Tensor:
             queries = embed_queries(teacher, data.queries[rows.start : rows.stop], usual, group=group)
-            return _scored(queries, documents, pairs, offset, similarity, device, group)
+            return _scored(queries, documents, pairs, similarity, group)
 
         return score
 
     def predict(rows: range, pairs: Tensor) -> Tensor:
-        mine = share(len(pairs), group)
-        texts = [(data.queries[rows[q]], data.documents[d]) for q, d in pairs[mine.start : mine.stop].tolist()]
-        scores = torch.zeros(len(pairs))
-        given = collectives.together(lambda: teacher.predict(texts, show_progress_bar=False) if texts else [], group)
-        scores[mine.start : mine.stop] = torch.as_tensor(given, dtype=torch.float32).reshape(len(mine))
+        mine, scores = share(len(pairs), group), torch.zeros(len(pairs))
+
+        def fill() -> None:
+            texts = [(data.queries[rows[q]], data.documents[d]) for q, d in pairs[mine.start : mine.stop].tolist()]
+            given = torch.as_tensor(teacher.predict(texts, show_progress_bar=False) if texts else [])
+            if given.numel() != len(texts):
+                raise ValueError(
+                    f"the teacher's scores of {len(texts)} pairs are {tuple(given.shape)}; expected one each"
+                )
+            scores[mine.start : mine.stop] = given.flatten()
+
+        collectives.together(fill, group)
         return collectives.all_reduce(scores.to(device), group=group).cpu()
 
     return predict
@@ -214,26 +218,6 @@ def _scores_of(
 def _pairs(rows_of: Sequence[Sequence[int]], queries: range) -> Tensor:
     pairs = [(place, row) for place, query in enumerate(queries) for row in rows_of[query]]
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-
-
-@dataclass(kw_only=True)
-class _Report:
-    """Count the candidates by what became of them, and the scores by their first two digits."""
-
-    counts: Counter = field(default_factory=Counter)
-    positive_scores: Counter = field(default_factory=Counter)
-    negative_scores: Counter = field(default_factory=Counter)
-    examples: list[dict] = field(default_factory=list)
-
-    @staticmethod
-    def read(saved: dict[str, Any]) -> "_Report":
-        """Return the report that JSON holds as `saved`."""
-        counters = {name: Counter(value) for name, value in saved.items() if name != "examples"}
-        return _Report(examples=saved["examples"], **counters)
-
-
-def _rounded(scores: Sequence[float]) -> list[str]:
-    return [f"{score:.2g}" for score in scores]
 
 
 def choose(
@@ -309,7 +293,8 @@ def mine(
         models = [encoder for encoder in (model, query_model, teacher) if encoder is not None]
         digests = [model_digest(m) if isinstance(m, nn.Module) else repr(m) for m in models]
         texts = [text_digest(data.queries), text_digest(data.documents), text_digest(map(str, data.positives))]
-        facts = {**asdict(options), **_described(retrieve), "similarity": similarity, "format": format}
+        how = replace(retrieve, embedding=replace(retrieve.embedding, progress=None, batch_tokens=None))
+        facts = {**asdict(options), "retrieve": str(how), "similarity": similarity, "format": format}
         return written.begin({**facts, "models": digests, "texts": texts})
 
     written = _Records(output, data, options, format)
@@ -331,11 +316,6 @@ def mine(
         raise
 
 
-def _described(retrieve: RetrieveOptions) -> dict[str, Any]:
-    described = {name: str(value) for name, value in asdict(retrieve).items() if name != "embedding"}
-    return described | {"precision": retrieve.embedding.precision, "dtype": str(retrieve.embedding.dtype)}
-
-
 class _Records:
     """Hold the output under its hidden name and, beside it, a file with its inputs and progress, for the next run."""
 
@@ -343,7 +323,10 @@ class _Records:
         self._output, self._data, self._options, self._format = output, data, options, format
         self.state = output.with_name(f".{output.name}.state.json")
         self._made_for: dict[str, Any] = {}
-        self._report = _Report()
+        self._counts = Counter()
+        # By their first two digits.
+        self._scores = {"positives": Counter(), "negatives": Counter()}
+        self._examples: list[dict[str, Any]] = []
 
     def begin(self, made_for: dict[str, Any]) -> int:
         """Return how many queries an earlier run for the same inputs finished; remove what a run for others left."""
@@ -355,29 +338,54 @@ class _Records:
                 self.forget()
                 return 0
             os.truncate(partial(self._output), state["bytes"])
-        self._report = _Report.read(state["report"])
+        self._counts, self._examples = Counter(state["counts"]), state["examples"]
+        self._scores = {name: Counter(of_side) for name, of_side in state["scores"].items()}
         return state["queries"]
 
     def add(self, rows: range, scores: Tensor, indices: Tensor, positive_scores: list[list[float]]) -> None:
         """Write the records of some queries, then the progress."""
-        with naming(self._output), partial(self._output).open("a", encoding="utf-8") as file:
+        path = partial(self._output)
+        with naming(self._output), path.open("a", encoding="utf-8") as file:
             for place, row in enumerate(rows):
                 some = indices[place][indices[place] >= 0].tolist()
-                record = _record(
-                    row, self._data, some, scores[place].tolist()[: len(some)], positive_scores[place],
-                    self._options, self._report,
-                )  # fmt: skip
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(record, self._format))
-        sync(partial(self._output))
-        size = partial(self._output).stat().st_size
-        state = {"made for": self._made_for, "queries": rows.stop, "bytes": size, "report": vars(self._report)}
-        write_json(self.state, state)
+                record = self._record(row, some, scores[place].tolist()[: len(some)], positive_scores[place])
+                lines = [record] if self._format == "lists" else _triplets(record)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        sync(path)
+        state = {"made for": self._made_for, "queries": rows.stop, "bytes": path.stat().st_size}
+        write_json(self.state, {**state, "counts": self._counts, "scores": self._scores, "examples": self._examples})
+
+    def _record(
+        self, row: int, candidates: list[int], scores: list[float], positive_scores: list[float]
+    ) -> dict[str, Any]:
+        self._counts.update(queries=1, candidates=len(candidates))
+        places = choose(row, scores, positive_scores, self._options, self._counts)
+        self._counts.update({
+            "negatives": len(places),
+            "queries with fewer negatives": len(places) < self._options.num_negatives,
+            "queries without negatives": not places,
+        })  # fmt: skip
+        record = {
+            "query": self._data.queries[row],
+            "pos": [self._data.documents[place] for place in self._data.positives[row]],
+            "neg": [self._data.documents[candidates[place]] for place in places],
+            "pos_scores": positive_scores,
+            "neg_scores": [scores[place] for place in places],
+        }
+        for name, key in (("positives", "pos_scores"), ("negatives", "neg_scores")):
+            self._scores[name].update(f"{score:.2g}" for score in record[key])
+        if len(self._examples) < _EXAMPLES:
+            self._examples.append(record)
+        return record
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Give the output its name; write the report and return it."""
         publish(self._output)
         remove(self.state)
-        return _write_report(self._output, self._report, {"documents": len(self._data.documents), **facts})
+        report = {"documents": len(self._data.documents), **facts, "counts": dict(self._counts)}
+        write_json(self._output.with_name(f"{self._output.name}.report.json"), {**report, "examples": self._examples})
+        _plot(self._scores, self._output)
+        return report
 
     def forget(self) -> None:
         """Remove the incomplete output and its progress."""
@@ -385,49 +393,17 @@ class _Records:
         remove(self.state)
 
 
-def _record(
-    row: int, data: MiningSet, candidates: list[int], scores: list[float], positive_scores: list[float],
-    options: MineOptions, report: _Report,
-) -> dict[str, Any]:  # fmt: skip
-    report.counts["queries"] += 1
-    report.counts["candidates"] += len(candidates)
-    places = choose(row, scores, positive_scores, options, report.counts)
-    report.counts["negatives"] += len(places)
-    report.counts["queries with fewer negatives"] += len(places) < options.num_negatives
-    report.counts["queries without negatives"] += not places
-    record = {
-        "query": data.queries[row],
-        "pos": [data.documents[place] for place in data.positives[row]],
-        "neg": [data.documents[candidates[place]] for place in places],
-        "pos_scores": positive_scores,
-        "neg_scores": [scores[place] for place in places],
-    }
-    report.positive_scores.update(_rounded(record["pos_scores"]))
-    report.negative_scores.update(_rounded(record["neg_scores"]))
-    if len(report.examples) < _EXAMPLES:
-        report.examples.append(record)
-    return record
-
-
-def _lines(record: dict[str, Any], format: str) -> Iterator[dict[str, Any]]:
-    if format == "lists":
-        yield record
-        return
+def _triplets(record: dict[str, Any]) -> list[dict[str, str]]:
     negatives = {f"negative_{number}": text for number, text in enumerate(record["neg"], 1)}
-    for positive in record["pos"]:
-        yield {"anchor": record["query"], "positive": positive, **negatives}
+    return [{"anchor": record["query"], "positive": positive, **negatives} for positive in record["pos"]]
 
 
-def _write_report(output: Path, report: _Report, facts: dict[str, Any]) -> dict[str, Any]:
+def _plot(scores: dict[str, Counter], output: Path) -> None:
     from matplotlib.figure import Figure
 
-    scores = {"positives": report.positive_scores, "negatives": report.negative_scores}
-    everything = {**facts, "counts": dict(report.counts)}
-    write_json(output.with_name(f"{output.name}.report.json"), {**everything, "examples": report.examples})
     axes = (figure := Figure(figsize=(7, 4))).add_subplot(xlabel="score", ylabel="pairs", title=output.name)
     for name, counts in scores.items():
         values = [float(score) for score in counts]
         axes.hist(values, bins=60, weights=list(counts.values()), alpha=0.6, label=f"{name} ({counts.total()})")
     axes.legend()
     figure.savefig(output.with_name(f"{output.name}.report.png"), dpi=120)
-    return everything

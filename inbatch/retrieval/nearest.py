@@ -20,28 +20,28 @@ MAX_SIM = "max_sim"
 
 def nearest(queries: Embeddings, documents: Embeddings, k: int, *, similarity: str, **options) -> tuple[Tensor, Tensor]:
     """Return (scores [Q, k], indices [Q, k]) by `top_k` or `max_sim_top_k`, whose options these are."""
-    if isinstance(queries, Tokens) and isinstance(documents, Tokens):
+    if isinstance(queries, Tokens):
+        assert isinstance(documents, Tokens)
         return max_sim_top_k(queries.vectors, queries.lengths, documents.vectors, documents.lengths, k, **options)
-    assert isinstance(queries, Tensor)
     assert isinstance(documents, Tensor)
     return top_k(queries, documents, k, similarity=similarity, **options)
 
 
 def scores_of_pairs(queries: Embeddings, documents: Embeddings, pairs: Tensor, *, similarity: str) -> Tensor:
     """Return the scores [P] of pairs [P, 2] (row of a query, row of a document here), as `nearest` gives them."""
-    if isinstance(queries, Tokens) and isinstance(documents, Tokens):
+    if isinstance(queries, Tokens):
+        assert isinstance(documents, Tokens)
         return max_sim_pair_scores(queries.vectors, queries.lengths, documents.vectors, documents.lengths, pairs)
-    assert isinstance(queries, Tensor)
     assert isinstance(documents, Tensor)
     return pair_scores(queries, documents, pairs, similarity=similarity)
 
 
 def counts_by_rank(what: str, texts: Embeddings, device: torch.device, group) -> list[int]:
     """Return how many texts each rank has; ValueError, on every rank, where they differ in kind or dimension."""
-    if isinstance(texts, Tensor):
-        return collectives.agree(what, {what: texts[:, :0].to(device)}, group=group)[what]
-    same = {"dimension": texts.vectors.shape[1], "dtype": str(texts.vectors.dtype)}
-    return collectives.agree(what, {what: texts.lengths.to(device)}, group=group, same=same)[what]
+    several = isinstance(texts, Tokens)
+    vectors, counted = (texts.vectors, texts.lengths) if several else (texts, texts[:, :0])
+    same = {"dimension": vectors.shape[1], "dtype": str(vectors.dtype)}
+    return collectives.agree(what, {what: counted.to(device)}, group=group, same=same)[what]
 
 
 def from_all_ranks(what: str, texts: Embeddings, device: torch.device, group) -> Embeddings:

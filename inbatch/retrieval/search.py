@@ -71,14 +71,9 @@ def top_k(
     if sum(rows) == 0:
         raise ValueError("top_k: there are no documents on any rank; expected at least one")
     assert sum(rows) <= _LAST_INDEX
-    shard = _Shard(
-        documents=documents,
-        norms_N=norms_N,
-        offset=sum(rows[: collectives.rank(group)]) if offset is None else offset,
-        cosine=similarity == "cosine",
-        chunk=document_chunk,
-    )
-    tiles = _tiles(queries, norms_Q, shard, query_chunk)
+    start = sum(rows[: collectives.rank(group)]) if offset is None else offset
+    cosine = similarity == "cosine"
+    tiles = _tiles(queries, norms_Q, documents, norms_N, start, query_chunk, document_chunk, cosine=cosine)
     return best_of(tiles, len(queries), min(k, sum(rows)), exclude, queries.device, group)
 
 
@@ -175,23 +170,17 @@ def _best_keys(tiles: Iterable[Tile], num_queries: int, k: int, exclude_E2: Tens
     return best_Qk
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shard:
-    documents: Tensor  # [N, D], any float dtype, any device
-    norms_N: Tensor  # [N] float64, on the queries' device
-    offset: int  # global index of the first document
-    cosine: bool
-    chunk: int
-
-
 @torch.no_grad()
-def _tiles(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, query_chunk: int) -> Iterator[Tile]:
-    rough_QD = _rough(queries_QD, norms_Q, shard.cosine)
-    for first in range(0, len(shard.documents), shard.chunk):
-        norms_C = shard.norms_N[first : first + shard.chunk]
-        block_CD = shard.documents[first : first + shard.chunk].to(queries_QD.device)
-        rough_CD = _rough(block_CD, norms_C, shard.cosine)
-        if shard.cosine:
+def _tiles(
+    queries_QD: Tensor, norms_Q: Tensor, documents_ND: Tensor, norms_N: Tensor, offset: int, query_chunk: int,
+    document_chunk: int, *, cosine: bool,
+) -> Iterator[Tile]:  # fmt: skip
+    rough_QD = _rough(queries_QD, norms_Q, cosine)
+    for first in range(0, len(documents_ND), document_chunk):
+        norms_C = norms_N[first : first + document_chunk]
+        block_CD = documents_ND[first : first + document_chunk].to(queries_QD.device)
+        rough_CD = _rough(block_CD, norms_C, cosine)
+        if cosine:
             error_Q = torch.full_like(norms_Q, _relative_error(queries_QD.shape[1])).float()
         else:
             error_Q = product_error(norms_Q, norms_C.max(), queries_QD.shape[1])
@@ -200,10 +189,10 @@ def _tiles(queries_QD: Tensor, norms_Q: Tensor, shard: _Shard, query_chunk: int)
 
             def exact(rows_P: Tensor, columns_P: Tensor, some=some, block_CD=block_CD, norms_C=norms_C) -> Tensor:
                 scores_P = _products(queries_QD[some], block_CD, rows_P, columns_P)
-                return scores_P * _inverse(norms_Q[some][rows_P] * norms_C[columns_P]) if shard.cosine else scores_P
+                return scores_P * _inverse(norms_Q[some][rows_P] * norms_C[columns_P]) if cosine else scores_P
 
             rough_QC = rough_QD[some] @ rough_CD.T
-            yield Tile(rows=some, start=first + shard.offset, rough_QC=rough_QC, error_Q=error_Q[some], exact=exact)
+            yield Tile(rows=some, start=offset + first, rough_QC=rough_QC, error_Q=error_Q[some], exact=exact)
 
 
 def _rough(rows_ND: Tensor, norms_N: Tensor, cosine: bool) -> Tensor:

@@ -69,6 +69,8 @@ def test_sentence_transformers_and_we_open_what_we_save(plain, tmp_path, kind):
     assert (again.multi_vector, again.prompts, again.query_length) == (model.multi_vector, model.prompts, 12)
     torch.testing.assert_close(our_scores(again), ours, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(their_scores(tmp_path), ours, atol=1e-5, rtol=1e-5)
+    same = embed(model, DOCUMENTS, EmbedOptions(task="document", prefix=model.prompts["document"]))
+    assert torch.equal(same.vectors, torch.cat(vectors(model, DOCUMENTS, "document"))), "the task has its length"
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["head.layers.0.weight"] *= -1
     model.save_pretrained(tmp_path, state_dict=state)

@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 from inbatch import BiEncoderModel, cli
 from inbatch.encoder.sentence_transformer import SentenceTransformerEncoder, open_encoder
+from inbatch.retrieval.kept import model_digest
 from inbatch.train.check import check
 from inbatch.train.loop import train
 from inbatch.train.run_folder import read_metrics
@@ -104,6 +105,9 @@ def test_what_is_chosen_and_what_is_refused(folder, saved, tmp_path):  # noqa: F
     with pytest.raises(ValueError, match="there is no transformer"):
         static.gradient_checkpointing_enable()
     theirs = build("dense", folder / "model")
+    digest = model_digest(SentenceTransformerEncoder(theirs))
+    theirs[1] = Pooling(32, "max")
+    assert model_digest(SentenceTransformerEncoder(theirs)) != digest, "embeddings are kept apart"
     theirs[1].include_prompt = False
     with pytest.raises(ValueError, match="leaves out prompts"):
         SentenceTransformerEncoder(theirs)

@@ -43,9 +43,8 @@ class LetterEncoder(nn.Module):
         self.frozen = nn.Linear(1, 1).eval()
         self.seen: list[tuple[int, int]] = []
 
-    def tokenize(self, texts, *, prompt=None, max_length=None):
-        assert prompt is None
-        codes = [list(text.encode())[:max_length] for text in texts]
+    def tokenize(self, texts, *, prefix="", task=None, max_length=None):
+        codes = [list((prefix + text).encode())[:max_length] for text in texts]
         width = max(map(len, codes), default=0)
         pads = [[0] * (width - len(code)) for code in codes]
         left = self.padding_side == "left"
@@ -366,9 +365,11 @@ def _evaluate_tiny(rank):
         ({}, {"top_k": 0, "measures": ["AP"]}, "top_k is 0; expected at least 1"),
         ({"query_ids": ["a b", *"cdefghijkl"]}, {"run_file": "never.run"}, "'a b' cannot stand in a TREC run"),
         ({}, {"similarity": "l2"}, "'l2'; expected one of cosine, dot"),
+        ({}, {"embedding": EmbedOptions(prefix="ab")}, "embedding has the prefix 'ab', which .* give query_prefix"),
         ({"documents": [], "doc_ids": []}, {}, "no documents to evaluate with"),
         ({"queries": [], "query_ids": []}, {}, "no queries to evaluate with"),
         ({"documents": ["x"]}, {}, "1 documents but 60 ids"),
+        ({"doc_ids": ["d0"] * 60}, {}, "59 of 60 documents have the id of another"),
         ({"qrels": {"q1": {"doc7": 1}}}, {}, "name no document of this data: they have document ids such as 'doc7'"),
         ({"qrels": {"Q1": {"d7": 1}}}, {}, "name no query of this data"),
         ({"qrels": {"q1": {"d7": 0, "d8": -1}}}, {}, "no score of the qrels is above 0, so nothing is relevant"),

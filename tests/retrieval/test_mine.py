@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +203,7 @@ def test_too_few_candidates_are_said_and_nothing_is_made_up(pool, tmp_path):
         ({"num_negatives": 0}, "num_negatives is 0; expected at least 1"),
         ({"range_min": 100}, "range_min is 100 and range_max 100; expected 0 <= range_min < range_max"),
         ({"sampling": "best"}, "sampling is 'best'; expected top or random"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
     ],
 )
 def test_wrong_options(options, message):
@@ -216,6 +218,10 @@ def test_wrong_output_and_a_model_that_fails_leave_nothing(tmp_path):
         mine(model, data, tmp_path / "a.csv")
     with pytest.raises(ValueError, match="in format 'poems'"):
         mine(model, data, tmp_path / "a.jsonl", format="poems")
+    for score, message in (([1.0, 2.0], r"of \d+ pairs are \(\d+, 2\); expected one each"), (torch.nan, "hold NaN")):
+        teacher = SimpleNamespace(predict=lambda pairs, score=score, **_: [score] * len(pairs))
+        with pytest.raises(ValueError, match=f"the teacher's scores {message}"):
+            mine(model, data, tmp_path / "out" / "a.jsonl", teacher=teacher)
     model.letters.weight.data[ord("a")] = torch.nan
     with pytest.raises(ValueError, match="hold NaN or infinity"):
         mine(model, data, tmp_path / "out" / "a.jsonl")

@@ -120,7 +120,6 @@ def test_search_encode_and_mine_by_max_sim(pool, folder, tmp_path):
     assert isinstance(documents, Tokens)
     texts = [side.vectors.split(side.lengths.tolist()) for side in (queries, documents)]
     scores_QN = torch.tensor([[float((q @ d.T).amax(1).sum()) for d in texts[1]] for q in texts[0]])
-    (tmp_path / "out").mkdir()
     results = pool.run(search_body, 2, tmp_path / "model", folder / "beir", folder / "records.jsonl", tmp_path / "out")
     run, shape = results[0]
     assert run == results[1][0]
