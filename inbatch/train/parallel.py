@@ -73,12 +73,18 @@ def compile_layers(model: BiEncoderModel) -> None:
     Large layers keep what products and attention gave alone for their backward pass; norms, rotations and activations
     are computed again there, within kernels that read the same anyway. A Qwen3 keeps a third less, so that more graphs
     fit. Not where something is dropped: torch draws anew what it computes again, and the gradient would be another's.
+
+    The sums over tokens, which the gradients of a norm's weights need, get kernels of their own. Since 2.10 torch puts
+    them in one with the sums over dimensions, and LayerNorm's backward pass takes 2.9 instead of 1.2 ms for a layer of
+    MiniLM (262144 tokens, H200).
     """
     layers = transformer_layers(model.backbone)
     large = sum(parameter.numel() for layer in layers for parameter in layer.parameters()) > LARGE
     lean = large and not _drops(model.backbone)
+    apart = "triton.mix_order_reduction"
+    options = {apart: False} if apart in torch._inductor.list_options() else None
     for layer in layers:
-        compiled = torch.compile(layer.forward, dynamic=True)
+        compiled = torch.compile(layer.forward, dynamic=True, options=options)
         layer.forward = partial(_keeping_less, compiled) if lean else compiled
 
 

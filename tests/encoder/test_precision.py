@@ -98,7 +98,7 @@ def test_each_parameter_is_copied_once_a_step_and_ties_stay(tmp_path):
 def test_compiled_layers_are_compiled_with_a_graph_and_without_and_never_again(tmp_path, monkeypatch):
     model, compiled, real = open_tiny(save_tiny("bert", tmp_path), packed=True), [], torch.compile
 
-    def backend(module, inputs):
+    def backend(module, inputs, options=None):
         compiled.append([tensor.shape for tensor in inputs if isinstance(tensor, torch.Tensor)])
         return module
 
