@@ -26,6 +26,7 @@ OTHER_NAMES = {
     "hardness_strength": _OBJECTIVE.format("hardness_mode=..., hardness_strength=..."),
     "matryoshka_dims": _OBJECTIVE.format("matryoshka_dims=..."),
     "similarity_fct": "embeddings normalised before: scores are dot products, cosines of unit vectors",
+    "labels": "positives, columns of the local passages",
     "process_group": "group",
 }
 

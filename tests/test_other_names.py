@@ -13,6 +13,7 @@ from inbatch.other_names import OTHER_NAMES
     ("call", "name", "words"),
     [
         (lambda **o: info_nce(torch.eye(2), torch.eye(2), **o), "scale", "info_nce has no scale: give temperature"),
+        (lambda **o: info_nce(torch.eye(2), torch.eye(2), **o), "labels", "info_nce has no labels: give positives"),
         (InfoNCELoss, "gather_across_devices", 'InfoNCELoss has no gather_across_devices: give negatives="gather"'),
         (lambda **o: GradCache(len, len, **o), "mini_batch_size", "GradCache has no mini_batch_size: give micro_batch"),
     ],

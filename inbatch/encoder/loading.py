@@ -53,8 +53,8 @@ def local_folder(name: str) -> Path:
         if not any(Path(path).glob("**/*.safetensors")):
             path = snapshot_download(name, allow_patterns=[*_FILES, "*.bin"], ignore_patterns=_OTHER_RUNTIMES)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name!r} is not a folder here, and the hub has no such model: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        raise ValueError(f"{name!r} is not a folder here, and cannot be had from the hub: {reason}") from error
     return Path(path)
 
 

@@ -434,6 +434,10 @@ def attended(mask_BT: Tensor) -> Tensor:
 
 
 def _check_batch(batch: Mapping[str, Tensor], limit: int | None) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the batch is a {type(batch).__name__}: expected input_ids and attention_mask, as tokenize(texts) gives"
+        )
     for key in ("input_ids", "attention_mask"):
         if key not in batch:
             raise ValueError(f"the batch has no {key!r}; it has {sorted(batch)}")

@@ -365,7 +365,10 @@ def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
             continue
         fits = isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.ndim == len(shape)
         if not fits or any(size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)):
-            return f"FalseNegatives.{name} must be an int64 tensor {words}, got {describe(tensor)}"
+            return (
+                f"FalseNegatives.{name} must be an int64 tensor {words}, got {describe(tensor)}; "
+                "inbatch.ids.stable_id makes an id of a string"
+            )
     if ids.positive_ids is not None and ids.passage_ids is None:
         return "FalseNegatives.positive_ids needs passage_ids, the ids of the passages that they are compared with"
     if ids.margin is not None and not (isinstance(ids.margin, Real) and math.isfinite(ids.margin)):

@@ -282,6 +282,8 @@ def test_tokenize(folders):
         BiEncoderModel.from_pretrained(folders["bert"], max_seq_length=0)
     with pytest.raises(ValueError, match=r"texts is one string.*pass \['cat'\]"):
         model.tokenize("cat")
+    with pytest.raises(ValueError, match=r"a list: expected .*, as tokenize\(texts\) gives"):
+        model(["cat"])
 
 
 # ---- errors

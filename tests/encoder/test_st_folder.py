@@ -321,7 +321,7 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
     for path, message in (
         (tmp_path / "missing", "missing is not a model: there is no such folder"),
         (tmp_path, "not a model: the folder has neither config.json"),
-        ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here, and the hub has no such model"),
+        ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here, and cannot be had from the hub"),
         ("./here/nothing", "no such folder"),
         (tmp_path / "adapter", "names no base_model_name_or_path"),
         (tmp_path / "broken", "cannot be opened as a transformers model"),

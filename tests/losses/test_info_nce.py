@@ -347,7 +347,7 @@ WRONG = [
     ((Q, P), {"temperature": torch.tensor(-1.0)}, "temperature must be positive and finite"),
     ((Q, P), {"temperature": torch.ones(1)}, "0-d floating-point tensor"),
     ((Q, P), {"temperature": math.nan}, "temperature must be positive and finite"),
-    ((Q, P), {"false_negatives": FalseNegatives(torch.zeros(4))}, "passage_ids must be an int64"),
+    ((Q, P), {"false_negatives": FalseNegatives(torch.zeros(4))}, "passage_ids must be an int64.*stable_id"),
     (
         (Q, P),
         {"false_negatives": FalseNegatives(query_ids=torch.tensor([1]))},
