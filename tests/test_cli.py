@@ -17,7 +17,7 @@ import yaml
 
 import inbatch
 from inbatch import cli
-from inbatch.cli.launch import _report_killed
+from inbatch.cli.launch import _report_killed, _wait
 from inbatch.collectives import OtherRankError
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.train.config_file import load
@@ -311,6 +311,16 @@ def test_a_signal_is_named(capsys):
         "inbatch: error: rank 1 was ended by SIGABRT",
         "inbatch: error: rank 2 ended with status 3 and said nothing",
     ]
+
+
+def test_what_a_rank_repeats_of_another_is_said_once(capsys):
+    reading, writing = os.pipe()
+    for rank, message in enumerate(["no such file", "rank 0: no such file"]):
+        os.write(writing, json.dumps({"rank": rank, "message": message, "cause": True}).encode() + b"\n")
+    os.close(writing)
+    assert _wait([subprocess.Popen("false") for _ in range(2)], reading) == 1
+    os.close(reading)
+    assert only_message(capsys) == "inbatch: error: no such file"
 
 
 def test_a_mistake_on_one_rank_ends_all(home, tmp_path):

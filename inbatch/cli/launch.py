@@ -97,8 +97,10 @@ def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
     _report_killed(silent)
     # A rank that lost its connection to another says less than that rank's report, or its end.
     causes = [report for report in reports if report["cause"]] or ([] if silent else reports)
+    first_hand = [f"rank {report['rank']}: {report['message']}" for report in causes if report["message"]]
     for message in dict.fromkeys(report["message"] for report in causes if report["message"]):
-        print(f"inbatch: error: {message}", file=sys.stderr)
+        if not any(words in message for words in first_hand):  # `together` repeats on every rank what failed on one
+            print(f"inbatch: error: {message}", file=sys.stderr)
     return next((status if status > 0 else 128 - status for status in failed.values()), 0)
 
 
