@@ -29,18 +29,7 @@ _PUBLIC = {
     "mine": "inbatch.retrieval.mine",
 }
 
-__all__ = [
-    "BiEncoderModel",
-    "FalseNegatives",
-    "GradCache",
-    "InfoNCELoss",
-    "LossStats",
-    "Objective",
-    "all_gather",
-    "info_nce",
-    "max_over_ranks",
-    "mine",
-]
+__all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 
 

@@ -1,6 +1,7 @@
 """assert_gradient_parity: what is exact passes, and every error that trainers make is named."""
 
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -137,6 +138,42 @@ def test_a_step_may_return_gradients_and_mistakes_are_named(pool):
     pool.run(check_mistakes, 2)
     with pytest.raises(ValueError, match="got 1 batches; expected one for each of two or more processes"):
         gradient_parity(ours, model(), batches(1))
+
+
+class Batch(NamedTuple):
+    """A constant before what has rows."""
+
+    temperature: float | torch.Tensor
+    inputs: torch.Tensor
+
+
+class Shifted(nn.Linear):
+    """A bias of all classes alike, whose gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__(6, 8, bias=False, dtype=torch.float64)
+        self.shift = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, inputs):
+        return super().forward(inputs) + self.shift
+
+
+def classify(model, batch):
+    loss = F.cross_entropy(model(batch.inputs) / batch.temperature, torch.zeros(len(batch.inputs), dtype=torch.long))
+    loss.backward()
+    return loss
+
+
+def check_constants(rank):
+    for temperature in (0.1, torch.tensor(0.1)):
+        parts = [Batch(temperature, queries) for queries, _ in batches(3, 3)]
+        assert assert_gradient_parity(classify, Shifted(), parts, reference=classify).rows == (3, 3)
+    with pytest.raises(ValueError, match="the step returned None; it must return the loss"):
+        gradient_parity(lambda model, batch: None, Shifted(), parts, reference=classify)
+
+
+def test_constants_in_batches_and_a_gradient_of_zero(pool):
+    pool.run(check_constants, 2)
 
 
 def check_audit(rank):

@@ -107,18 +107,13 @@ def gradient_parity(
     alone = [whole, *batches]
     if here > 1:
         answers = collectives.gather_objects(_run(step, model, batches[collectives.rank()], wrap))
-        if reference is not None:
-            references = [_run(reference, model, batch) for batch in alone]
-        else:
-            references = collectives.broadcast_object(
-                _in_processes([partial(_run, step, model, batch) for batch in alone], group=False)
-                if collectives.rank() == 0
-                else None
-            )
     else:
         answers = _in_processes([partial(_run, step, model, batch, wrap) for batch in batches], group=True)
+    if here > 1 and reference is None:  # the step would communicate here
+        calls = [partial(_run, step, model, batch) for batch in alone]
+        references = collectives.on_rank_0(lambda: _in_processes(calls, group=False))
+    else:
         references = [_run(reference or step, model, batch) for batch in alone]
-    assert references is not None
     return _compared(answers, references, [_rows(batch) for batch in batches], towers, tolerance)
 
 
@@ -132,6 +127,8 @@ def _run(step: Step, model: nn.Module, batch: Any, wrap: Callable | None = None)
     model.zero_grad(set_to_none=True)
     result = step(model if wrap is None else wrap(model), batch)
     loss, found = result if isinstance(result, tuple) else (result, None)
+    if loss is None:
+        raise ValueError("gradient_parity: the step returned None; it must return the loss")
     if found is None:
         found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
@@ -172,25 +169,24 @@ def _joined(batches: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return {name: _joined([batch[name] for batch in batches]) for name in first}
     if isinstance(first, tuple):
-        return tuple(_joined(parts) for parts in zip(*batches, strict=True))
+        parts = map(_joined, zip(*batches, strict=True))
+        return first._make(parts) if hasattr(first, "_make") else tuple(parts)  # type: ignore[attr-defined]
     if isinstance(first, list):
         return [value for batch in batches for value in batch]
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor) or first.ndim == 0:
         if any(batch != first for batch in batches):
             raise ValueError(f"gradient_parity: batches differ in a {type(first).__name__}: give join=")
         return first
-    if first.ndim < 2:
-        return torch.cat(list(batches))
-    widest = max(batch.shape[1] for batch in batches)
-    return torch.cat(
-        [nn.functional.pad(batch, [0, 0] * (batch.ndim - 2) + [0, widest - batch.shape[1]]) for batch in batches]
-    )
+    if first.ndim > 1:
+        widest, after = max(batch.shape[1] for batch in batches), [0, 0] * (first.ndim - 2)
+        batches = [nn.functional.pad(batch, [*after, 0, widest - batch.shape[1]]) for batch in batches]
+    return torch.cat(list(batches))
 
 
 def _rows(batch: Any) -> int:
-    while isinstance(batch, (Mapping, tuple)):
-        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return len(batch)
+    if isinstance(batch, (Mapping, tuple)):
+        return next(filter(None, map(_rows, batch.values() if isinstance(batch, Mapping) else batch)), 0)
+    return len(batch) if isinstance(batch, list) or (isinstance(batch, Tensor) and batch.ndim) else 0
 
 
 # ---- comparing
@@ -207,10 +203,10 @@ def _compared(
     if not truth:
         raise ValueError("gradient_parity: the step left no gradient in one process; it must run backward")
     everyone = [gradients for _, gradients in answers]
-    names = list(dict.fromkeys(name for gradients in [truth, *everyone] for name in gradients))
-    like = {name: next(one[name] for one in [truth, *everyone] if name in one) for name in names}
+    like = {name: grad for gradients in [truth, *everyone] for name, grad in gradients.items()}
     true, *found = (_flat(gradients, like) for gradients in [truth, *everyone])
     cosine, norm = _cosine_and_norm(found[0], true)
+    rounding = 1e-9 * true.norm()  # where both are no more than that, their ratio is 1
     report = GradientParity(
         processes=len(answers),
         rows=tuple(rows),
@@ -221,7 +217,7 @@ def _compared(
         ranks_apart=max(float((other - found[0]).norm() / true.norm()) for other in found),
         tolerance=tolerance,
         scalars={
-            name: float(everyone[0].get(name, torch.zeros(1)).sum() / grad.sum())
+            name: float((everyone[0].get(name, torch.zeros(1)).sum() + rounding) / (grad.sum() + rounding))
             for name, grad in truth.items()
             if grad.numel() == 1
         },

@@ -10,6 +10,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import product
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,24 +20,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch import collectives
-from inbatch.testing.audit import ROWS, TEMPERATURE, Batch, Row, Step, backward, columns, embedded
+from inbatch.testing.audit import ROWS, TEMPERATURE, Batch, Row, backward, columns, embedded
 
 
 def peer_rows() -> Iterator[Row]:
-    """Yield the rows of the other libraries that are installed."""
-    for distribution, (name, kind, settings) in PEERS.items():
-        if (known := installed(distribution)) is not None:
-            for setting, step in settings.items():
-                yield Row(f"{name} {known}", setting, step, kind, learns=kind == "clip")
+    """Yield the rows of the other libraries that are installed: their switches off, as by default, and on."""
+    for distribution, name, loss, switches, step, kind in PEERS:
+        if (known := _installed(distribution)) is None:
+            continue
+        for values in product((False, True), repeat=len(switches)):
+            options = dict(zip(switches, values, strict=True))
+            setting = ", ".join([loss, *(f"{switch}={value}" for switch, value in options.items())])
+            default = " (default)" if switches and not any(values) else ""
+            yield Row(f"{name} {known}", setting + default, partial(step, **options), kind, learns=kind == "clip")
 
 
 def missing() -> list[str]:
     """Return the libraries that would be measured if they were installed."""
-    return [name for name in PEERS if installed(name) is None]
+    return [name for name in dict.fromkeys(peer[0] for peer in PEERS) if _installed(name) is None]
 
 
-def installed(distribution: str) -> str | None:
-    """Return the version of a distribution, None if it is not installed."""
+def _installed(distribution: str) -> str | None:
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -46,14 +50,14 @@ def installed(distribution: str) -> str | None:
 # ---- the steps
 
 
-def _columns_loss(module: str, name: str, options: dict[str, Any], model: Any, batch: Batch) -> Tensor:
+def _columns_loss(module: str, name: str, model: Any, batch: Batch, **options: Any) -> Tensor:
     """Return a loss that takes the model and columns of features, as those of sentence-transformers and PyLate do."""
-    loss = getattr(import_module(module), name)(model.module, **options)
+    loss = getattr(import_module(f"{module}.losses"), name)(model.module, **options)
     loss.model = model  # as their trainer does
     return backward(loss(columns(batch), None))
 
 
-def _open_clip(options: dict[str, Any], model: nn.Module, batch: Batch) -> Tensor:
+def _open_clip(model: nn.Module, batch: Batch, **options: bool) -> Tensor:
     images, (texts,), temperature = embedded(model, batch[:2])
     _bare("open_clip", "open_clip")  # which would import torchvision
     make = import_module("open_clip.loss").ClipLoss
@@ -61,9 +65,9 @@ def _open_clip(options: dict[str, Any], model: nn.Module, batch: Batch) -> Tenso
     return backward(loss(images, texts, 1 / temperature))
 
 
-def _metric_learning(efficient: bool, model: nn.Module, batch: Batch) -> Tensor:
+def _metric_learning(model: nn.Module, batch: Batch, **options: bool) -> Tensor:
     losses, distributed = (import_module(f"pytorch_metric_learning.{name}") for name in ("losses", "utils.distributed"))
-    loss = distributed.DistributedLossWrapper(losses.NTXentLoss(temperature=TEMPERATURE), efficient=efficient)
+    loss = distributed.DistributedLossWrapper(losses.NTXentLoss(temperature=TEMPERATURE), **options)
     queries, passages, _ = embedded(model, batch)
     labels = torch.arange(len(queries)) + collectives.rank() * len(queries)
     return backward(loss(queries, labels, ref_emb=torch.cat(passages), ref_labels=torch.cat([labels, labels + ROWS])))
@@ -98,7 +102,7 @@ def _texts(batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return queries, passages
 
 
-def _tevatron(cached: bool, model: Any, batch: Batch) -> Tensor:
+def _tevatron(model: Any, batch: Batch, cached: bool = False) -> Tensor:
     lm = _Hidden(model.module)
     arguments = SimpleNamespace(negatives_x_device=True, per_device_train_batch_size=len(batch[0]), local_rank=0)
     dense = import_module("tevatron.modeling").DenseModel(
@@ -125,10 +129,10 @@ def _tevatron(cached: bool, model: Any, batch: Batch) -> Tensor:
     return trainer.GCTrainer.training_step(holder, wrapped, _texts(batch))
 
 
-def _flag_embedding(across: bool, model: Any, batch: Batch) -> Tensor:
+def _flag_embedding(model: Any, batch: Batch, **options: bool) -> Tensor:
     make = import_module("FlagEmbedding.finetune.embedder.encoder_only.base").BiEncoderOnlyEmbedderModel
-    settings = {"negatives_cross_device": across, "temperature": TEMPERATURE, "normalize_embeddings": True}
-    wrapped = DistributedDataParallel(make(_Hidden(model.module), **settings))
+    dense = make(_Hidden(model.module), temperature=TEMPERATURE, normalize_embeddings=True, **options)
+    wrapped = DistributedDataParallel(dense)
     return backward(wrapped(*_texts(batch)).loss)
 
 
@@ -153,8 +157,7 @@ def _bare(name: str, package: str) -> None:
     if name in sys.modules:
         return
     spec = find_spec(package)
-    if spec is None:
-        raise ModuleNotFoundError(f"No module named {package!r}")
+    assert spec is not None, f"{package} is installed without its modules"
     sys.modules[name] = module = ModuleType(name)
     module.__path__ = list(spec.submodule_search_locations or ())
 
@@ -166,72 +169,30 @@ def _gradcache() -> Any:
     return package
 
 
-# ---- the settings
-
-
-def _by_option(name: str, option: str, step: Callable[[bool], Step]) -> dict[str, Step]:
-    return {f"{name}, {option}=False (default)": step(False), f"{name}, {option}=True": step(True)}
-
-
-def _losses_of_columns(module: str, name: str, cached: str, options: dict[str, Any]) -> dict[str, Step]:
-    def step(loss: str, more: dict[str, Any], gathers: bool) -> Step:
-        return partial(_columns_loss, module, loss, {**options, **more, "gather_across_devices": gathers})
-
-    return _by_option(name, "gather_across_devices", partial(step, name, {})) | _by_option(
-        cached, "gather_across_devices", partial(step, cached, {"mini_batch_size": 3})
-    )
-
-
-# By distribution: the name to print, the kind of formula, and the step of every setting.
-PEERS: dict[str, tuple[str, str, dict[str, Step]]] = {
-    "sentence-transformers": (
-        "sentence-transformers",
+_CACHED = {"mini_batch_size": 3}
+# Distribution, its name in the table, the loss, its switches, the step that takes them, and the kind of formula.
+PEERS: list[tuple[str, str, str, tuple[str, ...], Callable[..., Tensor], str]] = [
+    *(
+        ("sentence-transformers", "sentence-transformers", loss, ("gather_across_devices",), step, "plain")
+        for loss, options in (("MultipleNegativesRankingLoss", {}), ("CachedMultipleNegativesRankingLoss", _CACHED))
+        for step in [partial(_columns_loss, "sentence_transformers", loss, scale=1 / TEMPERATURE, **options)]
+    ),
+    *(
+        ("pylate", "PyLate", loss, ("gather_across_devices",), step, "maxsim")
+        for loss, options in (("Contrastive", {}), ("CachedContrastive", _CACHED))
+        for step in [partial(_columns_loss, "pylate", loss, temperature=TEMPERATURE, **options)]
+    ),
+    (
+        "pytorch-metric-learning", "pytorch-metric-learning", "NTXentLoss, DistributedLossWrapper", ("efficient",),
+        _metric_learning, "plain",
+    ),
+    ("open_clip_torch", "open_clip", "ClipLoss", ("local_loss", "gather_with_grad"), _open_clip, "clip"),
+    ("gradcache", "GradCache", "GradCache, DistributedContrastiveLoss, no_sync_except_last", (), _grad_cache, "plain"),
+    ("tevatron", "Tevatron", "DenseModel, negatives_x_device", (), _tevatron, "plain"),
+    ("tevatron", "Tevatron", "GCTrainer, negatives_x_device", (), partial(_tevatron, cached=True), "plain"),
+    (
+        "FlagEmbedding", "FlagEmbedding", "BiEncoderOnlyEmbedderModel", ("negatives_cross_device",), _flag_embedding,
         "plain",
-        _losses_of_columns(
-            "sentence_transformers.losses",
-            "MultipleNegativesRankingLoss",
-            "CachedMultipleNegativesRankingLoss",
-            {"scale": 1 / TEMPERATURE},
-        ),
     ),
-    "pylate": (
-        "PyLate",
-        "maxsim",
-        _losses_of_columns("pylate.losses", "Contrastive", "CachedContrastive", {"temperature": TEMPERATURE}),
-    ),
-    "pytorch-metric-learning": (
-        "pytorch-metric-learning",
-        "plain",
-        _by_option(
-            "NTXentLoss, DistributedLossWrapper", "efficient", lambda efficient: partial(_metric_learning, efficient)
-        ),
-    ),
-    "open_clip_torch": (
-        "open_clip",
-        "clip",
-        {
-            f"ClipLoss, local_loss={local}, gather_with_grad={grad}{'' if local or grad else ' (default)'}": partial(
-                _open_clip, {"local_loss": local, "gather_with_grad": grad}
-            )
-            for local in (False, True)
-            for grad in (False, True)
-        },
-    ),
-    "gradcache": ("GradCache", "plain", {"GradCache, DistributedContrastiveLoss, no_sync_except_last": _grad_cache}),
-    "tevatron": (
-        "Tevatron",
-        "plain",
-        {
-            "DenseModel, negatives_x_device": partial(_tevatron, False),
-            "GCTrainer, negatives_x_device": partial(_tevatron, True),
-        },
-    ),
-    "FlagEmbedding": (
-        "FlagEmbedding",
-        "plain",
-        _by_option(
-            "BiEncoderOnlyEmbedderModel", "negatives_cross_device", lambda across: partial(_flag_embedding, across)
-        ),
-    ),
-    "ms-swift": ("ms-swift", "plain", {"InfonceLoss": _swift}),
-}
+    ("ms-swift", "ms-swift", "InfonceLoss", (), _swift, "plain"),
+]  # fmt: skip
