@@ -5,7 +5,6 @@ A user's mistake ends every rank with status 1 and one line. INBATCH_TRACEBACK=1
 
 import argparse
 import atexit
-import json
 import os
 import sys
 import traceback
@@ -13,7 +12,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from inbatch.cli.launch import INTERRUPTED, REPORT_FD, in_one_line, launch, report, report_last, show_warning
 from inbatch.cli.options import Parser, build_parser, common_options
@@ -22,9 +21,6 @@ from inbatch.train.stopping import Stopped, stop_on_signals
 if TYPE_CHECKING:
     import torch
 
-    from inbatch.encoder.model import BiEncoderModel
-    from inbatch.retrieval.embed import EmbedOptions
-    from inbatch.retrieval.evaluate import RetrieveOptions
     from inbatch.train.config import Config
 
 TRAIN_HELP = """\
@@ -210,150 +206,14 @@ def _check(known: argparse.Namespace) -> int:
     return int(any(finding.level == "error" for finding in checked.findings))
 
 
-def _open_model(name: str, device: "torch.device", pool_factor: int | None = None) -> "BiEncoderModel":
-    """Return the model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
-    import torch
-
-    from inbatch import collectives
-    from inbatch.encoder.packing import wish
-    from inbatch.encoder.sentence_transformer import open_encoder
-
-    packed = wish(None, device)
-    model = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=packed))
-    collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
-    if pool_factor is not None:
-        if model.multi_vector is None:
-            raise ValueError(f"--pool-factor {pool_factor}: {name} gives a text one vector: leave it out")
-        model.multi_vector = model.multi_vector.replaced({"pool_factor": pool_factor})
-    if (packed is None or model.backend_because) and collectives.rank() == 0:
-        print(f"{name}: {model.way}", file=sys.stderr)
-    return model.to(device).eval()
-
-
-def _embedding(known: argparse.Namespace, device: "torch.device", **options: Any) -> "EmbedOptions":
-    from inbatch.encoder.precision import chosen
-    from inbatch.retrieval.embed import EmbedOptions
-
-    return EmbedOptions(precision=chosen(known.precision, device), batch_tokens=known.batch_tokens, **options)
-
-
-def _open_towers(known: argparse.Namespace, device: "torch.device") -> "tuple[BiEncoderModel, BiEncoderModel | None]":
-    """Return the encoder of the documents, and that of the queries where the folder holds two."""
-    name, pool_factor = known.model, known.pool_factor
-    towers = [Path(name) / tower for tower in ("passage", "query")]
-    if all(tower.is_dir() for tower in towers):
-        return _open_model(str(towers[0]), device, pool_factor), _open_model(str(towers[1]), device)
-    return _open_model(name, device, pool_factor), None
-
-
-def _retrieving(known: argparse.Namespace, device: "torch.device", **options: Any) -> "RetrieveOptions":
-    from inbatch.retrieval.evaluate import RetrieveOptions
-
-    names = ("similarity", "query_prefix", "passage_prefix", "query_max_len", "passage_max_len")
-    embedding = _embedding(known, device, progress="texts" if known.progress else None)
-    return RetrieveOptions(embedding=embedding, **{name: getattr(known, name) for name in names}, **options)
-
-
-def _evaluate(known: argparse.Namespace) -> None:
+def _with_model(known: argparse.Namespace) -> None:
     with _processes(known.device, known.timeout_minutes) as device:
-        from inbatch import collectives
-        from inbatch.data import load_retrieval
-        from inbatch.retrieval.evaluate import evaluate
-        from inbatch.retrieval.metrics import DEFAULT_MEASURES
+        from inbatch.cli import with_model
 
-        data = collectives.together(lambda: load_retrieval(known.data, known.split))
-        model, query_model = _open_towers(known, device)
-        measures = known.measures or DEFAULT_MEASURES
-        figures = evaluate(
-            model,
-            data,
-            _retrieving(known, device, top_k=known.top_k, keep_identical_ids=known.keep_identical_ids),
-            query_model=query_model,
-            measures=measures,
-            run_file=known.run_file,
-            report=lambda figures: print(json.dumps(figures), flush=True),
-        )
-        if missing := [name for name in measures if name not in figures]:
-            raise ValueError(f"no figure for {', '.join(missing)}: see the warning above")
+        getattr(with_model, known.command)(known, device)
 
 
-def _mine(known: argparse.Namespace) -> None:
-    with _processes(known.device, known.timeout_minutes) as device:
-        from dataclasses import fields
-
-        from inbatch import collectives
-        from inbatch.retrieval.mine import MineOptions, mine, open_mining_set
-
-        options = MineOptions(**{field.name: getattr(known, field.name) for field in fields(MineOptions)})
-        data = collectives.together(lambda: open_mining_set(known.source, known.split))
-        model, query_model = _open_towers(known, device)
-        retrieve = _retrieving(known, device)
-        teacher = None if known.teacher is None else _open_teacher(known.teacher, device)
-        report = mine(
-            model, data, known.output, options, retrieve,
-            query_model=query_model, teacher=teacher, kept=known.kept, format=known.format,
-        )  # fmt: skip
-        if collectives.rank() == 0:
-            print(f"{known.output}: {json.dumps(report['counts'])}")
-
-
-def _group(known: argparse.Namespace) -> None:
-    with _processes(known.device, known.timeout_minutes) as device:
-        from inbatch import collectives
-        from inbatch.data import open_examples
-        from inbatch.retrieval.grouping import GroupOptions, group_examples, save_groups
-
-        options = GroupOptions(size=known.size, range_min=known.range_min, range_max=known.range_max)
-        examples = collectives.together(lambda: open_examples(known.source, split=known.split))
-        model, query_model = _open_towers(known, device)
-        groups = group_examples(model, examples, options, _retrieving(known, device), query_model=query_model)
-        if collectives.rank() == 0:
-            save_groups(known.output, groups, examples)
-            print(f"{known.output}: {len(examples)} examples in {int(groups.of.max()) + 1} groups")
-
-
-def _open_teacher(name: str, device: "torch.device") -> Any:
-    """Return a CrossEncoder where the folder holds a classifier of pairs, else an encoder."""
-    from inbatch import collectives
-    from inbatch.encoder.loading import local_folder
-
-    config = collectives.together(lambda: local_folder(name)) / "config.json"
-    if not config.is_file() or "ForSequenceClassification" not in config.read_text(encoding="utf-8"):
-        return _open_model(name, device)
-    try:
-        from sentence_transformers import CrossEncoder
-    except ImportError:
-        raise ValueError(f"--teacher {name} scores pairs: install sentence-transformers, which opens it") from None
-    return collectives.together(lambda: CrossEncoder(name, device=str(device)))
-
-
-def _encode(known: argparse.Namespace) -> None:
-    with _processes(known.device, known.timeout_minutes) as device:
-        import torch
-
-        from inbatch import collectives
-        from inbatch.retrieval.encode_file import encode_to_file
-
-        model = _open_model(known.model, device, known.pool_factor)
-        name = known.prompt or model.default_prompt_name
-        if model.multi_vector is not None:
-            name = name or "document"
-        if known.prompt is not None and (known.prefix is not None or known.prompt not in model.prompts):
-            raise ValueError(
-                f"--prompt {known.prompt}: expected one of {sorted(model.prompts)}, and no --prefix beside it"
-            )
-        options = _embedding(
-            known,
-            device,
-            prefix=model.prompts.get(name or "", "") if known.prefix is None else known.prefix,
-            task=name,
-            max_length=known.max_len,
-            dtype=getattr(torch, known.dtype),
-            progress=f"encode {Path(known.input).name}" if known.progress else None,
-        )
-        rows, dimension = encode_to_file(model, known.input, known.output, options)
-        if collectives.rank() == 0:
-            print(f"{known.output}: {rows} x {dimension} {known.dtype}")
+_evaluate = _encode = _mine = _group = _with_model
 
 
 def _data(known: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ def launch(arguments: list[str], processes: int) -> int:
         before = {number: signal.getsignal(number) for number in _STOPPING}
         for number, handler in before.items():
             if handler != signal.SIG_IGN:  # as SIGHUP is under nohup
-                signal.signal(number, lambda number, _: _forward(number, ranks))
+                signal.signal(number, lambda number, _: [process.send_signal(number) for process in ranks])
         parent = os.getpid()
         try:
             for rank in range(processes):
@@ -72,11 +72,6 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _forward(number: int, ranks: list[subprocess.Popen]) -> None:
-    for process in ranks:
-        process.send_signal(number)
 
 
 def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
