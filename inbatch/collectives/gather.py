@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inbatch.collectives.agreement import agree, gather_into
-from inbatch.collectives.process_group import ProcessGroup, device_types, rank, world_size
+from inbatch.collectives.process_group import ProcessGroup, rank, world_size
 
 _NO_ROWS = "all_gather: expected a tensor with rows (1-d or more), got a 0-d tensor: pass tensor[None]"
 
@@ -148,7 +148,4 @@ def all_reduce(tensor: Tensor, op: str = "sum", group: ProcessGroup | None = Non
 
 def max_over_ranks(value: int, group: ProcessGroup | None = None) -> int:
     """Return the largest of the ranks' values; every rank calls it. `GradCache` needs it under FSDP2."""
-    if world_size(group) == 1:
-        return value
-    types = device_types(group)
-    return int(all_reduce(torch.tensor(value, device="cpu" if "cpu" in types else types[0]), "max", group))
+    return max(agree("max_over_ranks", sizes={"value": value}, group=group)["value"])

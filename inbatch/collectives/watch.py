@@ -83,12 +83,13 @@ class Watch:
                 return
             if _progressed(used, now := _used(), self._timeout_s):
                 progress, used = progress + 1, now
+            at, waits = _place(sys._current_frames().get(self._main or 0))
             self._beats[self._rank] = {
                 "number": number,
                 "progress": progress,
-                "activity": _Activity.name,
                 "host": socket.gethostname(),
-                **_place(sys._current_frames().get(self._main or 0)),
+                "doing": _Activity.name + at,
+                "waits": waits,
             }
             if self._rank == 0:
                 self._beats[0]["verdict"] = self._verdict
@@ -146,30 +147,25 @@ class Watch:
             return f"rank {rank} has not been heard of since the start, {self._limit} ago: did it start?"
         return (
             f"rank {rank} on {beats[rank]['host']} has not been heard of for {self._limit}; its last word: "
-            f"{_described(beats[rank])}. It was stopped, or its host or the network to it is gone"
+            f"{beats[rank]['doing']}. It was stopped, or its host or the network to it is gone"
         )
 
     def _of_hanging(self, beats: dict[int, dict[str, Any]]) -> str:
         guilty = {rank: beat for rank, beat in beats.items() if not beat["waits"]} or beats
-        said = "; ".join(f"rank {rank} on {beat['host']}: {_described(beat)}" for rank, beat in sorted(guilty.items()))
+        said = "; ".join(f"rank {rank} on {beat['host']}: {beat['doing']}" for rank, beat in sorted(guilty.items()))
         others = "; the other ranks wait" if len(guilty) < len(beats) else ""
         return f"no rank got further for {self._limit}. {said}{others}"
 
 
-def _described(beat: dict[str, Any]) -> str:
-    return f"{beat['activity']}{beat['at']}"
-
-
-def _place(frame: Any) -> dict[str, Any]:
+def _place(frame: Any) -> tuple[str, bool]:
     """Return where a thread is, and whether it waits for other ranks: whether it is in a collective of ours."""
     while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     if frame is None:
-        return {"at": "", "waits": False}
+        return "", False
     code = frame.f_code
     file = os.path.relpath(code.co_filename, os.path.dirname(PACKAGE))
-    waits = code.co_filename.startswith(_COLLECTIVES)
-    return {"at": f", in {file}, line {frame.f_lineno} ({code.co_name})", "waits": waits}
+    return f", in {file}, line {frame.f_lineno} ({code.co_name})", code.co_filename.startswith(_COLLECTIVES)
 
 
 def _used() -> tuple[float, int, int]:

@@ -1,6 +1,7 @@
 """Two passes over the micro-batches within a memory budget: encode all, then again what kept no graph."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -26,25 +27,18 @@ from inbatch.grad_cache.memory import (
 from inbatch.grad_cache.micro_batches import MicroBatch, cut, placeholder
 
 
+@dataclass(kw_only=True)
 class Passes:
     """GradCache's options on size, and what they came to. sharded: every rank must encode equally often."""
 
-    def __init__(
-        self,
-        *,
-        budget: int | str | None,
-        keep_mib: int | str,
-        multiple: int,
-        packed: bool,
-        max_over_ranks: Callable[[int], int],
-        sharded: bool,
-    ):
-        self.budget = budget
-        self._keep_mib, self._keep_share = keep_mib, 1.0
-        self._peak_per_token: float | None = None  # forward and backward, where it was measured
-        self._multiple, self._packed = multiple, packed
-        self._max = max_over_ranks
-        self._sharded = sharded
+    budget: int | str | None
+    keep_mib: int | str
+    multiple: int
+    packed: bool
+    max_over_ranks: Callable[[int], int]
+    sharded: bool
+    _keep_share: float = 1.0
+    _peak_per_token: float | None = None  # forward and backward, where it was measured
 
     def first(self, groups: Sequence[Group], reserved: int, *, look: bool) -> None:
         """Encode every micro-batch of every group.
@@ -56,11 +50,11 @@ class Passes:
         held = 0
         for group in groups:
             micro_batches = self._cut(group, FIRST_TOKENS if self.budget == "auto" else self.budget)
-            micro_batches += [placeholder(1)] * (self._max(len(micro_batches)) - len(micro_batches))
+            micro_batches += [placeholder(1)] * (self.max_over_ranks(len(micro_batches)) - len(micro_batches))
             held += self._encode_all(group, micro_batches, reserved, held, look)
 
     def _cut(self, group: Group, budget) -> list[MicroBatch]:
-        return cut(group.batches, budget=budget, multiple=self._multiple, packed=self._packed)
+        return cut(group.batches, budget=budget, multiple=self.multiple, packed=self.packed)
 
     def _encode_all(self, group: Group, micro_batches: list[MicroBatch], reserved: int, held: int, look: bool) -> int:
         """Encode the group, its first micro-batches with a graph, as many as fit; the bytes that those hold."""
@@ -93,7 +87,7 @@ class Passes:
         try:
             return group.encoded(micro_batch)
         except torch.OutOfMemoryError:
-            if self._sharded:  # the other ranks are inside a collective by now
+            if self.sharded:  # the other ranks are inside a collective by now
                 raise
         self._keep_share *= 0.8
         torch.clear_autocast_cache()
@@ -109,17 +103,17 @@ class Passes:
 
         size: of the first one's graph, which is there already. held: of those of other groups.
         """
-        if self._keep_mib == "auto":
+        if self.keep_mib == "auto":
             # One is made again only when the kept ones are gone, so that what is spare serves a backward's temporaries,
             # as measured, or as much as a graph. The CPU's saved tensors may be the weights, which take nothing new.
             spare = size if self._peak_per_token is None else self._peak_per_token * micro_batches[0].tokens - size
             spare = max(spare, size / 8) - 0.9 * size if device.type == "cuda" else held
             budget = (free_bytes(reserved, device) - spare) * self._keep_share
         else:
-            budget = int(self._keep_mib) * MIB * self._keep_share - held
+            budget = int(self.keep_mib) * MIB * self._keep_share - held
         per_token = size / micro_batches[0].tokens
         taken = [per_token * tokens for tokens in accumulate(one.tokens for one in micro_batches)]
-        fits = -self._max(-sum(total <= budget for total in taken))
+        fits = -self.max_over_ranks(-sum(total <= budget for total in taken))
         return fits, int(taken[fits - 1]) if fits else 0
 
     def _find_budget(self, groups: Sequence[Group], reserved: int) -> int:
@@ -133,7 +127,7 @@ class Passes:
             nonlocal tried
             tried = tokens
             trial = self._attempt(groups, tokens)
-            peaks[tokens] = self._max(trial.peak_bytes) / self._max(trial.tokens)
+            peaks[tokens] = self.max_over_ranks(trial.peak_bytes) / self.max_over_ranks(trial.tokens)
             return trial
 
         while True:
@@ -142,14 +136,14 @@ class Passes:
                     attempt,
                     first=min(FIRST_TOKENS, most),
                     most=most,
-                    free=-self._max(-free_bytes(reserved, torch.device("cuda"))),
-                    max_over_ranks=self._max,
+                    free=-self.max_over_ranks(-free_bytes(reserved, torch.device("cuda"))),
+                    max_over_ranks=self.max_over_ranks,
                 )
                 # Of the size itself: in a smaller one, what the weights' gradients take weighs more for each token.
                 self._peak_per_token = peaks.get(found, max(peaks.values()))
                 return found
             except torch.OutOfMemoryError as error:
-                if tried <= LEAST_TOKENS or self._sharded:
+                if tried <= LEAST_TOKENS or self.sharded:
                     raise torch.OutOfMemoryError(
                         f"GradCache: {tried} tokens forward and backward do not fit; set micro_batch_tokens lower, or "
                         "use gradient checkpointing, shorter texts or sharded parameters"

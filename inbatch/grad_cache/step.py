@@ -179,8 +179,7 @@ class GradCache:
         return self._loss_of(embeddings, loss_kwargs, reduce)
 
     def _reducing_modules(self) -> list[nn.Module]:
-        running = [module for module in running_ddp() if module not in self._modules]
-        return [*self._modules, *wrapped_modules([], running)]
+        return [*dict.fromkeys([*self._modules, *wrapped_modules([], running_ddp())])]
 
     @contextmanager
     def _encoding(self, modules: Sequence[nn.Module]) -> Iterator[None]:

@@ -10,6 +10,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> 
             "GradCache: torch.compile around DistributedDataParallel or fully_shard compiles their synchronisation; "
             "compile the module inside, or its layers, and give the wrapper"
         )
-    chosen: list[nn.Module] = []
-    for module in [*modules, *(owner for owner in owners if is_ddp(owner) or is_fsdp2(owner))]:
+    chosen: Any = dict.fromkeys([*modules, *(owner for owner in owners if is_ddp(owner) or is_fsdp2(owner))])
+    for module in chosen:
         if not is_ddp(module) and not is_fsdp2(module):
             raise ValueError(
                 f"GradCache: modules takes DistributedDataParallel or fully_shard roots, got {type(module).__name__}; "
@@ -64,9 +65,7 @@ def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> 
                     f"GradCache: DistributedDataParallel(..., {option}=...) is not supported: neither that nor "
                     "find_unused_parameters is needed here, and autocast does what mixed_precision does"
                 )
-        if not any(module is other for other in chosen):
-            chosen.append(module)  # type: ignore[arg-type]
-    return chosen
+    return [*chosen]
 
 
 def running_ddp() -> list[nn.Module]:
