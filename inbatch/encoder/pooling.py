@@ -45,6 +45,6 @@ def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
 
 def first_of(embeddings_BD: Tensor, rows: int, dimension: int | None) -> Tensor:
     """Return the first rows and components (None: all), never a view: FSDP2's hooks on an output warn of those."""
-    if dimension is not None or rows < len(embeddings_BD):
+    if dimension is not None or rows < embeddings_BD.shape[0]:  # len() would fix the size of an ONNX file
         embeddings_BD = embeddings_BD[:rows, :dimension]
     return embeddings_BD.clone() if embeddings_BD._is_view() else embeddings_BD
