@@ -309,9 +309,6 @@ def open_learner(
     if compiled is None:
         compiled = device.type == "cuda" and operations(towers, config, total_steps) > REPAYS_COMPILING
         compiled = compiled and all(any(isinstance(m, nn.ModuleList) for m in t.modules()) for t in towers.values())
-        # The compiler's backward pass of a bfloat16 LayerNorm is slower than torch's: a step of MiniLM loses a tenth.
-        normed = any(isinstance(module, nn.LayerNorm) for tower in towers.values() for module in tower.modules())
-        compiled = compiled and not (precision == "bf16" and normed)
     networks = spread(towers, config, device, bf16=precision != "fp32", compiled=compiled)
     loss = build_loss(config.loss, model.embedding_dim, device)
     return Learner(
