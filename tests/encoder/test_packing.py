@@ -165,7 +165,7 @@ def test_attention_dropout_is_applied_and_replays(tmp_path):
 def spy(monkeypatch) -> list[tuple[str, torch.dtype]]:
     """The attention functions called from here on, with the dtype of their queries."""
     calls = []
-    for name in ("_flash", "_repadded"):
+    for name in ("_flash", "_efficient", "_repadded"):
         run = getattr(packing, name)
         note = partial(
             lambda name, run, query, *rest: calls.append((name, query.dtype)) or run(query, *rest), name, run
@@ -183,18 +183,26 @@ def test_half_precision_is_as_close_to_float32_as_padded_half_precision(folders,
     exact = gradients(padded, batch)
     with torch.no_grad():
         exact_BD = padded(batch)
-    embedding_errors, gradient_errors = [], []
-    for model in (padded, packed):
+    on_gpu = device().type == "cuda"
+    embedding_errors, gradient_errors, kernels = [], [], []
+    # On CUDA this is the test of both kernels: FlashAttention's, and that for short texts.
+    for model, short in ((padded, 64), (packed, 64), *([(packed, 0)] if on_gpu else [])):
+        monkeypatch.setattr(packing, "SHORT", short)
+        calls.clear()
         with torch.autocast(device().type, torch.bfloat16):
             with torch.no_grad():
                 embedding_errors.append(float((model(batch) - exact_BD).norm() / exact_BD.norm()))
             actual = gradients(model, batch)
         off = sum((actual[name] - exact[name]).square().sum() for name in exact)
         gradient_errors.append(float((off / sum(value.square().sum() for value in exact.values())).sqrt()))
-    # On CUDA this is the test of FlashAttention's kernel.
-    assert set(calls) == {("_flash" if device().type == "cuda" else "_repadded", torch.bfloat16)}
-    assert embedding_errors[1] <= 2 * embedding_errors[0]
-    assert gradient_errors[1] <= 2 * gradient_errors[0]
+        assert {dtype for _, dtype in calls} <= {torch.bfloat16}
+        kernels.append({name for name, _ in calls})
+    assert kernels[0] == set()
+    # Layers with a window keep FlashAttention.
+    assert ("_efficient" in kernels[1] or kind == "ministral3") if on_gpu else kernels[1] == {"_repadded"}
+    assert kernels[2:] == [{"_flash"}] * on_gpu
+    assert max(embedding_errors[1:]) <= 2 * embedding_errors[0]
+    assert max(gradient_errors[1:]) <= 2 * gradient_errors[0]
 
 
 def test_a_packed_model_encodes_padded_batches_too_and_saves_a_plain_folder(folders, tmp_path):
