@@ -202,7 +202,7 @@ def compare(rates: dict[str, float]) -> None:
     """Print how many times faster the best row of inbatch is than the best of the others."""
     best: dict[bool, tuple[float, str]] = {}
     for text, rate in rates.items():
-        ours = Row.parse(text).library == "inbatch"
+        ours = Row.parse(text).library in ("inbatch", "st-inbatch")
         best[ours] = max(best.get(ours, (0.0, "")), (rate, text))
     if len(best) == 2 and best[False][0]:
         times = best[True][0] / best[False][0]
