@@ -69,10 +69,8 @@ def keys_of(rows: Rows[Example], same: Mapping[int, int], also: Sequence[Path] |
             "keys": np.array([key for of_row in keys for key in sorted(of_row)], np.int64),
         }
 
-    if also is None:
-        rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)
     about = settings, len(rows), repr((rows[0], rows[-1]))
-    found = scanned(rows, "keys", about, visit, also=also or ())
+    found = scanned(rows, "keys", about, visit, also=also)
     keys = np.array(found["keys"])
     if same:
         given = np.array(sorted(same), np.int64)

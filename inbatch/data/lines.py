@@ -55,10 +55,12 @@ class Rows(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         places = range(self._count)[index]
-        return self._read(places) if isinstance(places, int) else list(self.through(places))
+        if isinstance(places, int):
+            return self._read(places)
+        return list(self.through(places) if places.step == 1 else map(self._read, places))
 
     def through(self, rows: range) -> Iterator[T]:
-        """Yield the items of `rows` in order."""
+        """Yield the items of consecutive rows."""
         return map(self._read, rows)
 
 
@@ -95,9 +97,6 @@ class _Joined(Rows[T]):
         return part.where(row)
 
     def through(self, rows: range) -> Iterator[T]:
-        if rows.step != 1:
-            yield from super().through(rows)
-            return
         while rows:
             part, row = self._part(rows.start)
             stop = min(len(part), row + len(rows))
@@ -112,13 +111,13 @@ def scanned(
     visit: Visit,
     *,
     finish: Callable[[Arrays], Arrays] = dict,
-    also: Sequence[Path] = (),
+    also: Sequence[Path] | None = (),
 ) -> Arrays:
     """Return the result of one pass over all rows: `finish` of the arrays that `visit` makes of parts, joined.
 
     visit: gets (item, its `where`) of consecutive rows, in one of several processes; raises ValueError for a broken
-    item. The result is kept (see `inbatch.data.index`) while the rows' files, the other files read (`also`) and
-    `settings` stay the same.
+    item. The result is kept (see `inbatch.data.index`) while the rows' files, the other files read (`also`; None: not all
+    are files, and nothing is kept) and `settings` stay the same.
     """
 
     def visit_some(some: range) -> Arrays:
@@ -129,7 +128,8 @@ def scanned(
         # Parts are let go as they are joined, so that no two copies of all are held.
         return finish({name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])})
 
-    return arrays_made_once([*rows.files, *also] if rows.files else [], kind, settings, make)
+    files = [*rows.files, *also] if rows.files and also is not None else []
+    return arrays_made_once(files, kind, settings, make)
 
 
 class Content:
@@ -281,9 +281,6 @@ class Lines(Rows[Any]):
             raise ValueError(f"{self.where(index)} {error}") from None
 
     def through(self, rows: range) -> Iterator[Any]:
-        if rows.step != 1:
-            yield from super().through(rows)
-            return
         first = rows.start
         while first < rows.stop:
             zero = self._start(first)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,34 +25,25 @@ class ParquetRows(Rows[dict[str, Any]]):
         with _open(path) as file:
             names = choose(file.schema_arrow.names)
         content = Content(path, lambda file: _unpack(path, names, file), kind="rows", settings=names)
-        reader = pa.ipc.open_file(pa.py_buffer(content.mapped()))
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
-        super().__init__(int(self._starts[-1]), self._row, self._place, files=[path], nbytes=len(content))
+        self._table = pa.ipc.open_file(pa.py_buffer(content.mapped())).read_all()
+        super().__init__(len(self._table), self._row, self._place, files=[path], nbytes=len(content))
 
     def _row(self, index: int) -> dict[str, Any]:
-        return next(self.through(range(index, index + 1)))
+        return self._values(index, 1)[0]
 
     def _place(self, index: int) -> str:
         return f"{self.path}, row {index + 1}"
 
     def through(self, rows: range) -> Iterator[dict[str, Any]]:
-        if rows.step != 1:
-            yield from super().through(rows)
-            return
-        while rows:
-            number = int(np.searchsorted(self._starts, rows.start, side="right")) - 1
-            start, stop = self._starts[number : number + 2].tolist()
-            length = min(stop - rows.start, len(rows))
-            yield from self._values(self._batches[number].slice(rows.start - start, length), rows.start)
-            rows = rows[length:]
+        for first in rows[::_BATCH_ROWS]:
+            yield from self._values(first, min(_BATCH_ROWS, rows.stop - first))
 
-    def _values(self, batch: pa.RecordBatch, first: int) -> list[dict[str, Any]]:
+    def _values(self, first: int, count: int) -> list[dict[str, Any]]:
         try:
-            return batch.to_pylist()
+            return self._table.slice(first, count).to_pylist()
         except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date beyond Python's
-            if len(batch) > 1:
-                return [self._values(batch.slice(row, 1), first + row)[0] for row in range(len(batch))]
+            if count > 1:
+                return [self._row(row) for row in range(first, first + count)]
             raise ValueError(f"{self.where(first)} holds what cannot be read: {one_line(error)}") from None
 
 

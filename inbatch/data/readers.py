@@ -434,9 +434,7 @@ def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> tu
             "lacking": np.array(lacking, np.int64), "counts": np.array([[number + 1, len(lacking)]]),
         }  # fmt: skip
 
-    if lookup.files is None:  # documents that are not in files: nothing tells whether they have changed
-        rows = Rows(len(rows), rows.__getitem__, rows.where, nbytes=rows.nbytes)
-    found = scanned(rows, "training examples", (columns.given, lookup.by_id), visit, also=lookup.files or ())
+    found = scanned(rows, "training examples", (columns.given, lookup.by_id), visit, also=lookup.files)
     columns.learn(found["columns"])
     columns.check_given()
     if not len(found["own"]) and not len(found["other"]):  # then corpus_id says nothing, whatever it holds

@@ -14,7 +14,7 @@ import numpy as np
 
 from inbatch.data.columns import Columns, listed, not_read, one_line, show
 from inbatch.data.index import Arrays, arrays_made_once
-from inbatch.data.json_spans import elements, members
+from inbatch.data.json_spans import JsonText
 from inbatch.data.lines import Lines, Rows, joined, json_value, places_dtype, text_value
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
@@ -214,7 +214,10 @@ def open_json(path: Path) -> tuple[Lines, Any]:
         places = arrays_made_once([path], "records", None, lambda: _json_records(content.mapped(), len(lines)))
         corpora = json_value(places["corpora"].tobytes()) if len(places["corpora"]) else None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that holds records: {error}") from None
+        raise ValueError(
+            f"{path} is not JSON that holds records: {error}. Expected one JSON object a line, a list of records, or "
+            f"{BY_ID}"
+        ) from None
     if not len(places["starts"]):
         raise ValueError(f"{path} is empty: it holds no record")
     not_read(str(path), places["unread"].tobytes().decode().splitlines())
@@ -223,44 +226,41 @@ def open_json(path: Path) -> tuple[Lines, Any]:
 
 def _json_records(data: memoryview, num_lines: int) -> Arrays:
     """Return `starts` and `stops` of the records, the text of `corpora`, and the names of what is `unread`."""
-    start, stop = _next(data, 3 if data[:3] == b"\xef\xbb\xbf" else 0), len(data)
-    corpora, unread = b"", []
-    if data[start] == ord("{"):
-        places = members(data, start, stop)
-        if "data" not in places and num_lines == 1:
-            return _texts(corpora, unread) | {"starts": np.array([start]), "stops": np.array([stop])}
-        if "data" not in places:
-            raise ValueError(
-                f"it is one object over several lines, with the keys {listed(list(places))}: expected one JSON object "
-                f"a line, a list of records, or {BY_ID}"
-            )
-        if "corpus" in places:
-            corpora = bytes(data[slice(*places["corpus"])])
-        unread = [name for name in places if name not in ("data", "corpus")]
-        start, stop = places["data"]
-        start = _next(data, start)
-    if data[start] != ord("["):
-        shown = bytes(data[start : start + 60])
-        raise ValueError(f"expected {BY_ID}, a list of records or one record a line, found {shown!r}")
-    dtype = places_dtype(len(data))
-    starts, stops = array(dtype.char), array(dtype.char)
-    for begin, end in elements(data, start, stop):
-        starts.append(begin)
-        stops.append(end)
-    return _texts(corpora, unread) | {"starts": np.frombuffer(starts, dtype), "stops": np.frombuffer(stops, dtype)}
+    text, dtype = JsonText(data), places_dtype(len(data))
+    records = array(dtype.char)
+    members: dict[str, tuple[int, ...]] = {}
 
+    def read_records() -> None:
+        for _ in text.items("[", "]"):
+            records.extend(text.value())
 
-def _texts(corpora: bytes, unread: Sequence[str]) -> dict[str, np.ndarray]:
-    lines = "\n".join(" ".join(name.split()) for name in unread)
-    return {"corpora": np.frombuffer(corpora, np.uint8), "unread": np.frombuffer(lines.encode(), np.uint8)}
-
-
-def _next(data: memoryview, start: int) -> int:
-    """Return the place of the first byte that is not white space."""
-    mark = re.compile(rb"\S").search(data, start)
-    if mark is None:
-        raise ValueError("nothing is there")
-    return mark.start()
+    if text.next() == "{":
+        start = text.place
+        for _ in text.items("{", "}"):
+            name = json_value(bytes(data[slice(*text.value())]))
+            if not isinstance(name, str) or name in members:
+                raise ValueError(f"the key {show(name)} before byte {text.place} is not a text, or stands twice")
+            text.take(":")
+            if name == "data":
+                read_records()
+            members[name] = () if name == "data" else text.value()
+        if "data" not in members:
+            if num_lines > 1:
+                raise ValueError(f"it is one object over several lines, with the keys {listed(list(members))}")
+            records.extend((start, text.place))
+            members = {}
+    else:
+        read_records()
+    if text.next():
+        raise ValueError(f"something follows at byte {text.place}")
+    starts, stops = np.frombuffer(records, dtype).reshape(-1, 2).T
+    unread = "\n".join(" ".join(name.split()) for name in members if name not in ("data", "corpus"))
+    return {
+        "starts": starts,
+        "stops": stops,
+        "corpora": np.frombuffer(data[slice(*members.get("corpus", (0, 0)))], np.uint8),
+        "unread": np.frombuffer(unread.encode(), np.uint8),
+    }
 
 
 def _delimited(path: Path, columns: Columns) -> Lines:

@@ -11,7 +11,6 @@ from typing import IO
 from inbatch import collectives
 from inbatch.collectives import on_rank_0
 from inbatch.data.index import HEADER, made_once
-from inbatch.data.lines import Rows
 from inbatch.data.readers import Examples
 from inbatch.data.records import RetrievalData
 from inbatch.data.token_cache import tokenizer_digest
@@ -89,8 +88,7 @@ def check_shared(folder: Path) -> None:
 def _of_rows(rows: Sequence[object], files: Sequence[Path]) -> str:
     """Return a digest of the files' content and of some rows: all, or evenly spaced ones."""
     step = max(1, len(rows) // _SAMPLES)
-    some = rows.through(range(0, len(rows), step)) if isinstance(rows, Rows) else rows[::step]
-    return text_digest([_of_files(list(files)), *(repr(row) for row in some)])
+    return text_digest([_of_files(files), *map(repr, rows[::step])])
 
 
 def _of_files(files: Sequence[Path]) -> str:

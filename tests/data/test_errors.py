@@ -107,7 +107,7 @@ def null_positive(tmp_path):
         (plain_folder, r"f holds no data: expected .*found \['x\.txt'\]"),
         (
             one_object,
-            r"one object over several lines, .*\['query', 'positive'\]: expected one JSON object a line, a list",
+            r"one object over several lines, .*\['query', 'positive'\]\. Expected one JSON object a line, a list",
         ),
         (text_file, r"a\.csv: no cell of the first line names a known column: str 'a,b'"),
         (null_positive, r"a\.parquet, row 2: the record has no positive"),
@@ -203,7 +203,7 @@ QUESTION = {"question_id": "1", "question": "why?", "corpus_id": "wiki", "pos_do
         ([QUESTION | {"question": ""}], "record 1: expected the query's text in 'question'"),
         (["text"], "record 1: expected an object with named columns, found str"),
         ([], r"train\.json is empty"),
-        ({"a": 1}, r"train\.json .*expected \{corpus"),
+        ({"a": 1}, r"train\.json .*expected \[ at byte 66, found '\{'\. Expected .* \{corpus"),
     ],
 )
 def test_bad_corpus_id_json(tmp_path, data, message):
