@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from inbatch.data import BatchPlan, Collator, Example, TrainBatch
+from inbatch.data import Collator, Example, TrainBatch
 from inbatch.data.collator import collate
 from inbatch.data.plan import Mixture, share
 
@@ -37,7 +37,7 @@ class Batches(Dataset):
     def __init__(
         self,
         examples: Sequence[Example],
-        plan: BatchPlan | Mixture,
+        plan: Mixture,
         collator: Collator | Sequence[Collator],
         *,
         rank: int,

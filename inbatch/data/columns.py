@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from reprlib import Repr
 from typing import Any
@@ -106,7 +107,8 @@ class Columns:
                 raise ValueError(f"columns[{field!r}] must name one column, got {names}")
         self._layouts: dict[tuple, dict[str, list[Any]]] = {}
         self.plain: dict[tuple, Any] = {}  # by layout, for the reader
-        self._nested: dict[str, Columns] = {}
+        # By column: those of the objects {id, title, text} within it.
+        self.nested: dict[str, Columns] = defaultdict(lambda: Columns(DOCUMENT))
         self._present: set[str] = set()
         self._instead: dict[str, str] = {}  # role: where a record has another column than the given one
         self.roles: dict[str, str] = {}
@@ -143,15 +145,9 @@ class Columns:
         """Return True if a column has a role by its usual or its given name."""
         return len(self._arrange(tuple(names))[""]) < len(names)
 
-    def nested(self, name: Any) -> "Columns":
-        """Return the columns of the objects {id, title, text} within a column."""
-        if str(name) not in self._nested:
-            self._nested[str(name)] = Columns(DOCUMENT)
-        return self._nested[str(name)]
-
     def all_unread(self) -> list[str]:
         """Return the names of all columns with content and no role, those within others as a.b."""
-        return [*self.unread, *(f"{name}.{inner}" for name, part in self._nested.items() for inner in part.unread)]
+        return [*self.unread, *(f"{name}.{inner}" for name, part in self.nested.items() for inner in part.unread)]
 
     def check_given(self) -> None:
         """Raise ValueError if some records have a given column and others another column for its role."""
@@ -196,7 +192,7 @@ class Columns:
 
     def seen(self) -> np.ndarray:
         """Return the findings so far as bytes, for `learn` in another process."""
-        nested = {name: columns.unread for name, columns in self._nested.items()}
+        nested = {name: columns.unread for name, columns in self.nested.items()}
         seen = {"roles": self.roles, "unread": self.unread, "present": sorted(self._present)}
         seen |= {"instead": self._instead, "nested": nested}
         return np.frombuffer(json.dumps(seen).encode() + b"\n", np.uint8)
@@ -210,7 +206,7 @@ class Columns:
             self._present.update(other["present"])
             self._instead = other["instead"] | self._instead
             for name, unread in other["nested"].items():
-                self.nested(name).unread |= unread
+                self.nested[name].unread |= unread
 
     def _usual(self, name: Any) -> tuple[int, str] | None:
         """Return the first pattern, as (its place in the table, its role), that a name matches."""
@@ -317,7 +313,7 @@ def passages(value: object, name: str, columns: Columns, where: Where) -> list[P
             raise ValueError(f"{where()}: expected texts or objects in the list {name!r}, found a list within it")
         return [passage for item in value for passage in passages(item, name, columns, where)]
     if isinstance(value, Mapping):
-        passage = _document(value, columns.nested(name), where)
+        passage = _document(value, columns.nested[name], where)
         if passage is not None:
             return [passage] if passage.full_text.strip() else []
     raise ValueError(

@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,18 +138,12 @@ def open_corpus(
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents that records name by id, and the instructions that it puts before queries and passages, if any."""
+    """Documents that records name by id, where they are, and the instructions before queries and passages, if any."""
 
     documents: Documents
+    place: str
     query_prefix: str | None = None
     passage_prefix: str | None = None
-
-
-def instructed(documents: Documents, metadata: Mapping[str, Any]) -> Corpus:
-    """Return a corpus with the query_instruction and passage_instruction of NeMo's metadata as prefixes."""
-    texts = [metadata.get(f"{role}_instruction") for role in ("query", "passage")]
-    query_prefix, passage_prefix = (f"{text} " if text else None for text in texts)
-    return Corpus(documents=documents, query_prefix=query_prefix, passage_prefix=passage_prefix)
 
 
 # By NeMo's corpus_id, or else by path: sources that share a corpus share its index.
@@ -165,45 +159,54 @@ def open_once(part: Any, corpora: Corpora) -> tuple[str, Corpus]:
     """Open documents, unless some source did so before, and return their key and them."""
     name = key_of(part)
     if name not in corpora:
-        corpora[name] = Corpus(documents=open_corpus(part))
+        corpora[name] = Corpus(documents=open_corpus(part), place=name)
     return name, corpora[name]
 
 
 def open_corpora(path: Path, places: Any, corpora: Corpora) -> list[str]:
     """Open the corpus folders that NeMo AutoModel's corpus-id file names, each once, and return their corpus_ids.
 
-    A folder holds merlin_metadata.json, {class: TextQADataset, corpus_id, query_instruction, passage_instruction}, and
-    files of {id, text, title}; its path is relative to the file's.
+    A folder holds merlin_metadata.json (see `open_described`) and files of {id, text, title}; its path is relative to
+    the file's.
     """
     places = [places] if isinstance(places, Mapping) else places
     if not isinstance(places, list) or not all(
         isinstance(p, Mapping) and isinstance(p.get("path"), str) for p in places
     ):
         raise ValueError(f"{path}: expected {BY_ID}, found another `corpus`: {show(places)}")
-    return [_open_corpus_folder(path.parent / place["path"], corpora) for place in places]
+    names = []
+    for folder in ((path.parent / place["path"]).resolve() for place in places):
+        metadata = folder / METADATA
+        if not metadata.is_file():
+            raise ValueError(f"{metadata} does not exist: expected it in a corpus folder, holding {{class, corpus_id}}")
+        names.append(open_described(metadata, str(folder), partial(open_corpus, folder), corpora, {}))
+    return names
 
 
-def _open_corpus_folder(folder: Path, corpora: Corpora) -> str:
-    path = folder / METADATA
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: expected it in a corpus folder, holding {{class, corpus_id}}")
+def open_described(
+    path: Path, place: str, opened: Callable[[], Documents], corpora: Corpora, usual: Mapping[str, str]
+) -> str:
+    """Open the documents at `place`, unless some source did so before, and return their corpus_id.
+
+    path: NeMo's metadata, {class: TextQADataset, corpus_id, query_instruction, passage_instruction}, over the `usual`.
+    """
     try:
         metadata = json_value(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     read = ("class", "corpus_id", "query_instruction", "passage_instruction")
-    texts = {name: metadata.get(name) or "" for name in read} if isinstance(metadata, dict) else {}
-    if (
-        texts.get("class") != "TextQADataset"
-        or not texts["corpus_id"]
-        or not all(isinstance(t, str) for t in texts.values())
-    ):
+    texts = {key: metadata.get(key) or usual.get(key, "") for key in read} if isinstance(metadata, dict) else {}
+    if not all(isinstance(text, str) for text in texts.values()) or texts.get("class") != "TextQADataset":
+        texts = {}
+    if not texts.get("corpus_id"):
         raise ValueError(f"{path}: expected {{class: TextQADataset, corpus_id: <name>}}, found {show(metadata)}")
-    name, folder = texts["corpus_id"], folder.resolve()
-    if name in corpora and corpora[name].documents.name != str(folder):
-        known = corpora[name].documents.name
-        raise ValueError(f"corpus_id {name!r} names two folders, {known} and {folder}: rename one in its {METADATA}")
+    name, *instructions = (texts[key] for key in read[1:])
     if name not in corpora:
         not_read(str(path), [key for key in metadata if key not in read])
-        corpora[name] = instructed(open_corpus(folder), texts)
+        query_prefix, passage_prefix = (f"{text} " if text else None for text in instructions)
+        corpora[name] = Corpus(
+            documents=opened(), place=place, query_prefix=query_prefix, passage_prefix=passage_prefix
+        )
+    elif corpora[name].place != place:
+        raise ValueError(f"corpus_id {name!r} names two corpora, {corpora[name].place} and {place}: rename one")
     return name

@@ -1,11 +1,10 @@
 """Training data by its name on the hub, hf://owner/name or hf://owner/name/subset, through `datasets`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from inbatch.data.columns import one_line
-from inbatch.data.corpus import Corpora, instructed, open_corpus
+from inbatch.data.corpus import Corpora, open_corpus, open_described
 
 PREFIX = "hf://"
 
@@ -28,15 +27,13 @@ def open_hub(name: str, split: str, corpora: Corpora) -> tuple[Any, str | None]:
             return records, None
         documents = datasets.load_dataset(repository, f"{subset}_corpus", split="train")
         path = hf_hub_download(repository, f"{subset}/dataset_metadata.json", repo_type="dataset")
-        metadata = json.loads(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # of any class: no network, no such name, no permission
         raise ValueError(
             f"{name} cannot be fetched from the hub ({type(error).__name__}: {one_line(error)}): "
             "without a network give a folder"
         ) from error
-    corpus_id = metadata.get("corpus_id") or subset
-    corpora[corpus_id] = instructed(open_corpus(documents), metadata)
-    return records, corpus_id
+    usual = {"class": "TextQADataset", "corpus_id": subset}
+    return records, open_described(Path(path), name, lambda: open_corpus(documents), corpora, usual)
 
 
 def _parts(name: str) -> tuple[str, str | None]:

@@ -77,9 +77,7 @@ def arrays_made_once(files: Sequence[Path], kind: str, settings: object, make: C
     def write(file: IO[bytes]) -> None:
         arrays = make()
         for array in (np.array(list(arrays)), *arrays.values()):
-            # As np.save does, which would copy the array on its way to such a file.
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-            file.write(np.ascontiguousarray(array).data)
+            np.save(file, array)
 
     with made_once(files, kind, settings, write) as file:
         file.seek(HEADER)
@@ -131,9 +129,8 @@ def _open_kept(path: Path, made_of: str) -> IO[bytes] | None:
     except ValueError:
         header = {}
     size = os.fstat(file.fileno()).st_size
-    # The checksum, which takes longest, comes last.
-    facts = {"made_of": lambda: made_of, "size": lambda: size, "checksum": lambda: _checksum(file, size)}
-    if not all(header.get(name) == fact() for name, fact in facts.items()):
+    up_to_date = header.get("made_of") == made_of and header.get("size") == size
+    if not up_to_date or header.get("checksum") != _checksum(file, size):
         file.close()
         return None
     if "error" in header:

@@ -59,6 +59,9 @@ class Rows(Sequence[T], Generic[T]):
             return self._read(places)
         return list(self.through(places) if places.step == 1 else map(self._read, places))
 
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.through(range(self._count)))
+
     def through(self, rows: range) -> Iterator[T]:
         """Yield the items of consecutive rows."""
         return map(self._read, rows)
@@ -116,8 +119,8 @@ def scanned(
     """Return the result of one pass over all rows: `finish` of the arrays that `visit` makes of parts, joined.
 
     visit: gets (item, its `where`) of consecutive rows, in one of several processes; raises ValueError for a broken
-    item. The result is kept (see `inbatch.data.index`) while the rows' files, the other files read (`also`; None: not all
-    are files, and nothing is kept) and `settings` stay the same.
+    item. The result is kept (see `inbatch.data.index`) while the rows' files, the other files read (`also`; None: not
+    all are files, and nothing is kept) and `settings` stay the same.
     """
 
     def visit_some(some: range) -> Arrays:

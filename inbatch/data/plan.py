@@ -117,11 +117,6 @@ class BatchPlan:
             return self.groups.order(self.seed, epoch)
         return Shuffled(self.num_examples, self.seed, epoch)
 
-    def rows(self, step: int) -> BatchRows:
-        """Return the rows of the global batch of ``step``, of its only source."""
-        examples = self.batch(step)
-        return BatchRows(examples, np.zeros_like(examples), np.full_like(examples, self.epoch(step)))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
@@ -192,15 +187,9 @@ class Mixture:
 
     def rows(self, step: int) -> BatchRows:
         """Return the rows of the global batch of ``step``."""
-        if step < 0:
-            raise ValueError(f"steps count from 0, got {step}")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        sources, draws = _order(self._shares(), self.draws_per_epoch, self.seed if self.shuffle else None, epoch)
-        width = self.global_batch_size if self.mixed else 1
-        chosen = slice(place * width, (place + 1) * width)
         plans, first = self.plans, np.cumsum([0, *self.sizes])
         parts = []
-        for source, draw in zip(sources[chosen].tolist(), draws[chosen].tolist(), strict=True):
+        for source, draw in self._drawn(step):
             examples = plans[source].batch(draw)
             passes = np.full_like(examples, plans[source].epoch(draw))
             parts.append((examples + first[source], np.full_like(examples, source), passes))
@@ -210,9 +199,18 @@ class Mixture:
         """Return how many examples of a source the pass over it that ends with ``step`` had no room for."""
         if self.keys is None:
             return 0
+        ((source, draw),) = self._drawn(step)
+        return self.plans[source].left_out(draw)
+
+    def _drawn(self, step: int) -> list[tuple[int, int]]:
+        """Return the source of each draw of a step, and how many of that source came before it in the run."""
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
         epoch, place = divmod(step, self.steps_per_epoch)
         sources, draws = _order(self._shares(), self.draws_per_epoch, self.seed if self.shuffle else None, epoch)
-        return self.plans[sources[place]].left_out(int(draws[place]))
+        width = self.global_batch_size if self.mixed else 1
+        chosen = slice(place * width, (place + 1) * width)
+        return list(zip(sources[chosen].tolist(), draws[chosen].tolist(), strict=True))
 
     def _shares(self) -> tuple[float, ...]:
         weights = self.weights or tuple(plan.steps_per_epoch for plan in self.plans)

@@ -137,14 +137,14 @@ class _Lookup:
     def __init__(self, name: str, asked: Mapping[str, Any], folder: Path | None, corpora: Corpora):
         self._name, self._corpora = name, corpora
         self._corpus = asked["corpus"] if asked["corpus"] is not None else folder and find_part(folder, *CORPUS_NAMES)
-        self._queries = folder and find_part(folder, f"queries.{asked['split']}", "queries")
+        self.queries = folder and find_part(folder, f"queries.{asked['split']}", "queries")
         # The corpora of a corpus-id file, which names all documents by id; each record names its corpus.
         self.by_id: list[str] | None = None
 
     @property
     def parts(self) -> list[Path]:
         """Return the files and folders that hold no records."""
-        return [Path(part) for part in (self._corpus, self._queries) if isinstance(part, (str, os.PathLike))]
+        return [Path(part) for part in (self._corpus, self.queries) if isinstance(part, (str, os.PathLike))]
 
     @property
     def files(self) -> list[Path] | None:
@@ -161,8 +161,8 @@ class _Lookup:
             layout = columns.layout(record)
             if self._corpus is not None and any(not empty(record[column]) for column in layout["positive_ids"]):
                 open_once(self._corpus, self._corpora)
-            if self._queries is not None and not layout["query"]:
-                open_once(self._queries, self._corpora)
+            if self.queries is not None and not layout["query"]:
+                open_once(self.queries, self._corpora)
 
     def corpus(self, given: str | None, where: Where) -> tuple[str, Corpus]:
         """Return name and documents of the corpus of a record whose corpus_id is `given`."""
@@ -178,14 +178,9 @@ class _Lookup:
             )
         return open_once(self._corpus, self._corpora)
 
-    @property
-    def has_queries(self) -> bool:
-        """Return True where queries lie beside the records."""
-        return self._queries is not None
-
     def query(self, query_id: str | None, where: Where) -> str:
         """Return the text of a query that a record names by id alone."""
-        found = self._queries and open_once(self._queries, self._corpora)[1].documents.find(query_id)
+        found = self.queries and open_once(self.queries, self._corpora)[1].documents.find(query_id)
         if not found:
             raise ValueError(
                 f"{where()}: the query {query_id!r:.80} has no text, and is in no queries beside {self._name}"
@@ -386,7 +381,7 @@ def _texts(value: Any) -> list[str] | None:
 def _query(
     record: Mapping, full: Mapping, query_id: str | None, columns: Columns, lookup: _Lookup, where: Where
 ) -> str:
-    if not full["query"] and query_id is not None and lookup.has_queries:
+    if not full["query"] and query_id is not None and lookup.queries is not None:
         return lookup.query(query_id, where)
     column = columns.one_of(record, "query", where)[0]
     text = text_of(record.get(column))
@@ -453,9 +448,9 @@ def _survey(rows: Rows[Any], name: str, columns: Columns, lookup: _Lookup) -> tu
 
 def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
     examples = source.examples
+    if number is not None and number > len(examples):
+        notice(f"{source.name}: num_samples is {number}, but there are {len(examples)}: all are taken")
     if number is None or number >= len(examples):
-        if number is not None and number > len(examples):
-            notice(f"{source.name}: num_samples is {number}, but there are {len(examples)}: all are taken")
         return examples
     return chosen(examples, np.array(random.Random(seed).sample(range(len(examples)), number)))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,16 +77,6 @@ class TrainBatch:
         if num_queries == 0 or num_passages % num_queries:
             return False
         return torch.equal(self.positives, torch.arange(num_queries) * (num_passages // num_queries))
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainBatch":
-        """Return the same batch with every tensor on ``device``."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: move(tensor) for name, tensor in value.items()}
-            return None if value is None else value.to(device, non_blocking=non_blocking)
-
-        return TrainBatch(**{name: move(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)

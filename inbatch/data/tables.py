@@ -5,7 +5,7 @@ import glob
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,9 @@ def _sequence(source: Any, columns: Columns, split: str | None, name: str) -> Ro
         if key not in source:
             raise ValueError(f"{name} has no split {key!r}: it has {list(source)[:20]}")
         source = source[key]
+    random_access = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if not random_access or hasattr(source, "columns"):  # a stream, a generator; a table of pandas or pyarrow
+        raise ValueError(f"{name} is not a sequence of records: expected a list of dicts or a datasets.Dataset")
     if names := getattr(source, "column_names", None):
         source = source.select_columns(columns.wanted(names, name))
 
@@ -320,34 +323,22 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 
 
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
-    """Return where the rows after the header lie; ValueError as `_csv_rows` raises it."""
+    """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
     dtype, line_stops = places_dtype(lines.nbytes), np.asarray(lines.stops).data
     starts, stops = array(dtype.char), array(dtype.char)
-    for first, after in _csv_rows(lines, delimiter, names):
-        if after > first:
-            starts.append(line_stops[first - 1] + 1 if first else 0)
-            stops.append(line_stops[after - 1])
-    return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
-
-
-def _csv_rows(lines: Lines, delimiter: str, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the first line of each row and of the next one, or twice the same for a row without text.
-
-    ValueError for a row that is not CSV, or has other cells.
-    """
-    reader = csv.reader(lines.through(range(len(lines))), delimiter=delimiter, strict=True)
-    after = 0
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    before = 0  # lines
     try:
         for row in reader:  # it takes the lines of one row at a time
             if any(cell.strip() for cell in row):
                 if len(row) != len(names):
                     raise ValueError(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
-                yield after, reader.line_num
-            else:
-                yield after, after
-            after = reader.line_num
+                starts.append(line_stops[before - 1] + 1 if before else 0)
+                stops.append(line_stops[reader.line_num - 1])
+            before = reader.line_num
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"{lines.where(after)} is not CSV: {error}") from None
+        raise ValueError(f"{lines.where(before)} is not CSV: {error}") from None
+    return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
 
 
 def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str | None]:

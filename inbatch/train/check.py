@@ -20,10 +20,12 @@ from inbatch.data.plan import share
 from inbatch.data.readers import Examples
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.train import report
+from inbatch.train.boards import check_loggers
 from inbatch.train.config import Config
 from inbatch.train.report import FirstBatch
 from inbatch.train.setup import (
     build_collators,
+    build_loss,
     check_scores,
     open_evaluation,
     open_training_data,
@@ -129,11 +131,14 @@ def check(config: Config, *, ranks: int = 1) -> Check:
     """Return what there is to say about a run of so many ranks; ValueError for what training would refuse."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        check_loggers(config.train.loggers)
         examples = open_training_data(config)
         check_scores(config, examples)
         held_out = open_validation(config)
         open_evaluation(config.eval)
     model = next(iter((towers := open_towers(config)).values()))
+    # Kernels may be for the GPUs of another machine.
+    build_loss(replace(config.loss, impl="auto"), model.embedding_dim, torch.device("cpu"))
     plan = plan_mixture(config, examples)
     # Tokens are not kept: the run makes them at its own lengths.
     plain = replace(config, data=replace(config.data, token_cache=False))

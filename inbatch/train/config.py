@@ -398,8 +398,9 @@ class EvalConfig:
     """stop after this many evaluations without a better figure; null is off"""
 
     def __post_init__(self):
-        if isinstance(self.validation, dict) and "weight" in self.validation:
-            raise ValueError("eval.validation has a weight, which means nothing for a single source: leave it out")
+        for name in ("weight", "groups"):
+            if isinstance(self.validation, dict) and name in self.validation:
+                raise ValueError(f"eval.validation has {name}, which means nothing for held-out records: leave it out")
         for name in ("sample_queries", "sample_documents"):
             if getattr(self, name) is not None and self.data is None:
                 raise ValueError(f"eval.{name} is set, but there is no eval.data to take a sample of")
@@ -460,8 +461,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def unused(config: Config) -> list[str]:
     """Return a line for each setting that was given and has no effect beside the others."""
-    optim, evaluation = config.optim, config.eval
+    data, train, optim, evaluation = config.data, config.train, config.optim, config.eval
+    weighted = any("weight" in source for source in data.sources)
     idle = [
+        ("data.train is one source", len(data.sources) == 1, ["data.source_weights", "data.mixed_batches"]),
+        ("the sources have weights", weighted and len(data.sources) > 1, ["data.source_weights"]),
+        ("train.max_steps is given", train.max_steps is not None, ["train.epochs"]),
         ("lora.r is null", config.lora.r is None, ["lora.alpha", "lora.dropout", "lora.target_modules", "lora.merge"]),
         ("optim.schedule is constant", optim.schedule == "constant", ["optim.decay_steps", "optim.min_lr"]),
         ("optim.warmup_steps is given", optim.warmup_steps is not None, ["optim.warmup_ratio"]),

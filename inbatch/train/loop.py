@@ -334,14 +334,11 @@ def announce(run: Run, parts: list[Part]) -> None:
     if run.config.train.compile is None and run.learner.device.type == "cuda":
         done = "are compiled, which pays" if run.learner.compiled else "are not compiled, which would not pay"
         run.report.note(f"transformer layers {done} in a run of this length and precision (train.compile decides)")
-    for line in mixture(run.config, run.plan):
+    several = model.multi_vector is not None
+    wrong = warnings(run.config, first, l2_normalize=model.l2_normalize, multi_vector=several, gpus=gpus)
+    facts = [*mixture(run.config, run.plan), *candidates(run.config, first, run.plan)]
+    for line in (*facts, *(f"warning: {line}" for line in wrong.values())):
         run.report.note(line)
-    for line in candidates(run.config, first, run.plan):
-        run.report.note(line)
-    for line in warnings(
-        run.config, first, l2_normalize=model.l2_normalize, multi_vector=model.multi_vector is not None, gpus=gpus
-    ).values():
-        run.report.note(f"warning: {line}")
 
 
 # ---- evaluation and saving

@@ -11,7 +11,7 @@ from torch import nn
 
 from inbatch import collectives
 from inbatch.collectives import on_rank_0
-from inbatch.data import BatchPlan, Collator, Mixture, RetrievalData, load_retrieval, open_examples
+from inbatch.data import Collator, Mixture, RetrievalData, load_retrieval, open_examples
 from inbatch.data.batches import Batches, Part
 from inbatch.data.identity import keys_of
 from inbatch.data.judged import is_judged, sample
@@ -119,9 +119,7 @@ def set_up(
     check_towers(towers)
     model = next(iter(towers.values()))
 
-    def batches(
-        examples: Examples, plan: BatchPlan | Mixture, sources: Sequence[TrainSource], repeats: bool
-    ) -> Batches:
+    def batches(examples: Examples, plan: Mixture, sources: Sequence[TrainSource], repeats: bool) -> Batches:
         return Batches(
             examples,
             plan,
@@ -150,7 +148,8 @@ def set_up(
         folder.check_lines(config, first_step)
     validation = None
     if held_out is not None:
-        plan_of_it = BatchPlan(len(held_out), config.train.global_batch_size, config.train.seed)
+        size, seed = config.train.global_batch_size, config.train.seed
+        plan_of_it = Mixture(sizes=(len(held_out),), global_batch_size=size, seed=seed)
         sizes = [len(plan_of_it.batch(step)) for step in range(plan_of_it.steps_per_epoch)]
         validation = batches(held_out, plan_of_it, [validation_source(config)], repeats=True), sizes
     part = None

@@ -567,6 +567,9 @@ def test_datasets(tmp_path):
         assert [e.query for e in open_examples([both, data], split="test")] == ["q2", "q0", "q1", "q2"]
     with pytest.raises(ValueError, match=r"two has no split 'dev': it has \['train', 'test'\]"):
         open_examples(tmp_path / "two", split="dev")
+    for wrong in (data.to_iterable_dataset(), data.to_pandas(), pa.Table.from_pylist(records), iter(records)):
+        with pytest.raises(ValueError, match=r"^the given [a-zA-Z_]+ is not a sequence of records: expected a list of"):
+            open_examples(wrong)
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"one cannot be read by datasets\.load_from_disk") as error:
         open_examples(tmp_path / "one")

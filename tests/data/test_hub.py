@@ -23,21 +23,24 @@ SUBSETS = {
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
+    metadata = {"corpus_id": "wiki", "query_instruction": "Find:"}
+
     def load(repository: str, subset: str | None = None, *, split: str) -> datasets.Dataset:
-        if repository != "someone/some-data":
+        if not repository.endswith("/some-data"):
             raise ConnectionError(f"Couldn't reach\n{repository} on the Hub")
         assert split == "train"
         return datasets.Dataset.from_list(SUBSETS[subset])
 
     def download(repository: str, name: str, *, repo_type: str) -> str:
-        assert (repository, name, repo_type) == ("someone/some-data", "FEVER/dataset_metadata.json", "dataset")
+        assert (name, repo_type) == ("FEVER/dataset_metadata.json", "dataset")
         path = tmp_path / "metadata.json"
-        path.write_text(json.dumps({"corpus_id": "wiki", "query_instruction": "Find:"}))
+        path.write_text(json.dumps(metadata))
         return str(path)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda repository: [name for name in SUBSETS if name])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return metadata
 
 
 def test_data_on_the_hub_with_texts_and_with_documents_by_id(hub):
@@ -49,6 +52,18 @@ def test_data_on_the_hub_with_texts_and_with_documents_by_id(hub):
     assert [passage.text for passage in (*first.positives, *first.negatives)] == ["a red dog", "a mat", "the cat"]
     assert (second.positives[0].doc_id, second.corpus, second.query_prefix) == ("d2", "wiki", "Find: ")
     assert second.passage_prefix is None
+
+
+def test_two_corpora_of_one_id_and_metadata_that_are_none_are_refused(hub):
+    fever = "hf://someone/some-data/FEVER"
+    assert len(open_examples([fever, fever])) == 4
+    with pytest.raises(ValueError, match=f"corpus_id 'wiki' names two corpora, {fever} and hf://another/some-data/FEV"):
+        open_examples([fever, "hf://another/some-data/FEVER"])
+    hub["query_instruction"] = ["Find:"]
+    with pytest.raises(
+        ValueError, match=r"metadata\.json: expected \{class: TextQADataset, corpus_id: <name>\}, found"
+    ):
+        open_examples(fever)
 
 
 def test_what_cannot_be_had_is_one_line(hub):

@@ -60,8 +60,10 @@ def test_one_source_is_drawn_as_a_plan_of_its_own():
     alone, plan = BatchPlan(23, 4, seed=7), Mixture(sizes=(23,), global_batch_size=4, seed=7)
     assert plan.steps_per_epoch == alone.steps_per_epoch
     for step in range(3 * alone.steps_per_epoch):
-        for mine, theirs in zip(plan.rows(step), alone.rows(step), strict=True):
-            assert (mine == theirs).all()
+        rows = plan.rows(step)
+        assert (rows.examples == alone.batch(step)).all()
+        assert {*rows.sources.tolist()} == {0}
+        assert {*rows.passes.tolist()} == {alone.epoch(step)}
 
 
 def test_wrong_weights_and_steps_are_refused():

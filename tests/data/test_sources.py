@@ -160,7 +160,7 @@ def test_corpus_id_files_share_a_corpus_but_not_a_name(tmp_path):
     again = path.with_name("again.json")
     again.write_text(path.read_text())
     assert len(open_examples([path, again])) == 2
-    with pytest.raises(ValueError, match="corpus_id 'wiki' names two folders") as error:
+    with pytest.raises(ValueError, match="corpus_id 'wiki' names two corpora") as error:
         open_examples([path, write_corpus_id(tmp_path / "two")])
     one_line(error)
 

@@ -11,7 +11,7 @@ import torch
 from inbatch.data import open_examples
 from inbatch.data.batches import Batches
 from inbatch.data.collator import Collator
-from inbatch.data.plan import BatchPlan
+from inbatch.data.plan import Mixture
 from inbatch.data.records import Example, Passage
 from inbatch.data.token_cache import TokenCache, tokenizer_digest, with_memory
 from tests.data_files import one_line, tokenize, write_jsonl
@@ -197,7 +197,8 @@ def test_batches_with_and_without(tmp_path, workers):
 
     def steps(tokenizer):
         collate = Collator(tokenizer, query_max_len=30, passage_max_len=40)
-        batches = Batches(examples, BatchPlan(len(examples), 8), collate, rank=0, world_size=1)
+        plan = Mixture(sizes=(len(examples),), global_batch_size=8)
+        batches = Batches(examples, plan, collate, rank=0, world_size=1)
         return list(batches.ahead_from(0, 28, num_workers=workers))
 
     expected = steps(tokenize)

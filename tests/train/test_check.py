@@ -186,3 +186,5 @@ def test_candidates_are_those_that_training_counts(tmp_path):
         train(replace(config, train=replace(config.train, max_steps=1, device="cpu")))
         (line,) = read_metrics(tmp_path / policy)
         assert line["candidates"] == pytest.approx(expected.candidates.mean())
+    with pytest.raises(ValueError, match="9999"):  # as training would
+        check.check(replace(config, loss=replace(config.loss, matryoshka_dims=[9999])))

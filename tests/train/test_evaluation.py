@@ -120,7 +120,7 @@ def test_the_best_checkpoint_outlives_newer_ones(folder, tmp_path):  # noqa: F81
         ({"patience": 2}, "eval.patience needs eval.every_steps, and eval.data or eval.validation"),
         ({"data": "d", "best_by": "validation_loss"}, r"eval.best_by is 'validation_loss', which is not measured"),
         ({"sample_queries": 9}, "eval.sample_queries is set, but there is no eval.data"),
-        ({"validation": {"path": "p", "weight": 2.0}}, "eval.validation has a weight"),
+        ({"validation": {"path": "p", "weight": 2.0}}, "eval.validation has weight, which means nothing"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(values, message):

@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 import torch
 
-from inbatch.data import BatchPlan, Collator, open_examples
+from inbatch.data import BatchPlan, Collator, Mixture, open_examples
 from inbatch.data.batches import Batches
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.retrieval.evaluate import evaluate
@@ -565,7 +565,7 @@ def test_clipping_measures_before_it_scales():
 
 def test_batches_are_the_plan_s_in_order_for_any_ranks(folder):
     examples = open_examples(str(folder / "records.jsonl"))
-    plan = BatchPlan(len(examples), 8, seed=1)
+    plan = Mixture(sizes=(len(examples),), global_batch_size=8, seed=1)
     model = BiEncoderModel.from_pretrained(folder / "model")
     collator = Collator(lambda texts, n: model.tokenize(texts, max_length=n), query_max_len=8, passage_max_len=8)
     options = {"world_size": 3, "accumulation_steps": 3}
@@ -581,9 +581,10 @@ def test_batches_are_the_plan_s_in_order_for_any_ranks(folder):
 
 def test_workers_end_with_a_process_that_still_holds_their_batches():
     code = """
-from inbatch.data import BatchPlan
+from inbatch.data import Mixture
 from inbatch.data.batches import Batches
-steps = Batches([0] * 99, BatchPlan(99, 4), None, rank=0, world_size=1).ahead_from(0, 20, num_workers=2)
+plan = Mixture(sizes=(99,), global_batch_size=4)
+steps = Batches([0] * 99, plan, None, rank=0, world_size=1).ahead_from(0, 20, num_workers=2)
 raise SystemExit(3)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 3
@@ -612,7 +613,8 @@ def test_an_error_while_reading_ahead_is_raised(folder):
             raise ValueError("records.jsonl, line 3 is not JSON")
 
     others = {*multiprocessing.active_children()}
-    batches = Batches(Broken([0] * 9), BatchPlan(9, 4), collator=None, rank=0, world_size=1)  # type: ignore[arg-type]
+    plan = Mixture(sizes=(9,), global_batch_size=4)
+    batches = Batches(Broken([0] * 9), plan, collator=None, rank=0, world_size=1)  # type: ignore[arg-type]
     for num_workers in (0, 2):
         with pytest.raises(ValueError, match=r"^records.jsonl, line 3 is not JSON$"):
             next(batches.ahead_from(0, 3, num_workers=num_workers))

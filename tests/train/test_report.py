@@ -87,6 +87,12 @@ def test_settings_that_look_wrong():
         "optim.schedule is constant; eval.measures is ['R@1'], which is not used: eval.data is null; "
         "eval.every_steps is 9, which is not used: nothing is evaluated"
     )
+    two = DataConfig(train=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 1.0}], source_weights="equal")
+    (line,) = warnings(replace(make_config(max_steps=3, epochs=2), data=two))
+    assert line == (
+        "data.source_weights is equal, which is not used: the sources have weights; train.epochs is 2, which is not "
+        "used: train.max_steps is given"
+    )
     local = make_config(loss={"negatives": "local"})
     (line,) = warnings(local)
     assert "255 of 511 available negatives are used; set it to gather" in line
