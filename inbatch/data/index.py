@@ -77,6 +77,7 @@ def arrays_made_once(files: Sequence[Path], kind: str, settings: object, make: C
     def write(file: IO[bytes]) -> None:
         arrays = make()
         for array in (np.array(list(arrays)), *arrays.values()):
+            _align(file)
             np.save(file, array)
 
     with made_once(files, kind, settings, write) as file:
@@ -84,14 +85,20 @@ def arrays_made_once(files: Sequence[Path], kind: str, settings: object, make: C
         return {name: _mapped(file) for name in np.load(file)}
 
 
+def _align(file: IO[bytes]) -> None:
+    """Move to where an array may begin: numpy copies the whole of one that is not aligned for each search in it."""
+    file.seek(-(-file.tell() // 64) * 64)
+
+
 def _mapped(file: IO[bytes]) -> np.ndarray:
     """Return the array that np.save wrote at the file's position, which moves behind it."""
+    _align(file)
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     start = file.tell()
     array = np.memmap(file, dtype, "r", start, shape) if np.prod(shape) else np.empty(shape, dtype)
     file.seek(start + array.nbytes)
-    return array
+    return np.asarray(array)  # whose elements are found faster than a memmap's
 
 
 def _make(path: Path, data: Path, made_of: str, make: Callable[[IO[bytes]], None]) -> None:

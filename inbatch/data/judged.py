@@ -232,8 +232,8 @@ def _cells(record: object, columns: Columns) -> list[str]:
     """Return query id, document id and score, as texts; another number of cells for anything else."""
     if isinstance(record, str):
         cells = [cell.strip() for cell in (record.split("\t") if "\t" in record else record.split())]
-        quoted = [len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells]
-        cells = [cell[1:-1].replace('""', '"') if q else cell for cell, q in zip(cells, quoted, strict=True)]
+        if '"' in record:
+            cells = [c[1:-1].replace('""', '"') if len(c) > 1 and c[0] == c[-1] == '"' else c for c in cells]
         return [*cells[:1], *cells[2:]] if len(cells) == 4 else cells  # TREC's second of four says nothing
     if not isinstance(record, dict):
         return []

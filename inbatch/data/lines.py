@@ -264,18 +264,20 @@ class Lines(Rows[Any]):
         self.content = content or Content(self.path)
         bounds = bounds or arrays_made_once([self.path], "lines", None, lambda: {"stops": line_stops(self.content)})
         self._quick = parse is json_value and "starts" not in bounds
-        self._starts, self.stops = bounds.get("starts"), bounds["stops"][skip:]
-        self._zero = int(bounds["stops"][skip - 1]) + 1 if skip else 0
+        # As memoryviews, of which single elements are found fastest.
+        self._starts = bounds["starts"].data if "starts" in bounds else None
+        self.stops = bounds["stops"].data[skip:]
+        self._zero = bounds["stops"].data[skip - 1] + 1 if skip else 0
         super().__init__(len(self.stops), self._line, self._place, files=[self.path], nbytes=len(self.content))
 
     def _start(self, index: int) -> int:
         """Return where the record begins, or the blank lines before it."""
         if self._starts is not None:
-            return int(self._starts[index])
-        return int(self.stops[index - 1]) + 1 if index else self._zero
+            return self._starts[index]
+        return self.stops[index - 1] + 1 if index else self._zero
 
     def _line(self, index: int) -> Any:
-        return self._value(self.content[self._start(index) : int(self.stops[index])], index)
+        return self._value(self.content[self._start(index) : self.stops[index]], index)
 
     def _value(self, line: bytes, index: int) -> Any:
         try:
@@ -289,7 +291,7 @@ class Lines(Rows[Any]):
             zero = self._start(first)
             most = min(first + _BLOCK_ROWS, rows.stop)
             last = max(first + 1, bisect_right(self.stops, zero + _BLOCK_BYTES, first, most))
-            block = self.content[zero : int(self.stops[last - 1])]
+            block = self.content[zero : self.stops[last - 1]]
             for value in _json_lines(block) if self._quick else ():
                 yield value
                 first += 1
@@ -306,7 +308,7 @@ class Lines(Rows[Any]):
         index = range(len(self))[index]
         before = index
         if self._unit == "line":
-            start, stop = self._start(index), int(self.stops[index])
+            start, stop = self._start(index), self.stops[index]
             start += _blank_lines(self.content[start:stop])
             before = sum(block.count(b"\n") for block in self.content.blocks(0, start))
         return f"{self.path}, {self._unit} {before + 1}"

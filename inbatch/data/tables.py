@@ -324,7 +324,7 @@ def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
 
 def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
     """Return where the rows after the header lie; ValueError for a row that is not CSV, or has other cells."""
-    dtype, line_stops = places_dtype(lines.nbytes), np.asarray(lines.stops).data
+    dtype = places_dtype(lines.nbytes)
     starts, stops = array(dtype.char), array(dtype.char)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     before = 0  # lines
@@ -333,8 +333,8 @@ def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
             if any(cell.strip() for cell in row):
                 if len(row) != len(names):
                     raise ValueError(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
-                starts.append(line_stops[before - 1] + 1 if before else 0)
-                stops.append(line_stops[reader.line_num - 1])
+                starts.append(lines.stops[before - 1] + 1 if before else 0)
+                stops.append(lines.stops[reader.line_num - 1])
             before = reader.line_num
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{lines.where(before)} is not CSV: {error}") from None

@@ -60,6 +60,20 @@ def test_a_file_is_parsed_once_and_found_again(tmp_path):
     assert (tmp_path / ".inbatch" / ".gitignore").read_text() == "*\n"
 
 
+def test_arrays_are_aligned_whatever_lies_before_them(tmp_path):
+    """A search in an array that is not aligned copies the whole of it."""
+    made = {"ids": np.arange(3, dtype=np.uint8), "none": np.empty(0, np.int64), "keys": np.arange(9)[::3]}
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    for files in ([path], []):
+        found = arrays_made_once(files, "test", None, lambda: made)
+        assert {name: array.tolist() for name, array in found.items()} == {
+            "ids": [0, 1, 2],
+            "none": [],
+            "keys": [0, 3, 6],
+        }
+        assert all(array.flags.aligned for array in found.values())
+
+
 def touch(path: Path) -> None:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
