@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCardData
 
-from inbatch.encoder.loading import in_one_line
+from inbatch.encoder.loading import failing_as
 
 if TYPE_CHECKING:
     from inbatch.encoder.model import BiEncoderModel
@@ -68,9 +68,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, messa
     if not any((folder / name).is_file() for name in ("modules.json", "query/modules.json")):
         raise ValueError(f"{folder} is not a saved model: expected a folder with modules.json")
     api = HfApi()
-    try:
+    with failing_as(f"the hub takes no {repo_id}"):
         address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, repo_type="model")
-    except Exception as error:  # of the client, or of its transport
-        raise ValueError(f"the hub takes no {repo_id}: {in_one_line(error)[:300]}") from error
     return str(address)

@@ -71,21 +71,21 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def file_within(folder: Path, name: str) -> Path:
+def file_within(folder: Path, name: str | Path) -> Path:
     """Return the path of `name` in `folder`; ValueError where `..` or a link leads out of the folder."""
     path, root = folder / name, folder.resolve()
     try:
         target = path.resolve()
         path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: there can be no file {name[:80]!r}: {str(error)[:60]}") from None
+        raise ValueError(f"{folder}: there can be no file {str(name)[:80]!r}: {str(error)[:60]}") from None
     # Files in a snapshot of the hub's cache are links to the blobs beside the snapshots.
     if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
         raise ValueError(f"{path} lies outside of the model's folder: copy it into the folder")
     return path
 
 
-def read_object(folder: Path, name: str) -> dict[str, Any] | None:
+def read_object(folder: Path, name: str | Path) -> dict[str, Any] | None:
     """Return the JSON object in a file of the folder, or None where there is no such file."""
     path = file_within(folder, name)
     if not path.is_file():
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def settings_of(folder: Path, name: str) -> Settings:
+def settings_of(folder: Path, name: str | Path) -> Settings:
     return Settings(folder / name, read_object(folder, name) or {})
 
 

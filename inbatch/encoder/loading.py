@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -68,25 +69,24 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Open the backbone in folder / home; for faults ValueError in one line, before anything large is built."""
     place = folder / home
-    if (adapter := read_object(folder, str(Path(home, "adapter_config.json")))) is not None:
+    if (adapter := read_object(folder, Path(home, "adapter_config.json"))) is not None:
         return _with_adapter(place, adapter, dtype, attn_implementation, trust_remote_code=trust_remote_code)
-    values = read_object(folder, str(Path(home, "config.json"))) or {}
+    values = read_object(folder, Path(home, "config.json")) or {}
     if not trust_remote_code:
         _refuse_custom_code(place / "config.json", values, known=str(values.get("model_type")) in CONFIG_MAPPING)
-        settings = read_object(folder, str(Path(home, "tokenizer_config.json"))) or {}
+        settings = read_object(folder, Path(home, "tokenizer_config.json")) or {}
         _refuse_custom_code(place / "tokenizer_config.json", settings, known=True)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     options = {key: value for key, value in options.items() if value is not None}
-    try:
-        _require_countable(place, values)
+    with failing_as(f"{place} cannot be opened as a transformers model"):
+        tensors, size = _weights_of(place)
+        _require_countable(values, tensors)
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         if not trust_remote_code:
-            _require_weights_for(place, config)
+            _require_weights_for(config, size)
         backbone, report = AutoModel.from_pretrained(
             place, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
-    except Exception as error:  # a wrong config.json raises whatever it runs into
-        raise ValueError(f"{place} cannot be opened as a transformers model: {in_one_line(error)}") from error
     config = backbone.config
     if config.is_encoder_decoder or config.get_text_config() is not config:
         kind = "an encoder-decoder" if config.is_encoder_decoder else "a model of several modalities"
@@ -110,18 +110,25 @@ def _with_adapter(
     if not isinstance(base, str) or not base:
         raise ValueError(f"{place / 'adapter_config.json'} names no base_model_name_or_path: put its base model there")
     backbone = load_backbone(local_folder(base), "", dtype, attn, trust_remote_code=trust_remote_code)
-    try:
+    with failing_as(f"{place}: its adapter does not fit {base}"):
         return PeftModel.from_pretrained(backbone, str(place)).merge_and_unload()  # type: ignore[operator]
-    except Exception as error:  # of any class: keys, shapes, files
-        raise ValueError(f"{place}: its adapter does not fit {base}: {in_one_line(error)}") from error
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return the error's text, and its class where the text alone says little."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 300 else f"{text[:297]}..."
-    clear = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
-    return text if clear else f"{type(error).__name__}: {text}"
+@contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Let whatever is raised inside end as a ValueError in one line that begins with `what`.
+
+    A wrong file raises whatever a library runs into; a panic in Rust is not even an Exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 300 else f"{text[:297]}..."
+        clear = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+        raise ValueError(f"{what}: {text if clear else f'{type(error).__name__}: {text}'}") from error
 
 
 def _refuse_custom_code(path: Path, values: dict[str, Any], *, known: bool) -> None:
@@ -147,11 +154,10 @@ def _weights_of(place: Path) -> tuple[int | None, int]:
     return tensors if files else None, sum(file.stat().st_size for file in files or place.glob("*.bin"))
 
 
-def _require_countable(place: Path, values: dict[str, Any]) -> None:
+def _require_countable(values: dict[str, Any], tensors: int | None) -> None:
     """Raise ValueError if transformers would loop over more layers, experts or labels than the weights can hold."""
-    tensors, _ = _weights_of(place)
+    limit = 4096 if tensors is None else max(512, tensors)
     for key, value in _numbers(values):
-        limit = 4096 if tensors is None else max(512, tensors)
         if re.search(r"(layers?|blocks|experts|labels|stages)$", key) and value > limit:
             raise ValueError(f"config.json: {key} is {value}, more than its weights can hold")
 
@@ -164,12 +170,11 @@ def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
             yield key, value
 
 
-def _require_weights_for(place: Path, config: PretrainedConfig) -> None:
-    """Raise ValueError if the model in config.json is far larger than the weights beside it."""
+def _require_weights_for(config: PretrainedConfig, size: int) -> None:
+    """Raise ValueError if the model in config.json is far larger than the `size` bytes of weights beside it."""
     with torch.device("meta"):
         model = AutoModel.from_config(deepcopy(config), trust_remote_code=False)
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    _, size = _weights_of(place)
     if described > 2 * size + 2**24:  # two numbers a byte are the densest quantisation
         raise ValueError(
             f"config.json describes {described:.3g} numbers, its weights hold {size:.3g} bytes: one is wrong"
@@ -180,12 +185,8 @@ def load_tokenizer(
     folder: Path, options: Mapping[str, Any] | None = None, *, lower_case: bool, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Open the tokenizer with these options; lower_case puts a Lowercase in front, which is saved with it."""
-    try:
+    with failing_as(f"{folder}: its tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **(options or {}))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # whatever a wrong tokenizer.json runs into; a panic in Rust is no Exception
-        raise ValueError(f"{folder}: its tokenizer cannot be opened: {in_one_line(error)}") from error
     _require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -305,13 +306,9 @@ def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTr
             f"{place}: the tokenizer's model_input_names {tokenizer.model_input_names} lack attention_mask: padding "
             "would count as text; add it in tokenizer_config.json"
         )
-    try:
+    with failing_as(f"{place}: its tokenizer takes no text"):
         tokens = tokenizer([_PROBE, ""], padding=True)
         names = {id: token for token, id in tokenizer.get_vocab().items()}
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise ValueError(f"{place}: its tokenizer takes no text: {in_one_line(error)}") from error
     try:
         rows: int = backbone.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     except (AttributeError, NotImplementedError):  # it hashes characters, say

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from inbatch.encoder.card import model_card, push
 from inbatch.encoder.loading import (
     cut_of,
-    in_one_line,
+    failing_as,
     length_limit,
     load_backbone,
     load_tokenizer,
@@ -32,8 +32,7 @@ from inbatch.encoder.loading import (
 )
 from inbatch.encoder.lora import has_lora, save_lora
 from inbatch.encoder.multi_vector import ROLES, TASKS, UNSEEN, MultiVector, TokenVectors
-from inbatch.encoder.multi_vector_folder import write_multi_vector
-from inbatch.encoder.multi_vector_head import open_head, with_multi_vector
+from inbatch.encoder.multi_vector_folder import open_head, with_multi_vector, write_multi_vector
 from inbatch.encoder.packing import enable_packing, packed_states, token_slots
 from inbatch.encoder.pooling import check_pooling, first_of, pool
 from inbatch.encoder.st_folder import Folder, Layout, read_layout, write_layout
@@ -332,7 +331,8 @@ class BiEncoderModel(nn.Module):
         tokenizer = self.tokenizer
         options = {"truncation": max_length is not None, "max_length": max_length}
         options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        try:
+        which = f"one of {len(texts)} texts, the first of which is {''.join(texts[:1])[:40]!r}"
+        with failing_as(f"{self.base_model}: its tokenizer fails on {which} (look at its tokenizer.json)"):
             if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
                 return tokenizer(texts, **options)["input_ids"]
             # One text sets the length in the tokenizer's core, which saves a third of the time where no offsets are
@@ -340,24 +340,14 @@ class BiEncoderModel(nn.Module):
             tokenizer(texts[:1], **options)
             core = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
             return [encoding.ids for encoding in core.encode_batch_fast(texts)]
-        except (KeyboardInterrupt, SystemExit, TypeError):  # TypeError: what was given is no text
-            raise
-        except BaseException as error:  # a panic in Rust is no Exception
-            raise ValueError(
-                f"{self.base_model}: its tokenizer fails on one of {len(texts)} texts, the first of which is "
-                f"{texts[0][:40]!r} ({in_one_line(error)}): look at its tokenizer.json"
-            ) from error
 
     @torch.no_grad()
     def _require_finite(self, home: Path) -> None:
         """ValueError where the model as it was opened cannot embed a text."""
         training = self.training
-        try:
+        with failing_as(f"{home}: its model embeds no text"):
             embeddings_BD = self.eval()(self.tokenize(["text"]))
-        except Exception as error:  # a wrong type or number in config.json raises whatever it runs into
-            raise ValueError(f"{home}: its model embeds no text: {in_one_line(error)}") from error
-        finally:
-            self.train(training)
+        self.train(training)
         if not embeddings_BD.isfinite().all():
             raise ValueError(
                 f"{home}: its model's embeddings hold NaN or infinity: its weights or config.json are wrong"
@@ -396,6 +386,8 @@ class BiEncoderModel(nn.Module):
         if has_lora(self):
             save_lora(self, folder, weights)
         else:
+            # Of an earlier model in this folder: it would be put on top of these weights.
+            (folder / "adapter_config.json").unlink(missing_ok=True)
             self.backbone.save_pretrained(folder, state_dict=weights)
         # Else tokenizer.json would say what the last call in this process happened to need.
         restore_cut(self.tokenizer, self._cut)

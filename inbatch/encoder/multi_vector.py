@@ -8,20 +8,17 @@ Shapes: B texts, T token positions, H width of the backbone, D dimension.
 
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 ROLES = "token_roles"
 SCORED, UNSEEN = 1, 2  # 0: it does not count. UNSEEN: it counts, and no other token attends to it
 TASKS = ("query", "document")
-PREFIXES = {"query": "[Q] ", "document": "[D] "}
-LENGTHS = {"query": 32, "document": 180}
-_SEED = 0  # of new weights: the same on every rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +43,8 @@ class MultiVector:
         names = [field.name for field in fields(self)]
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"multi_vector has no {unknown[0]!r}; expected some of {', '.join(names)}")
-        values = {name: getattr(self, name) if given.get(name) is None else given[name] for name in names}
-        values["skip_words"] = tuple(values["skip_words"])
-        made = MultiVector(**values)
+        made = replace(self, **{name: value for name, value in given.items() if value is not None})
+        made = replace(made, skip_words=tuple(made.skip_words))
         for name, least in (("dim", 1), ("pool_factor", 1), ("protected_tokens", 0)):
             number = getattr(made, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
@@ -103,36 +99,3 @@ class TokenVectors(nn.Module):
         vectors_BTD = self.layers(states_BTH.to(next(self.layers.parameters()).dtype))
         vectors_BTD = normalize(vectors_BTD.to(torch.promote_types(vectors_BTD.dtype, torch.float32)), dim=-1)
         return vectors_BTD.masked_fill(~counts_BT[..., None], 0.0)
-
-
-def new_projection(backbone: PreTrainedModel, dim: int) -> nn.Sequential:
-    """Return a random projection without bias, the same in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return nn.Sequential(nn.Linear(backbone.config.hidden_size, dim, bias=False, dtype=backbone.dtype))
-
-
-def add_prefix_tokens(
-    tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, prompts: Mapping[str, str]
-) -> None:
-    """Make a token of each prompt such as "[Q] " that is not a token yet, with a new row of the embeddings."""
-    new = [text for text in prompts.values() if text.startswith("[") and text.rstrip().endswith("]")]
-    single_tokens(tokenizer, new)
-    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:  # type: ignore[union-attr]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-
-
-def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
-    """Let the tokenizer take these texts for one token each, wherever they stand and before it changes their case."""
-    tokenize: Any = tokenizer.tokenize
-    new = [AddedToken(text, normalized=False, special=True) for text in texts if tokenize(text) != [text]]
-    tokenizer.add_tokens(new, special_tokens=True)
-
-
-def prefix_token(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Return the longest added token that the prompt begins with; "" if there is none."""
-    tokenizer_: Any = tokenizer
-    added = tokenizer_.get_added_vocab()
-    return max((token for token in added if token and prompt.startswith(token)), key=len, default="")

@@ -90,8 +90,9 @@ class SentenceTransformerEncoder(BiEncoderModel):
         """
         from sentence_transformers import SentenceTransformer
 
+        options["packed"] = options.get("packed") or None  # padded, as these are
         for name in ("pooling", "l2_normalize", "bidirectional", "packed", "multi_vector"):
-            if options.pop(name, None):
+            if options.pop(name, None) is not None:
                 raise ValueError(
                     f"model.{name} is for models that inbatch opens itself: leave it out for {name_or_path}"
                 )

@@ -113,10 +113,12 @@ def read_layout(folder: Path) -> Folder | None:
     similarity = top.take("similarity_fn_name", f"one of {', '.join(SIMILARITIES)}")
     truncate_dim = top.take("truncate_dim", "a positive integer")
     top.done()
-    lengths, tokenizer_options, _ = _read_transformer(folder, paths[0])
-    pooling = _read_pooling(folder, str(Path(paths[1], "config.json")))
+    lengths, tokenizer_options, rest = _read_transformer(folder, paths[0])
+    rest.require("query_expansion", None)
+    rest.done()
+    pooling = _read_pooling(folder, Path(paths[1], "config.json"))
     if len(kinds) == 3:
-        normalize = settings_of(folder, str(Path(paths[2], "config.json")))
+        normalize = settings_of(folder, Path(paths[2], "config.json"))
         normalize.require("module_input_name", "sentence_embedding")
         normalize.require("module_output_name", "sentence_embedding", None)
         normalize.done()
@@ -141,18 +143,13 @@ def _read_multi_vector(folder: Path, kinds: list[str], paths: list[str], top: Se
     top.require("truncate_dim", None)
     top.done()
     options, dense = read_modules(folder, list(zip(kinds, paths, strict=True))[1:], said.pop("multi_vector"))
-    lengths, tokenizer_options, options = _read_transformer(folder, paths[0], options)
+    lengths, tokenizer_options, rest = _read_transformer(folder, paths[0])
+    options = read_expansion(rest, lengths, options)
+    rest.done()
     prefixes = said.pop("prefixes")
     prompts["prompts"] |= {name: prefix + prompts["prompts"].get(name, "") for name, prefix in prefixes.items()}
-    assert options is not None
-    layout = Layout(
-        pooling="multi_vector",
-        l2_normalize=True,
-        similarity="max_sim",
-        multi_vector=options,
-        **prompts,
-        **{**lengths, **said},
-    )
+    usual = {"pooling": "multi_vector", "l2_normalize": True, "similarity": "max_sim"}
+    layout = Layout(**usual, multi_vector=options, **prompts, **{**lengths, **said})
     return Folder(
         layout=layout, home=paths[0], tokenizer_options=tokenizer_options, dense=tuple(dense), prefixes=prefixes
     )
@@ -211,17 +208,15 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
     return kinds, [module["path"] for module in modules]
 
 
-def _read_transformer(
-    folder: Path, home: str, options: MultiVector | None = None
-) -> tuple[dict[str, Any], dict[str, Any], MultiVector | None]:
-    """Return the settings of the Transformer module: fields of Layout, options for the tokenizer, and `options`."""
+def _read_transformer(folder: Path, home: str) -> tuple[dict[str, Any], dict[str, Any], Settings]:
+    """Return fields of Layout, options for the tokenizer, and the rest of the Transformer module's settings."""
     for name in _PROCESSOR_FILES:
         if (folder / home / name).is_file():
             raise UnsupportedError(f"{folder / home / name}: a model of several modalities is not supported")
     for name in ("tokenizer_config.json", "config.json"):
-        if (read_object(folder, str(Path(home, name))) or {}).get("processor_class") is not None:
+        if (read_object(folder, Path(home, name)) or {}).get("processor_class") is not None:
             raise UnsupportedError(f"{folder / home / name}: a processor_class is not supported")
-    files = ((folder / home / name, read_object(folder, str(Path(home, name)))) for name in _TRANSFORMER_FILES)
+    files = ((folder / home / name, read_object(folder, Path(home, name))) for name in _TRANSFORMER_FILES)
     path, values = next(((path, values) for path, values in files if values), (folder / home, {}))
     settings = Settings(path, values)
     settings.require("transformer_task", "feature-extraction")
@@ -249,13 +244,7 @@ def _read_transformer(
     }
     lengths["max_seq_length"] = tokenizer.pop("model_max_length", None) or lengths["max_seq_length"]
     lengths["do_lower_case"] = bool(settings.take("do_lower_case", "true or false"))
-    if options is None:
-        settings.require("query_expansion", None)
-    else:
-        options = read_expansion(settings, lengths, options)
-    settings.done()
-    lengths = {name: length for name, length in lengths.items() if length is not None}
-    return lengths, tokenizer, options
+    return {name: length for name, length in lengths.items() if length is not None}, tokenizer, settings
 
 
 def _require_usual_tokens(path: Path, processing: dict[str, Any]) -> None:
@@ -271,7 +260,7 @@ def _require_usual_tokens(path: Path, processing: dict[str, Any]) -> None:
                 raise UnsupportedError(f"{path}: processing_kwargs.{modality}.{key} {short(value)} is not supported")
 
 
-def _read_pooling(folder: Path, name: str) -> str:
+def _read_pooling(folder: Path, name: Path) -> str:
     path, values = folder / name, read_object(folder, name)
     if values is None:
         raise ValueError(f"{path} is missing, which says how the model pools: copy it from the model's source")

@@ -91,8 +91,9 @@ def test_what_is_chosen_and_what_is_refused(folder, saved, tmp_path):  # noqa: F
     torch.testing.assert_close(model(model.tokenize(TEXTS)), ours(batch), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"module .*Dense .* is not supported"):
         open_encoder(saved["dense"], backend="inbatch")
-    with pytest.raises(ValueError, match=r"model\.pooling is for models that inbatch opens itself"):
-        open_encoder(saved["dense"], pooling="cls")
+    for name, value in (("pooling", "cls"), ("l2_normalize", False)):
+        with pytest.raises(ValueError, match=rf"model\.{name} is for models that inbatch opens itself"):
+            open_encoder(saved["dense"], **{name: value})
     config = make_config(folder, tmp_path / "lora", model={"name_or_path": str(saved["dense"])}, lora={"r": 2})
     with pytest.raises(ValueError, match=r"lora\.r is 2, which is for models that inbatch opens itself .*Dense"):
         train(config, device=torch.device("cpu"))
