@@ -52,7 +52,8 @@ def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> 
             "GradCache: torch.compile around DistributedDataParallel or fully_shard compiles their synchronisation; "
             "compile the module inside, or its layers, and give the wrapper"
         )
-    chosen: Any = dict.fromkeys([*modules, *(owner for owner in owners if is_ddp(owner) or is_fsdp2(owner))])
+    both: list[Any] = [*modules, *(owner for owner in owners if is_ddp(owner) or is_fsdp2(owner))]
+    chosen = list({id(module): module for module in both}.values())
     for module in chosen:
         if not is_ddp(module) and not is_fsdp2(module):
             raise ValueError(
@@ -65,7 +66,7 @@ def wrapped_modules(encodes: Sequence[object], modules: Sequence[nn.Module]) -> 
                     f"GradCache: DistributedDataParallel(..., {option}=...) is not supported: neither that nor "
                     "find_unused_parameters is needed here, and autocast does what mixed_precision does"
                 )
-    return [*chosen]
+    return chosen
 
 
 def running_ddp() -> list[nn.Module]:

@@ -157,6 +157,7 @@ def test_a_loss_may_be_ddp(pool):
         ((nn.Identity(), cross_entropy), {"modules": nn.Sequential()}, r"got Sequential; write modules=\[module\]"),
         ((nn.Identity(), cross_entropy), {"modules": None}, "modules must be a sequence .* got NoneType"),
         ((nn.Identity(), cross_entropy), {"modules": [3]}, "modules takes .* got int"),
+        ((nn.Identity(), cross_entropy), {"modules": [[3]]}, "modules takes .* got list"),
     ],
 )
 def test_the_constructor_says_what_it_cannot_use(arguments, options, message):
