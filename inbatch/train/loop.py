@@ -333,7 +333,7 @@ def announce(run: Run, parts: list[Part]) -> None:
         run.report.note(model.way)
     if run.config.train.compile is None and run.learner.device.type == "cuda":
         done = "are compiled, which pays" if run.learner.compiled else "are not compiled, which would not pay"
-        run.report.note(f"transformer layers {done} in a run of this length and precision (train.compile decides)")
+        run.report.note(f"transformer layers {done} in a run of this length (train.compile decides)")
     several = model.multi_vector is not None
     wrong = warnings(run.config, first, l2_normalize=model.l2_normalize, multi_vector=several, gpus=gpus)
     facts = [*mixture(run.config, run.plan), *candidates(run.config, first, run.plan)]
