@@ -323,6 +323,16 @@ def test_what_a_rank_repeats_of_another_is_said_once(capsys):
     assert only_message(capsys) == "inbatch: error: no such file"
 
 
+def test_a_rank_that_was_killed_gives_the_status_though_another_ends_before_it(capsys):
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps({"rank": 0, "message": "its connection is lost", "cause": False}).encode() + b"\n")
+    os.close(writing)
+    killed = subprocess.Popen(["sh", "-c", "sleep 0.3; kill -9 $$"])
+    assert _wait([subprocess.Popen("false"), killed], reading) == 128 + signal.SIGKILL
+    os.close(reading)
+    assert only_message(capsys) == "inbatch: error: rank 1 was ended by SIGKILL (memory may have run out)"
+
+
 def test_a_mistake_on_one_rank_ends_all(home, tmp_path):
     """Rank 1 fails by itself while rank 0 waits for it in a collective."""
     script = tmp_path / "start.py"

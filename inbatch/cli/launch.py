@@ -21,7 +21,7 @@ _last_word = threading.Event()
 
 
 def launch(arguments: list[str], processes: int) -> int:
-    """Run the command `inbatch ARGUMENTS` in several processes on this machine; return the first status other than 0.
+    """Run the command `inbatch ARGUMENTS` in several processes on this machine; return 0 or the first failure's status.
 
     SIGINT, SIGTERM and SIGHUP go to all of them. None outlives this process, however it ends.
     """
@@ -75,7 +75,11 @@ def _end_with(parent: int) -> None:
 
 
 def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
-    """Wait for the ranks, print why the first one failed, and return its status."""
+    """Wait for the ranks, print why the first one failed, and return its status.
+
+    The first one is not the first to end: of a killed process, the kernel closes the connections before it says so,
+    and the ranks that lose theirs may be quicker.
+    """
     said, ended = b"", {}
     deadline = float("inf")
     while len(ended) < len(ranks) and time.monotonic() < deadline:
@@ -96,7 +100,9 @@ def _wait(ranks: list[subprocess.Popen], reading: int) -> int:
     for message in dict.fromkeys(report["message"] for report in causes if report["message"]):
         if not any(words in message for words in first_hand):  # `together` repeats on every rank what failed on one
             print(f"inbatch: error: {message}", file=sys.stderr)
-    return next((status if status > 0 else 128 - status for status in failed.values()), 0)
+    to_blame = {report["rank"] for report in causes} | silent.keys()
+    status = next((failed[rank] for rank in failed if rank in to_blame), next(iter(failed.values()), 0))
+    return status if status >= 0 else 128 - status
 
 
 def _read(reading: int) -> bytes:

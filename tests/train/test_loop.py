@@ -296,7 +296,7 @@ def start_and_kill(config: Path, output_dir: Path, world_size: int, kill_at: int
     if world_size == 1:
         assert (process.returncode, said) == (-signal.SIGKILL, [])
     else:
-        assert process.returncode == 128 + signal.SIGKILL
+        assert process.returncode == 128 + signal.SIGKILL, log_path.read_text()
         assert [line.partition(" rank ")[2][1:] for line in said] == [" was ended by SIGKILL (memory may have run out)"]
     deadline = time.monotonic() + 30
     while pids_of(str(config)) and time.monotonic() < deadline:
