@@ -29,7 +29,7 @@ def all_gather(tensor: Tensor, group: ProcessGroup | None = None, *, rows: Seque
     Returns [sum of R_r, ...]; with one process the very same object.
 
     The backward is one reduce-scatter, so every rank must run it, or none. float16 and bfloat16 gradients travel and
-    are added in float32 and rounded once: twice the bytes, but no rounding per hop. Not differentiable twice.
+    are added in float32 and rounded once: twice the bytes, but no rounding per hop.
     Works inside torch.compile(fullgraph=True), the agreement included (before torch 2.13, rows=None needs
     torch._dynamo.config.capture_dynamic_output_shape_ops).
 
@@ -98,6 +98,19 @@ def _(tensor, rows, group, local_rows):
     return tensor.new_empty(local_rows, *tensor.shape[1:])
 
 
+def _reduce_scatter_setup(ctx, inputs, output) -> None:
+    _, rows, ctx.group, _ = inputs
+    ctx.save_for_backward(rows)
+
+
+def _reduce_scatter_backward(ctx, grad):
+    (rows,) = ctx.saved_tensors
+    return _gather_op(grad, ctx.group, rows.tolist(), True)[0], None, None, None
+
+
+_reduce_scatter_op.register_autograd(_reduce_scatter_backward, setup_context=_reduce_scatter_setup)
+
+
 def gather_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup | None = None) -> Tensor:
     """Concatenate the ranks' tensors as `all_gather` does, without gradient and without agreement.
 
@@ -140,7 +153,7 @@ def reduce_scatter_rows(tensor: Tensor, rows: Sequence[int], group: ProcessGroup
 
 
 def all_reduce(tensor: Tensor, op: str = "sum", group: ProcessGroup | None = None) -> Tensor:
-    """Reduce in place over the ranks ("sum", "max" or "min") and return the tensor. No gradient."""
+    """Reduce in place over the ranks ("sum" or "max") and return the tensor. No gradient."""
     if world_size(group) > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
     return tensor

@@ -5,6 +5,7 @@ Shapes: B rows, N passages of a row.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ class TrainerLoss(nn.Module):
         super().__init__()
         if scale is not None and temperature is not None:
             raise ValueError(f"scale is 1 / temperature: give one of them, got {scale=}, {temperature=}")
-        if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+        if scale is not None and not (isinstance(scale, Real) and scale > 0):
             raise ValueError(f"scale must be a number above 0, got {scale!r}")
+        if not gather_across_devices and negatives not in (None, "local"):
+            raise ValueError(f"gather_across_devices=False is negatives='local': give one of them, got {negatives=}")
         self.model = model
         self.loss = InfoNCELoss(
             1 / (scale or usual_scale) if temperature is None else temperature,

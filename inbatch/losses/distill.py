@@ -5,6 +5,7 @@ D dimension, n local texts, t tokens of a query, T of a passage.
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from inbatch import collectives
 from inbatch.losses.composed import gathered_texts
-from inbatch.losses.info_nce import describe, find_error, one_of
+from inbatch.losses.info_nce import describe, find_error, one_of, wrong_weights
 from inbatch.losses.max_sim import Spans, max_sim, packed, read_spans
 from inbatch.losses.softmax import Problem
 
@@ -53,6 +54,8 @@ def distill(
     Returns a 0-d tensor, float32 (float64 for float64 inputs), scaled for the mean over ranks as `info_nce`'s is.
     Raises ValueError, on every rank, for wrong or disagreeing inputs. (Hinton et al. 2015; Lin et al. 2021)
     """
+    if isinstance(temperature, Real):
+        temperature = float(temperature)  # NumPy's, too
     asked = Problem(
         temperature=temperature,
         group=group,
@@ -99,7 +102,7 @@ def distill(
             score_BC = _group_scores(
                 queries, passages, column_B, width, (query_mask, passage_mask), mean=token_reduction == "mean"
             )
-        loss_B = _divergence(teacher_BC / teacher_temperature, score_BC / temperature)
+        loss_B = _divergence(teacher_BC / float(teacher_temperature), score_BC / temperature)
         return (loss_B if weights is None else loss_B * weights.to(loss_B, non_blocking=True)).sum() * share
 
 
@@ -115,8 +118,8 @@ def match_vectors(
     """Mean over the texts of all ranks of  1 - cos(e_i, t_i)  ("cosine") or of  mean_d (e_id - t_id)^2  ("mse").
 
     embeddings, teacher_vectors [n, D]: of the same texts, such as a rank's queries and passages together; n may differ
-    by rank and may be 0. weights [n] multiply the texts' terms. A teacher of another dimension needs a projection of
-    the student's vectors, which is trained too.
+    by rank and may be 0. weights [n], not negative, multiply the texts' terms. A teacher of another dimension needs a
+    projection of the student's vectors, which is trained too.
     Returns, and raises, as `distill`. No gradient goes to teacher_vectors.
     """
     error, both = None, (embeddings, teacher_vectors)
@@ -130,8 +133,8 @@ def match_vectors(
             f"embeddings {tuple(embeddings.shape)} and teacher_vectors {tuple(teacher_vectors.shape)} must be alike: "
             "project the embeddings to the teacher's dimension"
         )
-    elif weights is not None and weights.shape != (len(embeddings),):
-        error = f"weights must be [{len(embeddings)}], one for each text, got {describe(weights)}"
+    else:
+        error = wrong_weights(weights, len(embeddings), "text")
     fields = {"embeddings": embeddings} if error is None else {}
     counts = collectives.agree(
         "match_vectors", fields, group=group, same={"kind": kind, "weights": weights is not None}, error=error
@@ -161,7 +164,7 @@ def _share(counts: list[int], name: str, what: str) -> float:
 def _wrong_teacher(scores: Any, teacher_temperature: Any, over: Any, num_queries: int) -> str | None:
     if over not in OVER:
         return f"over must be {one_of(OVER)}, got {over!r}"
-    if not (isinstance(teacher_temperature, (int, float)) and 0 < teacher_temperature < math.inf):
+    if not (isinstance(teacher_temperature, Real) and 0 < float(teacher_temperature) < math.inf):
         return f"teacher_temperature must be a positive number, got {teacher_temperature!r}"
     right = isinstance(scores, Tensor) and scores.is_floating_point() and scores.ndim == 2
     if not right or len(scores) != num_queries:

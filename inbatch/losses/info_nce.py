@@ -347,7 +347,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
         if temperature.is_cuda:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
-    if not isinstance(temperature, (int, float)) or not _LEAST_TEMPERATURE <= temperature < math.inf:
+    if not isinstance(temperature, Real) or not _LEAST_TEMPERATURE <= float(temperature) < math.inf:
         return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
     return None
 
@@ -382,7 +382,7 @@ def _wrong_groups(ids: FalseNegatives, num_queries: int) -> str | None:
         right = candidates.dtype == torch.int64 and candidates.shape == (num_queries,)
         right = right and bool(((candidates >= 0) & (candidates < len(CANDIDATES))).all())
     else:
-        right = candidates in CANDIDATES
+        right = isinstance(candidates, str) and candidates in CANDIDATES
     if not right:
         return (
             f"FalseNegatives.candidates must be {one_of(CANDIDATES)}, or int64 [{num_queries}] of their places 0 to "
@@ -403,19 +403,24 @@ def _wrong_options(asked: Problem, dim: int, num_queries: int) -> str | None:
     if longest > dim:
         return f"matryoshka_dims must not exceed the embeddings' dimension {dim}, got {asked.objective.matryoshka_dims}"
     chunk_mib = asked.chunk_mib
-    if chunk_mib is not None and not (isinstance(chunk_mib, (int, float)) and 0 < chunk_mib < math.inf):
+    if chunk_mib is not None and not (isinstance(chunk_mib, Real) and 0 < chunk_mib < math.inf):
         return f"chunk_mib must be a positive number of MiB, or None for the default, got {chunk_mib!r}"
     if asked.stats is not None and not isinstance(asked.stats, LossStats):
         return f"stats must be a LossStats() or None, got {describe(asked.stats)}"
-    weights = asked.weights
-    if weights is not None:
-        fits = isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == (num_queries,)
-        if not fits or weights.requires_grad or not ((weights >= 0) & weights.isfinite()).all():
-            return (
-                f"weights must be floating-point [{num_queries}], one for each query, finite, not negative and not "
-                f"requiring grad, got {describe(weights)}"
-            )
-    return None
+    return wrong_weights(asked.weights, num_queries, "query")
+
+
+def wrong_weights(weights: Any, rows: int, row: str) -> str | None:
+    """Return the mistake in the weights of so many rows, in words; None if there is none."""
+    if weights is None:
+        return None
+    fits = isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == (rows,)
+    if fits and not weights.requires_grad and ((weights >= 0) & weights.isfinite()).all():
+        return None
+    return (
+        f"weights must be floating-point [{rows}], one for each {row}, finite, not negative and not requiring grad, "
+        f"got {describe(weights)}"
+    )
 
 
 def one_of(choices: tuple[str, ...]) -> str:

@@ -26,12 +26,12 @@ class LossStats:
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self._totals: Tensor | None = None
+        self._group: ProcessGroup | None = None
 
     def reset(self) -> None:
         """Forget what was collected."""
-        self._totals: Tensor | None = None
-        self._group: ProcessGroup | None = None
+        self._totals = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LossStats:
         other = type(self)()
@@ -49,9 +49,10 @@ class LossStats:
         self._group = group
 
     def result(self) -> dict[str, float]:
-        """Return the figures so far, from every rank of the group together; ValueError if there are none."""
-        if self._totals is None:
-            raise ValueError("LossStats has collected nothing yet: pass it to info_nce(..., stats=...) first")
+        """Return the figures so far, from every rank of the group together; ValueError if any rank has none."""
+        nothing = "LossStats has collected nothing yet: pass it to info_nce(..., stats=...) first"
+        collectives.agree("LossStats.result", group=self._group, error=nothing if self._totals is None else None)
+        assert self._totals is not None
         totals = collectives.all_reduce(self._totals.clone(), "sum", self._group)
         rows, others, masked, beaten, reciprocal_ranks = totals.tolist()
         return {

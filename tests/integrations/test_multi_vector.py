@@ -1,5 +1,6 @@
 """The multi-vector loss of sentence-transformers by ours: equal on one process, and exact over two."""
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
@@ -50,7 +51,7 @@ def test_value_and_gradient_are_theirs(folder):
         MultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=8)
     ids = torch.arange(12).reshape(6, 2)
     ids[1, 0] = ids[0, 0]
-    loss = MultiVectorMultipleNegativesRankingLoss(model, scale=2.0)
+    loss = MultiVectorMultipleNegativesRankingLoss(model, scale=np.float32(2.0))  # type: ignore[arg-type]
     assert loss(features, ids) < expected, "a copy of a positive is no negative"
     with pytest.raises(ValueError, match="leave it out for MaxSim"):
         MultiVectorMultipleNegativesRankingLoss(model, similarity_fct=torch.cdist)
@@ -58,6 +59,8 @@ def test_value_and_gradient_are_theirs(folder):
         MultiVectorMultipleNegativesRankingLoss(model, scale=2.0, temperature=0.5)
     with pytest.raises(ValueError, match="scale must be a number above 0, got 0"):
         MultiVectorMultipleNegativesRankingLoss(model, scale=0)
+    with pytest.raises(ValueError, match=r"gather_across_devices=False is negatives='local': .*'ring'"):
+        MultiVectorMultipleNegativesRankingLoss(model, gather_across_devices=False, negatives="ring")
     with pytest.raises(ValueError, match="two columns or more"):
         loss(features[:1])
 

@@ -4,6 +4,7 @@ import math
 import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -207,3 +208,12 @@ def test_misuse(pool):
     ):
         with pytest.raises(ValueError, match=message):
             match_vectors(*given[:2], kind=given[2])
+    for weights in ([1.0, 1.0], torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"weights must be floating-point \[2\], one for each text"):
+            match_vectors(queries, queries, weights=weights)
+
+
+def test_numbers_of_numpy_are_floats():
+    vectors, scores = torch.eye(2, DIM), torch.tensor([[1.0], [2.0]])
+    expected = distill(vectors, vectors, scores, temperature=0.5, teacher_temperature=2)
+    assert distill(vectors, vectors, scores, temperature=np.float32(0.5), teacher_temperature=np.float32(2)) == expected

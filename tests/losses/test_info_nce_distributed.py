@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -522,6 +523,10 @@ MISTAKES = {
         lambda a: a.update(false_negatives=FalseNegatives(candidates="none")),
         r'rank 1: FalseNegatives.candidates must be "all", "positives" or "own".* got str',
     ),
+    "candidates an array": (
+        lambda a: a.update(false_negatives=FalseNegatives(candidates=np.zeros(2))),  # type: ignore[arg-type]
+        "rank 1: FalseNegatives.candidates must be .* got ndarray",
+    ),
     "weights on one rank": (
         lambda a: a.update(weights=torch.ones(2)),
         r"weights: ranks 0, 2 have False, rank 1 has True",
@@ -603,6 +608,48 @@ def test_learnable_temperature_does_not_depend_on_the_number_of_ranks(pool):
     one, three = pool.run(learnable_body, 1, 1), pool.run(learnable_body, 3, 3)
     assert one[0] != 0
     assert three == pytest.approx(one * 3, rel=1e-6)
+
+
+def second_derivative_body(rank: int, rows: list[int]) -> None:
+    """The gradient of a penalty on the gradient, which the reference has."""
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(sum(rows), 4, dtype=torch.float64, generator=generator).to(device()) for _ in range(2)]
+    queries, passages = (column.requires_grad_() for column in whole)
+    mine = [column.detach().split(rows)[rank].requires_grad_() for column in whole]
+    labels = torch.arange(len(queries), device=device())
+    loss = torch.nn.functional.cross_entropy(queries @ passages.T / 0.5, labels)
+    expected = torch.autograd.grad(_penalty(loss, [queries, passages], 1), (queries, passages))
+    share = info_nce(*mine, temperature=0.5, impl="reference")
+    found = torch.autograd.grad(_penalty(share, mine, len(rows)), mine)
+    for ours, whole_gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, whole_gradient.split(rows)[rank])
+
+
+def _penalty(loss: Tensor, inputs: list[Tensor], size: int) -> Tensor:
+    return sum((g / size).square().sum() for g in torch.autograd.grad(loss, inputs, create_graph=True))
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [3, 0, 2]], ids=str)
+def test_second_derivatives_over_ranks(pool, rows):
+    pool.run(second_derivative_body, len(rows), rows)
+
+
+def one_rank_reset_body(rank: int) -> tuple[str, float]:
+    stats = LossStats()
+    info_nce(*_inputs(), stats=stats)
+    if rank == 1:
+        stats.reset()
+    with pytest.raises(ValueError, match="nothing yet") as caught:
+        stats.result()
+    stats.reset()
+    info_nce(*_inputs(), stats=stats)
+    return str(caught.value), stats.result()["candidates"]
+
+
+def test_statistics_that_one_rank_forgot_are_told_on_every_rank(pool):
+    for message, candidates in pool.run(one_rank_reset_body, 2, timeout_s=30):
+        assert message.startswith("rank 1: LossStats has collected nothing yet")
+        assert candidates == 8
 
 
 class Held(torch.nn.Module):
