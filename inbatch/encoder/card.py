@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCardData
 
-from inbatch.encoder.loading import failing_as
+from inbatch.encoder.loading import failing_as, is_hub_name
 
 if TYPE_CHECKING:
     from inbatch.encoder.model import BiEncoderModel
@@ -20,7 +20,7 @@ def model_card(model: "BiEncoderModel", *, training: str = "", datasets: Sequenc
     training: Markdown of the last section. datasets: names on the hub of the training data.
     """
     base = model.base_model
-    on_hub = base is not None and not Path(base).exists()
+    on_hub = base is not None and not Path(base).exists() and is_hub_name(base)
     data = ModelCardData(
         library_name="sentence-transformers",
         tags=TAGS,
@@ -64,7 +64,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, messa
     Sign in with `hf auth login`, or set HF_TOKEN. Raises ValueError for a folder without a model, and with the hub's
     words where it refuses.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not any((folder / name).is_file() for name in ("modules.json", "query/modules.json")):
         raise ValueError(f"{folder} is not a saved model: expected a folder with modules.json")
     api = HfApi()

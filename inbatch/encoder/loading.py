@@ -47,7 +47,7 @@ def local_folder(name: str) -> Path:
         if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
             raise ValueError(f"{name} is not a model: the folder has neither config.json nor modules.json")
         return folder
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not is_hub_name(name):
         raise ValueError(f"{name} is not a model: there is no such folder")
     try:
         path = snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_OTHER_RUNTIMES)
@@ -57,6 +57,10 @@ def local_folder(name: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
         raise ValueError(f"{name!r} is not a folder here, and cannot be had from the hub: {reason}") from error
     return Path(path)
+
+
+def is_hub_name(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
 def load_backbone(
@@ -103,15 +107,26 @@ def _with_adapter(
 ) -> PreTrainedModel:
     """Open the base model that an adapter names, with the adapter merged into its weights."""
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError:
         raise ValueError(f"{place} holds an adapter, which peft opens: install inbatch[peft]") from None
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{place / 'adapter_config.json'} names no base_model_name_or_path: put its base model there")
+    if not any((place / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise ValueError(f"{place} has no adapter_model.safetensors beside its adapter_config.json: copy it there")
     backbone = load_backbone(local_folder(base), "", dtype, attn, trust_remote_code=trust_remote_code)
-    with failing_as(f"{place}: its adapter does not fit {base}"):
-        return PeftModel.from_pretrained(backbone, str(place)).merge_and_unload()  # type: ignore[operator]
+    with failing_as(f"{place}: its adapter does not fit {base}"), warnings.catch_warnings():
+        # peft would go on with random numbers in their place.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        config = PeftConfig.from_pretrained(str(place))
+        if config.is_prompt_learning:
+            raise ValueError(f"peft_type {adapter.get('peft_type')!r:.60} cannot be merged into the weights")
+        # Trained with a head on top, its keys have one name more, and peft asks for that head.
+        config.task_type = None
+        head = {f"^{re.escape(backbone.base_model_prefix)}\\.": ""}
+        adapted: Any = PeftModel.from_pretrained(backbone, str(place), config=config, key_mapping=head)
+        return adapted.merge_and_unload()
 
 
 @contextmanager
@@ -185,7 +200,8 @@ def load_tokenizer(
     folder: Path, options: Mapping[str, Any] | None = None, *, lower_case: bool, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Open the tokenizer with these options; lower_case puts a Lowercase in front, which is saved with it."""
-    with failing_as(f"{folder}: its tokenizer cannot be opened"):
+    missing = "" if any(folder.glob("tokenizer*")) else " (no tokenizer.json: copy its files from the base model)"
+    with failing_as(f"{folder}: its tokenizer cannot be opened{missing}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **(options or {}))
     _require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:

@@ -4,6 +4,7 @@ Shapes: B texts, T token positions, D dimension.
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
@@ -293,6 +294,9 @@ class BiEncoderModel(nn.Module):
         """
         if isinstance(texts, str):
             raise ValueError(f"tokenize: texts is one string; expected a sequence of them: pass [{texts[:40]!r}]")
+        texts = list(texts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"tokenize: one of the texts is {wrong[0]!r:.40}; expected strings")
         if prompt is not None and prompt not in self.prompts:
             raise ValueError(f"unknown prompt {prompt!r}; this model has {sorted(self.prompts)}")
         if prefix is None:
@@ -304,6 +308,12 @@ class BiEncoderModel(nn.Module):
         if not texts:
             tokens = {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
             return self.mark(tokens, task or prompt)
+        if prefix and max_length and (length := len(self.token_ids([prefix], None)[0])) >= max_length:
+            warnings.warn(
+                f"the prompt {prefix!r:.60} is {length} tokens long and texts are cut to {max_length}: nothing of them "
+                "is left",
+                stacklevel=2,
+            )
         rows = self.token_ids([prefix + text for text in texts], max_length)
         # Padded here: transformers takes as long for padding, masks and their tensors as for the tokens.
         lengths_B = torch.tensor([len(row) for row in rows])
@@ -358,6 +368,8 @@ class BiEncoderModel(nn.Module):
             return
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"a length of {length!r} tokens; expected an integer of at least 1, or None")
+        if length <= (special := self.tokenizer.num_special_tokens_to_add()):
+            raise ValueError(f"a length of {length} tokens leaves none to a text beside the {special} special ones")
         if self.position_limit and length > self.position_limit:
             raise ValueError(f"a length of {length} tokens exceeds the {self.position_limit} positions of the backbone")
 
@@ -377,7 +389,7 @@ class BiEncoderModel(nn.Module):
         Adapters of peft are saved as such, beside the name of their base model; `merge_lora` merges them before.
         state_dict: this model's whole state where the parameters are sharded (FSDP2); None reads the parameters.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         weights = None
         if state_dict is not None:
             weights = _under("backbone.", state_dict)

@@ -97,6 +97,8 @@ class SentenceTransformerEncoder(BiEncoderModel):
                     f"model.{name} is for models that inbatch opens itself: leave it out for {name_or_path}"
                 )
         arguments = {name: options.pop(name, None) for name in ("dtype", "attn_implementation")}
+        if isinstance(arguments["dtype"], str):
+            arguments["dtype"] = getattr(torch, arguments["dtype"], arguments["dtype"])
         model = SentenceTransformer(
             str(local_folder(str(name_or_path))),
             device="cpu",
@@ -175,6 +177,9 @@ class _Words:
 
     def __init__(self, tokenizer: Any):
         self.core = tokenizer
+
+    def num_special_tokens_to_add(self) -> int:
+        return 0
 
     def save_pretrained(self, folder: str) -> None:
         self.core.save(str(Path(folder) / "tokenizer.json"))

@@ -98,10 +98,12 @@ def read_layout(folder: Path) -> Folder | None:
     """
     if not file_within(folder, "modules.json").is_file():
         return None
-    kinds, paths = _read_modules(folder)
     top = settings_of(folder, "config_sentence_transformers.json")
     top.ignore("__version__")
     model_type = top.take("model_type", "text")
+    if model_type not in (None, "SentenceTransformer", "MultiVectorEncoder", "ColBERT"):
+        raise ValueError(f"{folder}: model_type {model_type:.80} is not a bi-encoder")
+    kinds, paths = _read_modules(folder)
     if _is_multi_vector(kinds):
         try:
             return _read_multi_vector(folder, kinds, paths, top, native=model_type == "MultiVectorEncoder")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -278,6 +279,14 @@ def test_tokenize(folders):
     for length in (0, -1, 8.0, True):
         with pytest.raises(ValueError, match=f"a length of {length} tokens; expected an integer of at least 1"):
             model.tokenize(["cat"], max_length=length)
+    with pytest.raises(ValueError, match="2 tokens leaves none to a text beside the 2 special ones"):
+        model.tokenize(["cat"], max_length=2)  # transformers cuts nothing at a length of 1
+    with pytest.warns(UserWarning, match="the prompt 'query ' is 3 tokens long and texts are cut to 3"):
+        model.tokenize(["cat"], prompt="query", max_length=3)
+    for texts in (("cat", "the cat sat"), np.array(["cat", "the cat sat"])):
+        assert torch.equal(model.tokenize(texts, prompt="query")["input_ids"], batch["input_ids"])
+    with pytest.raises(ValueError, match="one of the texts is None; expected strings"):
+        model.tokenize(["cat", None])
     with pytest.raises(ValueError, match="a length of 0 tokens"):
         BiEncoderModel.from_pretrained(folders["bert"], max_seq_length=0)
     with pytest.raises(ValueError, match=r"texts is one string.*pass \['cat'\]"):

@@ -102,6 +102,8 @@ def test_what_is_chosen_and_what_is_refused(folder, saved, tmp_path):  # noqa: F
     )
     with pytest.raises(ValueError, match=r"keeps its layers in no ModuleList: use train\.parallel ddp"):
         train(config, device=torch.device("cpu"))
+    half = open_encoder(saved["dense"], dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     static = open_encoder(saved["static"])
     with pytest.raises(ValueError, match="there is no transformer"):
         static.gradient_checkpointing_enable()

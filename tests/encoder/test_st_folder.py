@@ -5,15 +5,18 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
+import peft
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_models
-from transformers import CanineTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, CanineTokenizer, T5Config
 
 from inbatch import BiEncoderModel
 from inbatch.encoder.loading import BIDIRECTIONAL_DECODERS, load_tokenizer
 from inbatch.encoder.pooling import POOLINGS
+from inbatch.encoder.sentence_transformer import open_encoder
 from tests.tiny_models import TEXTS, gradients, minilm, save_all, save_tiny, tiny_tokenizer
 
 
@@ -333,8 +336,6 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
 
 
 def test_missing_weights_are_not_made_up(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["layers.1.mlp.up_proj.weight"]
@@ -357,9 +358,46 @@ def test_a_vocabulary_is_not_made_up(folders, tmp_path):
     assert load_tokenizer(tmp_path / "characters", lower_case=False)("cat")["input_ids"][1:-1] == [*map(ord, "cat")]
 
 
-def test_encoder_decoders_are_refused(tmp_path):
-    from transformers import AutoModel, T5Config
+def test_adapters_of_a_backbone_and_of_a_model_with_a_head_on_it(folders, tmp_path):
+    """The unmerged model's embeddings, and a refusal where peft would go on with random numbers."""
+    backbone = AutoModel.from_pretrained(folders["llama"])
+    for kind, base in (("head", AutoModelForCausalLM.from_pretrained(folders["llama"])), ("bare", backbone)):
+        options = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        options.task_type = "CAUSAL_LM" if kind == "head" else None
+        adapted = peft.get_peft_model(base, options).eval()
+        adapted.save_pretrained(tmp_path / kind)
+        tiny_tokenizer().save_pretrained(tmp_path / kind)
+        opened = BiEncoderModel.from_pretrained(tmp_path / kind, bidirectional=False)
+        expected = BiEncoderModel.from_pretrained(folders["llama"], bidirectional=False)
+        plain_BD = ours(expected)
+        expected.backbone = adapted.model.model if kind == "head" else adapted
+        torch.testing.assert_close(ours(opened), ours(expected), rtol=0, atol=1e-5)
+        assert (ours(opened) - plain_BD).abs().max() > 1e-2
+    path = tmp_path / "bare" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if "layers.1.self_attn.q_proj" not in name}, path)
+    with pytest.raises(ValueError, match=r"does not fit .*Found missing adapter keys .*layers\.1\.self_attn\.q_proj"):
+        BiEncoderModel.from_pretrained(tmp_path / "bare")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"bare has no adapter_model\.safetensors beside its adapter_config"):
+        BiEncoderModel.from_pretrained(tmp_path / "bare")
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION")
+    peft.get_peft_model(AutoModel.from_pretrained(folders["llama"]), prompts).save_pretrained(tmp_path / "prompts")
+    with pytest.raises(ValueError, match="'PROMPT_TUNING' cannot be merged into the weights"):
+        BiEncoderModel.from_pretrained(tmp_path / "prompts")
+    for path in (tmp_path / "head").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be opened \(no tokenizer\.json: copy its files"):
+        BiEncoderModel.from_pretrained(tmp_path / "head")
 
+
+def test_other_kinds_of_models_are_refused(folders, tmp_path):
+    CrossEncoder(str(folders["bert"]), num_labels=1).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="model_type CrossEncoder is not a bi-encoder"):
+        open_encoder(tmp_path)
+
+
+def test_encoder_decoders_are_refused(tmp_path):
     AutoModel.from_config(T5Config(vocab_size=24, d_model=8, d_ff=8, num_layers=1, num_heads=1)).save_pretrained(
         tmp_path
     )

@@ -94,6 +94,8 @@ def test_a_base_model_and_data_on_the_hub_are_named_in_the_card(folder, tmp_path
     front = yaml.safe_load(text.split("---")[1])
     assert (front["base_model"], front["datasets"]) == ("someone/some-model", ["someone/some-data"])
     assert "prompt `query`: 'query: '" in text
+    model.base_model = "~/a-folder"
+    assert "base_model" not in yaml.safe_load(card.model_card(model).split("---")[1])
 
 
 @pytest.mark.parametrize("kind", ["model", "llama"])
