@@ -10,6 +10,7 @@ from typing import IO
 
 from inbatch import collectives
 from inbatch.collectives import on_rank_0
+from inbatch.data import Mixture
 from inbatch.data.index import HEADER, made_once
 from inbatch.data.readers import Examples
 from inbatch.data.records import RetrievalData
@@ -21,8 +22,8 @@ _SAMPLES = 1000
 _NFS_S = 5  # for which a host may trust its cached listing of a folder
 
 
-def check_data(examples: Examples, evaluation: RetrievalData | None, held_out: Examples | None) -> None:
-    """Raise ValueError, on every rank, unless all read the same examples and evaluation data, in the same order.
+def check_data(examples: Examples, plan: Mixture, evaluation: RetrievalData | None, held_out: Examples | None) -> None:
+    """Raise ValueError, on every rank, unless all read the same examples, groups and evaluation data, in one order.
 
     Every byte of every file counts; a host reads large files once for that and keeps the digest. Of the examples
     themselves 1000 count, for documents in files of their own.
@@ -33,6 +34,9 @@ def check_data(examples: Examples, evaluation: RetrievalData | None, held_out: E
     def digests() -> dict[str, str]:
         read = {"data.train": examples} | ({} if held_out is None else {"eval.validation": held_out})
         same = {key: f"{len(rows)} examples {_of_rows(rows, rows.files)}" for key, rows in read.items()}
+        for source, groups in enumerate(plan.groups or ()):
+            if groups is not None:
+                same[f"groups of source {source}"] = hashlib.blake2b(groups.of.data, digest_size=16).hexdigest()
         if evaluation is not None:
             ids = evaluation.query_ids, evaluation.queries, evaluation.doc_ids, evaluation.qrels
             documents = _of_rows(evaluation.documents, getattr(evaluation.documents, "files", ()))

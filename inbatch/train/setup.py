@@ -104,7 +104,7 @@ def set_up(
     examples = together(lambda: open_training_data(config, data))
     together(lambda: check_candidates(config, examples))
     together(lambda: check_scores(config, examples))
-    plan = plan_mixture(config, examples)
+    plan = together(lambda: plan_mixture(config, examples))
     total_steps = config.train.max_steps or plan.steps_per_epoch * config.train.epochs
     newest = checkpoint.newest_whole(folder.checkpoints)
     on_rank_0(lambda: checkpoint.sweep(folder.checkpoints))
@@ -114,7 +114,7 @@ def set_up(
         folder.check_data(len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
     held_out = together(lambda: open_validation(config))
-    check_data(examples, evaluation, held_out)
+    check_data(examples, plan, evaluation, held_out)
     towers = together(lambda: open_towers(config, wish(config.model.packed, device)))
     check_towers(towers)
     model = next(iter(towers.values()))

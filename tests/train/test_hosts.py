@@ -5,10 +5,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inbatch.data import open_examples
+from inbatch.data.plan import Groups
+from inbatch.retrieval.grouping import save_groups
 from inbatch.train.config import Config
 from tests.train.test_loop import folder, make_config, train_body  # noqa: F401
 
@@ -52,6 +56,21 @@ def _tokenizer(host: Path) -> str:
     return r"the model: [^;]*model's tokenizer: rank 0 has '\w+', rank 1 has"
 
 
+def _groups(host: Path) -> str:
+    grouped(host, 2)
+    return "files read on each host: .*groups of source 0: rank 0 has"
+
+
+def _no_groups(host: Path) -> str:
+    (host / "groups.npz").unlink()
+    return "groups groups.npz cannot be read .*: make them by `inbatch group`"
+
+
+def grouped(host: Path, size: int) -> None:
+    examples = open_examples(host / "records.jsonl")
+    save_groups(host / "groups.npz", Groups(np.arange(len(examples), dtype=np.int32) // size), examples)
+
+
 def _nothing(host: Path) -> str:
     return "rank 1 does not see what rank 0 writes to train.output_dir run.*all hosts share"
 
@@ -63,12 +82,17 @@ def hosts_body(rank: int, root: Path, config: Config, message: str) -> None:
     assert not Path(config.train.output_dir, "config.yaml").exists()
 
 
-@pytest.mark.parametrize("change", [_data, _evaluation, _judgements, _weights, _tokenizer, _nothing])
+CHANGES = [_data, _evaluation, _judgements, _weights, _tokenizer, _groups, _no_groups, _nothing]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_differs_between_hosts_is_named(pool, folder, tmp_path, change):  # noqa: F811
+    source = {"path": "records.jsonl"} | ({"groups": "groups.npz"} if change in (_groups, _no_groups) else {})
     for host in ("host-0", "host-1"):
         shutil.copytree(folder, tmp_path / host)
+        grouped(tmp_path / host, 3)
     output = "run" if change is _nothing else str(tmp_path / "run")
-    config = make_config(Path(), Path(output), eval={"data": "beir"})
+    config = make_config(Path(), Path(output), data={"train": [source]}, eval={"data": "beir"})
     message = change(tmp_path / "host-1")
     pool.run(hosts_body, 2, tmp_path, config, message)
 
