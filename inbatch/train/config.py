@@ -463,6 +463,9 @@ def unused(config: Config) -> list[str]:
     """Return a line for each setting that was given and has no effect beside the others."""
     data, train, optim, evaluation = config.data, config.train, config.optim, config.eval
     weighted = any("weight" in source for source in data.sources)
+    nothing = evaluation.data is None and evaluation.validation is None
+    vectors = config.distill.kind in ("cosine", "mse")
+    warm_up = optim.warmup_ratio if optim.warmup_steps is None else optim.warmup_steps
     idle = [
         ("data.train is one source", len(data.sources) == 1, ["data.source_weights", "data.mixed_batches"]),
         ("the sources have weights", weighted and len(data.sources) > 1, ["data.source_weights"]),
@@ -470,8 +473,11 @@ def unused(config: Config) -> list[str]:
         ("lora.r is null", config.lora.r is None, ["lora.alpha", "lora.dropout", "lora.target_modules", "lora.merge"]),
         ("optim.schedule is constant", optim.schedule == "constant", ["optim.decay_steps", "optim.min_lr"]),
         ("optim.warmup_steps is given", optim.warmup_steps is not None, ["optim.warmup_ratio"]),
+        ("there is no warm-up", warm_up == 0, ["optim.init_lr"]),
+        ("optim.weight_decay is 0", optim.weight_decay == 0, ["optim.decay_all"]),
+        ("distill.kind takes vectors", vectors, ["distill.student_temperature", "distill.teacher_temperature"]),
         ("eval.data is null", evaluation.data is None, ["eval.measures"]),
-        ("nothing is evaluated", evaluation.data is None and evaluation.validation is None, ["eval.every_steps"]),
+        ("nothing is evaluated", nothing, ["eval.every_steps", "eval.at_start", "eval.split"]),
     ]
     values = flatten(config)
     return [

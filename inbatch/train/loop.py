@@ -52,17 +52,18 @@ def train(
     """Train the run that `config` describes, or go on with it where `train.output_dir` holds a part of it.
 
     Every rank of the default process group calls it with the same configuration (without a group: one process).
-    device: None is the one `collectives.start` bound. data: a `datasets.Dataset` or a list of records, in place of the
-    one source that `data.train` then only names. on_figures(step, figures): called on rank 0 with each line of
-    metrics.jsonl as it is written. Writes to `train.output_dir`: config.yaml, metrics.jsonl,
-    speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/, which sentence-transformers opens.
+    device: in place of what `train.device` says (auto: the one that `collectives.start` bound, else a GPU if any).
+    data: a `datasets.Dataset` or a list of records, in place of the one source that `data.train` then only names.
+    on_figures(step, figures): called on rank 0 with each line of metrics.jsonl as it is written. Writes to
+    `train.output_dir`: config.yaml, metrics.jsonl, speed.jsonl, tensorboard/, checkpoints/ and, at the end, model/,
+    which sentence-transformers opens.
 
     Returns the last figures of metrics.jsonl by name. A finished run is left unchanged.
     Raises ValueError, on every rank, for data, models or settings that cannot be used, and for a folder that holds
     another run; FloatingPointError where the loss or the weights are no longer finite. At SIGTERM or SIGHUP it saves a
     checkpoint after the step and raises Stopped, a SystemExit.
     """
-    device = device or collectives.device()
+    device = device or collectives.together(lambda: device_of(config.train.device))
     folder = RunFolder(config.train.output_dir)
     with collectives.group_of_one(device) if config.train.parallel == "fsdp2" else nullcontext():
         collectives.agree("train", {}, same=flatten(config))
@@ -83,6 +84,16 @@ def train(
                 print(f"{folder.path}: this run is done; its model is in {folder.model}", file=sys.stderr)
             lines = on_rank_0(lambda: read_metrics(folder.path))
             return {name: value for line in lines for name, value in line.items()}
+
+
+def device_of(setting: str) -> torch.device:
+    """Return the device that `train.device` means; ValueError for a GPU where there is none."""
+    if setting == "cpu":
+        return torch.device("cpu")
+    device = collectives.device()
+    if setting == "cuda" != device.type:
+        raise ValueError("train.device is cuda but this process has no GPU: set it to auto or cpu")
+    return device
 
 
 # ---- the loop
@@ -449,9 +460,13 @@ def finish(run: Run, clock: Stopwatch, done: int) -> None:
     evaluate_if_due(run, clock, done, last=True)
     config, best = run.config.eval, on_rank_0(lambda: run.report.best_step)
     if config.keep_best and best is not None:
-        if best != done:
-            checkpoint.load(run.folder.checkpoints / f"step-{best:08d}", modules=run.learner.modules)
-        save_towers(run.learner.towers, run.config, run.folder.best)
+        kept = run.folder.checkpoints / f"step-{best:08d}"
+        if best != done and (problem := checkpoint.damage(kept)):  # such as evaluated before eval.keep_best was set
+            run.report.note(f"the evaluation after step {best} was the best, and best/ is not written: {problem}")
+        else:
+            if best != done:
+                checkpoint.load(kept, modules=run.learner.modules)
+            save_towers(run.learner.towers, run.config, run.folder.best)
     run.report.sync()
     on_rank_0(lambda: write_cards(run.learner.towers, run.config, run.folder.model))
     early = done < run.total_steps

@@ -111,6 +111,11 @@ def set_up(
     if is_finished(folder, config.eval, total_steps, can_go_on=newest is not None):
         return None
     if newest is not None:
+        if newest[0] > total_steps:
+            raise ValueError(
+                f"{folder.path} has a checkpoint of step {newest[0]}, and the run is to have {total_steps}: set "
+                "train.max_steps (or train.epochs) higher, or delete the checkpoints after that step"
+            )
         folder.check_data(len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
     held_out = together(lambda: open_validation(config))

@@ -114,6 +114,17 @@ def test_the_best_checkpoint_outlives_newer_ones(folder, tmp_path):  # noqa: F81
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [2, 7, 8]
 
 
+def test_a_best_step_of_which_no_checkpoint_was_kept_is_said(folder, tmp_path, capsys):  # noqa: F811
+    """The best evaluation was before `keep_best` was set: the run ends all the same."""
+    config = evaluating(folder, tmp_path, steps=2, lr=1e-30, best_by="validation_loss")
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=2))
+    train(config)
+    longer = replace(config.train, max_steps=4)
+    train(replace(config, train=longer, eval=replace(config.eval, keep_best=True)))
+    assert "after step 0 was the best, and best/ is not written: " in capsys.readouterr().err
+    assert json.loads((tmp_path / "done.json").read_text())["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -367,6 +367,17 @@ def test_a_finished_run_can_be_extended_but_not_replaced(folder, tmp_path, capsy
     assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
+    (tmp_path / "done.json").unlink()  # as if killed before its end
+    with pytest.raises(ValueError, match=r"has a checkpoint of step 7, and the run is to have 5: set train\.max_steps"):
+        train(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_absent_is_said(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.device is cuda but this process has no GPU"):
+        train(make_config(folder, tmp_path, train={"device": "cuda"}))
+    assert not (tmp_path / "config.yaml").exists()
+
 
 def test_a_run_goes_on_with_the_data_it_began_with(folder, tmp_path):
     records = tmp_path / "records.jsonl"

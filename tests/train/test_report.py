@@ -10,6 +10,7 @@ from inbatch.train import report
 from inbatch.train.config import (
     Config,
     DataConfig,
+    DistillConfig,
     EvalConfig,
     LoraConfig,
     LossConfig,
@@ -86,6 +87,15 @@ def test_settings_that_look_wrong():
         "lora.alpha is 8.0, which is not used: lora.r is null; optim.min_lr is 1e-06, which is not used: "
         "optim.schedule is constant; eval.measures is ['R@1'], which is not used: eval.data is null; "
         "eval.every_steps is 9, which is not used: nothing is evaluated"
+    )
+    vectors = {"distill": DistillConfig(weight=1, kind="mse", teacher="t", teacher_temperature=0.1)}
+    idle = {"optim": OptimConfig(warmup_steps=0, init_lr=1e-6, weight_decay=0, decay_all=True), **vectors}
+    (line,) = warnings(replace(make_config(), **idle, eval=EvalConfig(at_start=False, split="test")))
+    assert line == (
+        "optim.init_lr is 1e-06, which is not used: there is no warm-up; optim.decay_all is true, which is not used: "
+        "optim.weight_decay is 0; distill.teacher_temperature is 0.1, which is not used: distill.kind takes vectors; "
+        "eval.at_start is false, which is not used: nothing is evaluated; eval.split is test, which is not used: "
+        "nothing is evaluated"
     )
     two = DataConfig(train=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 1.0}], source_weights="equal")
     (line,) = warnings(replace(make_config(max_steps=3, epochs=2), data=two))
