@@ -26,6 +26,7 @@ from inbatch.train.report import FirstBatch
 from inbatch.train.setup import (
     build_collators,
     build_loss,
+    check_candidates,
     check_scores,
     open_evaluation,
     open_training_data,
@@ -161,6 +162,7 @@ def check(config: Config, *, ranks: int = 1) -> Check:
         *_about_settings(config, model, batches, steps, memory),
         *(finding for facts in sources for finding in _about_source(facts, model, config)),
         *_about_batches(config, batches),
+        *_about_candidates(config, examples),
         *_about_grades(examples, config),
         *_leaks(config, examples, held_out),
     ]
@@ -233,10 +235,9 @@ def _batch_facts(
     widths = [len(collator.passages(example, epoch)) for _, collator, example, epoch in first]
     shares = [share(len(first), rank, ranks) for rank in range(ranks)]
     queries, passages = [len(rows) for rows in shares], [sum(widths[row] for row in rows) for rows in shares]
-    usual = sources[0].tokens
-    tokens = (
-        queries[0] * usual["query"].mean() + passages[0] * usual["passage"].clip(max=config.data.passage_max_len).mean()
-    )
+    usual = sources[0]
+    mean = {side: tokens.clip(max=usual.limits[side]).mean() for side, tokens in usual.tokens.items()}
+    tokens = queries[0] * mean["query"] + passages[0] * mean["passage"]
     duplicates = sum(copy > 0 for copy in copies) / max(1, len(copies))
     first_batch = FirstBatch(queries=queries, passages=passages, duplicates=duplicates, tokens=int(tokens))
     return BatchFacts(*np.array(counts, dtype=np.int64).T, first=first_batch)
@@ -347,8 +348,6 @@ def _about_source(facts: SourceFacts, model: BiEncoderModel, config: Config) -> 
     if facts.repeated > 0.05:
         yield Finding("repeated", f"{name}: {facts.repeated:.0%} of the pairs of query and positive are there before")
     most = max(facts.negatives)
-    if facts.policy == "own" and most == 0:
-        yield Finding("no_candidates", f"{name}: negatives is own and it has no hard negatives: mine some, or set all")
     if config.loss.hardness_mode == "hard_negatives" and most == 0:
         yield Finding(
             "hardness", f"{name}: loss.hardness_mode is hard_negatives and it has none: mine some, or set null"
@@ -377,6 +376,13 @@ def _about_batches(config: Config, batches: BatchFacts) -> Iterator[Finding]:
             f"{copied:.0%} of the queries have copies of their positives in the batch, {batches.copies.mean():.1f} on "
             "average, which are masked: set data.no_duplicates, or sample the source",
         )
+
+
+def _about_candidates(config: Config, examples: Examples) -> Iterator[Finding]:
+    try:
+        check_candidates(config, examples)
+    except ValueError as error:
+        yield Finding("no_candidates", str(error))
 
 
 def _about_grades(examples: Examples, config: Config) -> Iterator[Finding]:

@@ -165,6 +165,18 @@ def test_real_sets_have_no_errors(tmp_path, capsys, monkeypatch, name):
     assert any(line.startswith("each query sees 64 candidates") for line in lines)
 
 
+def test_what_training_cuts_and_refuses_is_cut_and_found(tmp_path):
+    save_tiny("bert", tmp_path / "model")
+    chance = random.Random(2)
+    records = [{"query": text(chance, 60), "pos": [text(chance, 60)], "neg": [text(chance, 60)]} for _ in range(32)]
+    source = write_jsonl(tmp_path / "records.jsonl", records)
+    alone = {"path": str(source), "negatives": "own", "train_n_passages": 1}
+    checked = check.check(load(config_of(tmp_path, data={"train": [alone]})))
+    assert checked.batches.first.tokens == 32 * (12 + 24), "texts are cut on both sides"
+    (found,) = [finding for finding in checked.findings if finding.code == "no_candidates"]
+    assert f"{source}: negatives is own, and train_n_passages is 1" in found.text
+
+
 def test_candidates_are_those_that_training_counts(tmp_path):
     """What the loss counts in the first step of an epoch is what the check expects of its batch."""
     save_tiny("bert", tmp_path / "model")
