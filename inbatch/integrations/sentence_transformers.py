@@ -74,8 +74,8 @@ class MultipleNegativesRankingLoss(TrainerLoss):
             hardness_mode=hardness_mode,
             hardness_strength=hardness_strength,
         )
-        options |= {"scale": scale, "gather_across_devices": gather_across_devices, "objective": objective}
-        super().__init__(model, usual_scale=20.0, **options)
+        options |= {"scale": scale, "gather_across_devices": gather_across_devices}
+        super().__init__(model, usual_scale=20.0, objective=objective, **options)
         self.objective = objective
         self.cosine = similarity_fct in (cos_sim, "cosine")
         self.packed = wish(packed, getattr(model, "device", torch.device("cpu"))) is not False

@@ -186,18 +186,17 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
     grouped = ids.needs_groups or asked.objective.hardness_mode is not None
     if ids.passage_ids is None and ids.query_ids is None and not grouped:
         return problem
-    known, width = [], max(counts["known positives"])
-    if ids.positive_ids is not None:
-        padding = width - ids.positive_ids.shape[1]
-        padded = F.pad(ids.positive_ids, (0, padding), value=-1) if padding else ids.positive_ids
-        known.append(padded.to(queries.device, non_blocking=True))
+    given = {name: getattr(ids, name) for name in ("passage_ids", "query_ids", "positive_ids")}
+    on_device = FalseNegatives(
+        **{name: t.to(queries.device, non_blocking=True) for name, t in given.items() if t is not None}
+    )
+    known = []
+    if (padded := on_device.positive_ids) is not None:
+        missing = max(counts["known positives"]) - padded.shape[1]
+        known.append(F.pad(padded, (0, missing), value=-1) if missing else padded)
     if ids.passage_ids is not None and ids.query_ids is not None:
         same_query = _positives_of_same_query(asked, problem, queries.device)
         known += [] if same_query is None else [same_query.to(queries.device, non_blocking=True)]
-    on_device = FalseNegatives(
-        passage_ids=None if ids.passage_ids is None else ids.passage_ids.to(queries.device, non_blocking=True),
-        query_ids=None if ids.query_ids is None else ids.query_ids.to(queries.device, non_blocking=True),
-    )
     rows = row_keys(on_device, positives, known)
     columns = passage_keys(on_device, positives, num_passages, max(counts["rows sharing a positive"]))
     if grouped:
@@ -205,7 +204,7 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
         if isinstance(places_B, slice):
             places_B = torch.arange(places_B.start, places_B.stop, places_B.step, device=queries.device)
         of_rows, of_columns = group_keys(places_B, num_passages, before)
-        rows, columns = replace(rows, groups=of_rows), replace(columns, groups=of_columns)
+        rows, columns = rows._replace(groups=of_rows), columns._replace(groups=of_columns)
         problem = replace(problem, rules=group_rules(ids, num_queries, queries.device))
     return replace(problem, row_keys=rows, passage_keys=columns, query_keys=rows)
 
@@ -290,16 +289,13 @@ def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
 def _wrong_tokens(asked: Problem, sides: dict[str, tuple[Tensor, Tensor | None]]) -> str | None:
     if asked.token_reduction not in ("sum", "mean"):
         return f'token_reduction must be "sum" or "mean", got {asked.token_reduction!r}'
-    late = False
     for name, (vectors, mask) in sides.items():
-        if vectors.ndim == 2:
-            if mask is not None:
-                return f"{name} is for late interaction; these embeddings are one vector a text, {describe(vectors)}"
-            continue
-        late, expected = True, list(vectors.shape[:2])
+        expected = list(vectors.shape[:2])
+        if mask is not None and vectors.ndim == 2:
+            return f"{name} is for late interaction; these embeddings are one vector a text, {describe(vectors)}"
         if mask is not None and not (isinstance(mask, Tensor) and list(mask.shape) == expected):
             return f"{name} must be a tensor {expected}, not 0 where a token is real, got {describe(mask)}"
-    if not late:
+    if any(vectors.ndim == 2 for vectors, _ in sides.values()):
         return None
     directions = asked.objective.directions if isinstance(asked.objective, Objective) else ()
     if others := sorted(set(directions) - {"query_to_passage", "passage_to_query"}):
@@ -356,15 +352,14 @@ def _wrong_ids(ids: Any, num_queries: int, num_passages: int) -> str | None:
     if not isinstance(ids, FalseNegatives):
         return f"false_negatives must be FalseNegatives(...), got {describe(ids)}"
     expected = (
-        ("passage_ids", ids.passage_ids, (num_passages,), f"[{num_passages}], one for each local passage"),
-        ("query_ids", ids.query_ids, (num_queries,), f"[{num_queries}], one for each local query"),
-        ("positive_ids", ids.positive_ids, (num_queries, None), f"[{num_queries}, K], padded with -1"),
+        ("passage_ids", 1, num_passages, f"[{num_passages}], one for each local passage"),
+        ("query_ids", 1, num_queries, f"[{num_queries}], one for each local query"),
+        ("positive_ids", 2, num_queries, f"[{num_queries}, K], padded with -1"),
     )
-    for name, tensor, shape, words in expected:
-        if tensor is None:
-            continue
-        fits = isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.ndim == len(shape)
-        if not fits or any(size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)):
+    for name, ndim, rows, words in expected:
+        tensor = getattr(ids, name)
+        fits = isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.ndim == ndim
+        if tensor is not None and not (fits and len(tensor) == rows):
             return (
                 f"FalseNegatives.{name} must be an int64 tensor {words}, got {describe(tensor)}; "
                 "inbatch.ids.stable_id makes an id of a string"

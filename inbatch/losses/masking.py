@@ -20,6 +20,7 @@ negatives. A pair is of one group, or not, by the third key, (column of the grou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ class FalseNegatives:
 NO_IDS = FalseNegatives()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Keys:
+class Keys(NamedTuple):
     """int64 keys of n rows or columns: documents [n, K], queries [n, L], groups [n, 1], None where there are none."""
 
     documents: Tensor | None = None
@@ -75,7 +75,7 @@ class Keys:
 
     def packed(self) -> Tensor | None:
         """Return them side by side, to travel as one tensor [n, K + L + 1]."""
-        present = [keys for keys in (self.documents, self.queries, self.groups) if keys is not None]
+        present = [keys for keys in self if keys is not None]
         if len(present) < 2:
             return present[0] if present else None
         return torch.cat(present, dim=1)
@@ -84,18 +84,12 @@ class Keys:
         """Return the keys that `packed` holds, split as these are."""
         if packed is None:
             return NO_KEYS
-        first = 0 if self.documents is None else self.documents.shape[1]
-        last = packed.shape[1] - (self.groups is not None)
-        return Keys(
-            documents=None if self.documents is None else packed[:, :first],
-            queries=None if self.queries is None else packed[:, first:last],
-            groups=None if self.groups is None else packed[:, last:],
-        )
+        parts = packed.split([0 if keys is None else keys.shape[1] for keys in self], dim=1)
+        return Keys(*(None if keys is None else part for keys, part in zip(self, parts, strict=True)))
 
     def part(self, start: int, stop: int) -> Keys:
         """Return those of rows or columns start..stop."""
-        keys = {"documents": self.documents, "queries": self.queries, "groups": self.groups}
-        return Keys(**{name: None if key is None else key[start:stop] for name, key in keys.items()})
+        return Keys(*(None if keys is None else keys[start:stop] for keys in self))
 
 
 NO_KEYS = Keys()
