@@ -65,6 +65,13 @@ class RunFolder:
                 file.close()
 
     def _lock(self) -> IO:
+        path = self.path.absolute()
+        for folder in (path, *path.parents):
+            if any((folder / name).is_file() for name in ("modules.json", "query/modules.json")):
+                raise ValueError(
+                    f"train.output_dir {self.path} is or lies in the saved model {folder}, which is replaced as a "
+                    "whole when it is saved again: choose a folder outside it"
+                )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):

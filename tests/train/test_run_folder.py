@@ -17,6 +17,17 @@ def test_damaged_lines_are_named_and_left_out(tmp_path):
     assert read_metrics(tmp_path / "absent") == []
 
 
+@pytest.mark.parametrize("model", ["model", "model/query"])
+def test_a_run_in_a_saved_model_is_refused(tmp_path, model):
+    (tmp_path / model).mkdir(parents=True)
+    (tmp_path / model / "modules.json").touch()
+    for path in (tmp_path / "model", tmp_path / "model" / "runs" / "a"):
+        with pytest.raises(ValueError, match=r"is or lies in the saved model .*model, which is replaced"):
+            RunFolder(path).locked().__enter__()
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
 @pytest.mark.parametrize("content", [b"", b'{"steps": 5', b"\xff", b"5"])
 def test_damaged_files_are_named_and_not_used(tmp_path, content):
     folder = RunFolder(tmp_path)
