@@ -75,6 +75,8 @@ class Documents(Rows[Passage]):
         keys, lengths, ids = array("q"), array("I"), bytearray()
         for record, where in records:
             doc_id = self._parse(record, where).doc_id or ""
+            if doc_id and not self.has_ids:
+                raise ValueError(f"{where()}: the record has an id, and the first has none: give all an id, or none")
             encoded = doc_id.encode()
             keys.append(stable_id("", doc_id))
             lengths.append(len(encoded))
@@ -119,8 +121,8 @@ def open_corpus(
     """
     described = Columns(DOCUMENT, columns)
     path = Path(source) if isinstance(source, (str, Path)) else None
-    if path is not None and path.is_dir():
-        source = find_part(path, *CORPUS_NAMES) or path
+    if path is not None:
+        source = corpus_within(path)
     if path is not None and suffix(path) == ".txt" and path.is_file():
         rows: Rows[Any] = Lines(path, lambda line: {"text": text_value(line).strip()})
     else:
@@ -135,6 +137,11 @@ def open_corpus(
             f"{documents.name}: columns names {list(missing)}, but the columns are {list(described.roles)}"
         )
     return documents
+
+
+def corpus_within(path: Path) -> Path:
+    """Return the file or folder of a judged folder's corpus; any other path as it is."""
+    return (find_part(path, *CORPUS_NAMES) if path.is_dir() else None) or path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def describe(
             examples = open_examples(source, split=split, columns=columns, corpus=corpus)
             lines = [line for s in examples.sources for line in (*_source(s, split), *_shown(s.examples[:first]))]
         except ValueError as error:
-            if columns or corpus is not None or is_judged(Path(str(source))) or _has_positives(source, split):
+            if columns or corpus is not None or is_judged(Path(str(source))) or _has_positives(source):
                 raise
             opened = len(caught)
             try:
@@ -44,15 +45,14 @@ def describe(
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
-def _has_positives(source: Any, split: str) -> bool:
-    """Return True if the first record has a column for positives, and so is not a document."""
+def _has_positives(source: Any) -> bool:
+    """Return True if the header or the first record has a column for positives, and so is not of documents."""
     columns = Columns(EXAMPLE)
-    try:
-        record = open_table(source, columns, split)[0]
-    except ValueError:
-        return False
-    layout = columns.layout(record) if isinstance(record, Mapping) else {}
-    return bool(layout.get("positive") or layout.get("positive_ids"))
+    with suppress(ValueError):
+        record = open_table(source, columns, None)[0]
+        if isinstance(record, Mapping):
+            columns.layout(record)
+    return not {"positive", "positive_ids"}.isdisjoint(columns.roles.values())
 
 
 def _source(source: Source, split: str) -> Iterator[str]:

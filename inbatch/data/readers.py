@@ -25,14 +25,14 @@ from inbatch.data.columns import (
     show,
     text_of,
 )
-from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, key_of, open_corpora, open_once
+from inbatch.data.corpus import CORPUS_NAMES, Corpora, Corpus, Documents, corpus_within, key_of, open_corpora, open_once
 from inbatch.data.hub import PREFIX, open_hub
 from inbatch.data.identity import apart, distinct, id_pairs, merged, without_positives
 from inbatch.data.index import Arrays
 from inbatch.data.judged import is_judged, judged_examples, open_judged
 from inbatch.data.lines import Rows, Where, chosen, joined, scanned
 from inbatch.data.records import Example, Passage
-from inbatch.data.tables import find_files, find_part, name_of, open_json, open_table, suffix
+from inbatch.data.tables import find_files, find_part, is_datasets_folder, name_of, open_json, open_table, suffix
 from inbatch.ids import stable_id
 
 _SCORES = ("positive_scores", "negative_scores", "scores")
@@ -98,6 +98,15 @@ def open_examples(
     return Examples(opened, merged(np.concatenate([source.id_texts for source in opened])))
 
 
+def say_of_prompts(examples: Examples) -> None:
+    """Warn, for what embeds texts alone, if records have prompts of their own."""
+    if any(example.query_prefix or example.passage_prefix for example in examples):
+        notice(
+            f"{examples.sources[0].name}: the prompts of the records are not used: texts are embedded after the "
+            "model's, or those given"
+        )
+
+
 def _listed(sources: Any) -> list[Any]:
     """Return a list of sources, from one source or several."""
     if not isinstance(sources, (list, tuple)):
@@ -153,7 +162,10 @@ class _Lookup:
             return [file for name in self.by_id for file in self._corpora[name].documents.files]
         if self._corpus is not None and not isinstance(self._corpus, (str, os.PathLike)):
             return None
-        return [file for part in self.parts for file in find_files(part, None)]
+        places = [corpus_within(part) for part in self.parts]
+        if any(map(is_datasets_folder, places)):
+            return None
+        return [file for place in places for file in find_files(place, None)]
 
     def open_for(self, record: Any, columns: Columns) -> None:
         """Open what a first record names by id, before several processes would do so each."""
@@ -183,7 +195,8 @@ class _Lookup:
         found = self.queries and open_once(self.queries, self._corpora)[1].documents.find(query_id)
         if not found:
             raise ValueError(
-                f"{where()}: the query {query_id!r:.80} has no text, and is in no queries beside {self._name}"
+                f"{where()}: the query {query_id!r:.80} has no text, and is in no queries beside {self._name}: put "
+                "queries.jsonl there, or the text in the record"
             )
         return found.full_text
 
@@ -381,7 +394,9 @@ def _texts(value: Any) -> list[str] | None:
 def _query(
     record: Mapping, full: Mapping, query_id: str | None, columns: Columns, lookup: _Lookup, where: Where
 ) -> str:
-    if not full["query"] and query_id is not None and lookup.queries is not None:
+    layout = columns.layout(record)
+    by_id = lookup.queries is not None or not (layout["query"] or layout[""])
+    if not full["query"] and query_id is not None and by_id:
         return lookup.query(query_id, where)
     column = columns.one_of(record, "query", where)[0]
     text = text_of(record.get(column))

@@ -25,6 +25,7 @@ _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 _SPLIT = re.compile(r"(?:^|[-._])(train|dev|development|valid|validation|val|test|eval)(?=[-._]|$)", re.IGNORECASE)
 _SAME_SPLIT = {"development": "dev", "valid": "dev", "validation": "dev", "val": "dev", "eval": "dev"}
 
+_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)  # as Python and JSON write it
 _MOST_COLUMNS = 10_000
 # The csv module's limit of 128 KiB a cell cuts real documents. A larger cell than this is a quote that is not closed.
 csv.field_size_limit(1 << 22)
@@ -292,23 +293,16 @@ def _delimited(path: Path, columns: Columns) -> Lines:
                 f"{path}: no cell of the first line names a known column: {show(first)}. Add a header, or name its "
                 "columns yourself: columns: {<field>: <name>}"
             )
-        return Lines(path, partial(_plain_row, names), content=lines.content)
+        return Lines(path, partial(_plain_row, names, ()), content=lines.content)
     wanted = columns.wanted(names, str(path))
     try:
         settings = (delimiter, names)
         bounds = arrays_made_once([path], "csv rows", settings, lambda: _csv_bounds(lines, delimiter, names))
-        rows = Lines(path, partial(_csv_row, names, delimiter), content=lines.content, bounds=bounds)
+        return Lines(path, partial(_csv_row, names, wanted, delimiter), content=lines.content, bounds=bounds)
     except ValueError:
         if not tabs:
             raise
-        rows = Lines(path, partial(_plain_row, names), content=lines.content, skip=1)
-    for cell in (rows[0][name] or "" for name in wanted if len(rows)):
-        if re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", cell, re.DOTALL):  # as Python and JSON write it
-            raise ValueError(
-                f"{rows.where(0)}: the cell {show(cell)} is a list, where a cell is one text: give each text a column "
-                "(negative_1, negative_2), or write JSONL or Parquet"
-            )
-    return rows
+        return Lines(path, partial(_plain_row, names, wanted), content=lines.content, skip=1)
 
 
 def _usual_names(path: Path, cells: Sequence[str]) -> list[str] | None:
@@ -341,17 +335,24 @@ def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
     return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
 
 
-def _csv_row(names: Sequence[str], delimiter: str, line: bytes) -> dict[str, str | None]:
-    return _row(names, next(csv.reader([text_value(line)], delimiter=delimiter)))
+def _csv_row(names: Sequence[str], wanted: Sequence[str], delimiter: str, line: bytes) -> dict[str, str | None]:
+    return _row(names, wanted, next(csv.reader([text_value(line)], delimiter=delimiter)))
 
 
-def _plain_row(names: Sequence[str], line: bytes) -> dict[str, str | None]:
+def _plain_row(names: Sequence[str], wanted: Sequence[str], line: bytes) -> dict[str, str | None]:
     cells = text_value(line).split("\t")
     if len(cells) != len(names):
         raise ValueError(f"has {len(cells)} cells, expected {len(names)}: {listed(names)}")
-    return _row(names, cells)
+    return _row(names, wanted, cells)
 
 
-def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, str | None]:
+def _row(names: Sequence[str], wanted: Sequence[str], cells: Sequence[str]) -> dict[str, str | None]:
     """Return the cells by name; an empty one is null, which these files cannot tell from an empty text."""
-    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    row = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    for cell in filter(None, map(row.get, wanted)):
+        if cell[0] == "[" and _LIST.fullmatch(cell):
+            raise ValueError(
+                f"holds a list in a cell, {show(cell)}, where a cell is one text: give each text a column "
+                "(negative_1, negative_2), or write JSONL or Parquet"
+            )
+    return row

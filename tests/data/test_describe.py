@@ -92,3 +92,12 @@ def test_what_cannot_be_shown_ends_in_one_line(tmp_path, capsys, content, option
     assert caught.out == ""
     assert message in caught.err
     assert caught.err.count("\n") == 1
+
+
+def test_training_data_with_a_mistake_is_not_shown_as_documents(tmp_path):
+    write_jsonl(tmp_path / "set" / "train.jsonl", [{"query": "q", "pos": "p"}])
+    with pytest.raises(ValueError, match=r"has no split 'dev': it has \['train'\]"):
+        describe(tmp_path / "set", split="dev")
+    (tmp_path / "a.csv").write_text("query,positive\nq,\"['p']\"\n")
+    with pytest.raises(ValueError, match=r"a\.csv, line 2 holds a list in a cell"):
+        describe(tmp_path / "a.csv")

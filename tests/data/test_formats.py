@@ -324,6 +324,24 @@ def test_documents_named_by_id_need_a_corpus(tmp_path):
         open_examples(write_jsonl(tmp_path / "b.jsonl", [{"query": "q", "pos": "p"}]), corpus=tmp_path / "corpus.jsonl")
 
 
+@pytest.mark.parametrize("kind", ["judged", "datasets"])
+def test_documents_named_by_id_may_lie_in_a_folder(tmp_path, recwarn, monkeypatch, kind):
+    path, place = write_jsonl(tmp_path / "train.jsonl", [TEVATRON]), tmp_path / "docs"
+    monkeypatch.setattr(index, "_SMALL", 0)  # what is found is kept
+    if kind == "datasets":
+        pytest.importorskip("datasets").Dataset.from_list(CORPUS).save_to_disk(str(place))
+    else:
+        write_beir(
+            place, qrels={"some": [("q0", "d0", 1)]}, corpus=[{"_id": f"d{i}", "text": f"t{i}"} for i in range(4)]
+        )
+    assert len(open_examples(path, corpus=place)[0].negatives) == 2
+    assert not recwarn.list, "no part of the folder is left out"
+    if kind == "judged":
+        write_jsonl(place / "corpus.jsonl", [{"_id": "d1", "text": "t"}])
+        with pytest.raises(ValueError, match="the document 'd2', which is not in"):
+            open_examples(path, corpus=place)
+
+
 def test_nemo_instructions_and_samples(tmp_path):
     path = write_corpus_id(tmp_path)
     metadata = {
@@ -437,7 +455,7 @@ def test_a_csv_with_semicolons_and_crlf(tmp_path):
         ("a.tsv", "query\tpositive\na\n", r"a\.tsv, line 2 has 1 cells, expected 2"),
         ("a.csv", "query,positive,query\na,b,c\n", r"a\.csv: the columns \['query'\] stand there twice"),
         ("a.tsv", "one\ttwo\nthree\tfour\n", r"a\.tsv: no cell of the first line names .*column: str 'one\\ttwo'"),
-        ("a.csv", "query,neg\nq,\"['n', 'm']\"\n", r"a\.csv, line 2: the cell str .* is a list, where a cell is one t"),
+        ("a.csv", "query,pos,neg\nq,p,n\nq,p,\"['n', 'm']\"\n", r"a\.csv, line 3 holds a list in a cell, str .*'n'"),
         ("a.csv", "", r"a\.csv is empty"),
         ("a.csv", "query,positive\n", r"a\.csv is empty"),
         ("a.jsonl", '{"query": "a", "query": "b"}', r"a\.jsonl, line 1 is not JSON \(the key 'query' stands twice"),
@@ -768,7 +786,10 @@ def test_ms_marco(tmp_path):
         ("query ten", ['"The" passage 1'], ['"The" passage 3']),
         ("query eleven", ['"The" passage 2'], ['"The" passage 0']),
     ]
-    assert list(open_corpus(folder / "queries.train.tsv")) == [
+    (folder / "queries.train.tsv").rename(tmp_path / "queries.train.tsv")
+    with pytest.raises(ValueError, match=r"2\.tsv, line 1: the query '10' has no text, and is in no queries beside"):
+        open_examples(folder / "qidpidtriples.train.full.2.tsv")
+    assert list(open_corpus(tmp_path / "queries.train.tsv")) == [
         Passage("query ten", "", "10"),
         Passage("query eleven", "", "11"),
     ]
@@ -811,4 +832,7 @@ def test_a_corpus_without_ids_or_of_other_names(tmp_path):
     assert list(open_corpus(tmp_path / "a.txt", needs_ids=False).texts) == ["one", "two"]
     mixed = write_jsonl(tmp_path / "b.jsonl", [{"id": 1, "text": "t"}, {"text": "u"}])
     with pytest.raises(ValueError, match=r"b\.jsonl, line 2: expected an id"):
+        open_corpus(mixed, needs_ids=False)
+    write_jsonl(mixed, [{"text": "u"}, {"id": 1, "text": "t"}])
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: the record has an id, and the first has none"):
         open_corpus(mixed, needs_ids=False)
