@@ -147,13 +147,18 @@ def _processes(device: str, minutes: float, setting: str = "--timeout-minutes") 
     with _absent("scipy", "sklearn"):
         from transformers import PreTrainedModel  # noqa: F401 - the modules that would import them
         from transformers.generation import candidate_generator  # noqa: F401
-        from transformers.utils import logging as transformers_logging
-    transformers_logging.disable_progress_bar()
+    _show_no_loading()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no GPU: set it to auto or cpu")
     backend = "gloo" if device == "cpu" else None
     yield collectives.start(backend, timeout_s=60 * minutes, say=report_last, setting=setting)
     collectives.stop()
+
+
+def _show_no_loading() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 # ---- the commands, each under its name; they import what they need when they run, so that --help is quick
@@ -194,11 +199,14 @@ def _train(known: argparse.Namespace) -> None:
 
 
 def _check(known: argparse.Namespace) -> int:
-    from inbatch.data.files import write_text
+    from inbatch.data.files import check_output, write_text
     from inbatch.train.check import check, text
     from inbatch.train.check_page import page
     from inbatch.train.config_file import load
 
+    _show_no_loading()
+    if known.html is not None:
+        check_output(known.html)
     checked, name = check(load(known.config, known.overrides), ranks=known.ranks), Path(known.config).name
     print("\n".join(text(checked, name)))
     if known.html is not None:
@@ -250,6 +258,7 @@ def _export(known: argparse.Namespace) -> None:
         from inbatch.encoder.onnx import save_onnx
         from inbatch.encoder.sentence_transformer import open_encoder
 
+        _show_no_loading()
         save_onnx(open_encoder(known.source), known.output)
         print(f"{known.output}: {known.source} as ONNX")
         return

@@ -11,6 +11,8 @@ import torch
 
 from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
+from inbatch.data.files import check_output
+from inbatch.data.readers import say_of_prompts
 from inbatch.encoder.loading import local_folder
 from inbatch.encoder.model import BiEncoderModel
 from inbatch.encoder.packing import wish
@@ -58,6 +60,8 @@ def mine(known: argparse.Namespace, device: torch.device) -> None:
 def group(known: argparse.Namespace, device: torch.device) -> None:
     options = GroupOptions(size=known.size, range_min=known.range_min, range_max=known.range_max)
     examples = collectives.together(lambda: open_examples(known.source, split=known.split))
+    collectives.on_rank_0(lambda: check_output(known.output, examples.files))
+    say_of_prompts(examples)
     model, query_model = _open_towers(known, device)
     groups = group_examples(model, examples, options, _retrieving(known, device), query_model=query_model)
     if collectives.rank() == 0:

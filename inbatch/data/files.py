@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -97,6 +98,23 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if not (number := re.search(r"\(os error (\d+)\)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def check_output(path: str | os.PathLike, sources: Iterable[Path] = ()) -> None:
+    """Make the folder of a file that is to be written after long work.
+
+    Raises ValueError if no file of this name can be written, or if it is one of `sources`, which are being read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} cannot be written, since it is not a file: name another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}; name a file in another folder") from None
+    if path.exists() and any(source.exists() and path.samefile(source) for source in sources):
+        raise ValueError(f"{path} is read as the source, and would be replaced: name another file")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

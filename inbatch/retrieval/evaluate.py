@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor, nn
 
 from inbatch import collectives
+from inbatch.data.files import check_output
 from inbatch.data.records import RetrievalData
 from inbatch.retrieval.embed import EmbedOptions, embed, is_multi_vector, share, unwrap
 from inbatch.retrieval.kept import embed_kept
@@ -87,7 +87,7 @@ def evaluate(
     def check() -> None:
         check_evaluation(data, measures, options.top_k, run_file is not None)
         if run_file is not None and collectives.rank(group) == 0:
-            _check_writable(Path(run_file))
+            check_output(run_file)
 
     collectives.together(check, group)
     run = retrieve(model, data, options, query_model=query_model, group=group)
@@ -101,17 +101,6 @@ def evaluate(
         return figures
 
     return collectives.on_rank_0(measure, group)
-
-
-def _check_writable(path: Path) -> None:
-    """Raise ValueError if no file of this name can be written; make its folder."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"the run cannot be written to {path}, which is not a file: name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ValueError(f"the run cannot be written to {path}: {error}; name a file in another folder") from None
 
 
 def retrieve(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from inbatch import collectives
+from inbatch.data.columns import one_line
 from inbatch.data.distinct import Keys
 from inbatch.data.files import replacing
 from inbatch.data.identity import keys_of
@@ -118,10 +119,12 @@ def load_groups(path: str | os.PathLike, examples: Rows[Example]) -> Groups:
     try:
         with np.load(path) as kept:
             of, digest = kept["groups"], str(kept["digest"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"groups {path} cannot be read ({error}): make them by `inbatch group`") from None
+    except Exception as error:  # of any class, from a file that was cut or is none of ours
+        raise ValueError(f"groups {path} cannot be read ({one_line(error)}): make them by `inbatch group`") from None
     if len(of) != len(examples) or digest != _digest(examples):
-        raise ValueError(f"groups {path} are of other examples than these {len(examples)}: make them anew")
+        raise ValueError(
+            f"groups {path} are of other examples than these {len(examples)}: make them anew, of the whole source"
+        )
     return Groups(of)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inbatch import collectives
-from inbatch.data.files import naming, replacing, sync
+from inbatch.data.files import naming, remove, replacing, sync
 from inbatch.data.token_cache import tokenizer_digest
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import WINDOW, EmbedOptions, embed_windows, is_multi_vector, joined, unwrap
@@ -82,6 +82,8 @@ def embed_kept(
     path, done_path = folder / f"{key}.embeddings", folder / f"{key}.rows"
 
     def create() -> None:
+        if not path.exists() or path.stat().st_size != len(texts) * row_bytes:
+            remove(done_path)  # of rows that are gone
         for created, size in ((path, len(texts) * row_bytes), (done_path, len(texts))):
             with naming(created), created.open("ab") as file:
                 file.truncate(size)

@@ -6,6 +6,7 @@ document.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
-from inbatch.data.files import naming, partial, publish, remove, sync, write_json
+from inbatch.data.files import check_output, naming, partial, publish, remove, sync, write_json
 from inbatch.data.identity import normalised
 from inbatch.data.judged import is_judged
-from inbatch.data.lines import chosen
+from inbatch.data.lines import Rows, chosen
+from inbatch.data.readers import say_of_prompts
 from inbatch.ids import stable_id
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import share
@@ -60,11 +62,25 @@ class MineOptions:
     """of random sampling"""
 
     def __post_init__(self):
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}; expected at least 1")
         if not 0 <= self.range_min < self.range_max:
             raise ValueError(
                 f"range_min is {self.range_min} and range_max {self.range_max}; expected 0 <= range_min < range_max"
+            )
+        candidates = self.range_max - self.range_min
+        if not 1 <= self.num_negatives <= candidates:
+            raise ValueError(
+                f"num_negatives is {self.num_negatives}; expected at least 1, and at most the {candidates} candidates "
+                "from range_min to range_max"
+            )
+        for name in ("relative_margin", "absolute_margin", "max_score", "min_score"):
+            if (value := getattr(self, name)) is not None and math.isnan(value):
+                raise ValueError(f"{name} is {value}; expected a number")
+        if self.relative_margin is not None and abs(self.relative_margin) > 1:
+            raise ValueError(f"relative_margin is {self.relative_margin}; expected a share of at most 1, such as 0.05")
+        if self.max_score is not None and self.min_score is not None and self.min_score > self.max_score:
+            raise ValueError(
+                f"min_score is {self.min_score} and max_score {self.max_score}, between which is no score; expected "
+                "min_score <= max_score"
             )
         if self.sampling not in ("top", "random"):
             raise ValueError(f"sampling is {self.sampling!r}; expected top or random")
@@ -80,13 +96,15 @@ class MiningSet:
     documents: Sequence[str]
     positives: Sequence[Sequence[int]]
     same: Sequence[Sequence[int]]
+    files: Sequence[Path] = ()  # that it is read from
 
 
 def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSet:
     """Return what to mine: queries and corpus of a judged folder's split, or training records and their passages.
 
-    Queries without a positive are left out. Records with one query text are one query. Raises ValueError for what
-    `open_examples` and `load_retrieval` refuse, and where nothing is left.
+    Queries without a positive are left out. Records with one query text are one query. Warns of prompts of the records,
+    which are not used. Raises ValueError for what `open_examples` and `load_retrieval` refuse, and where nothing is
+    left.
     """
     if Path(source).is_dir() and is_judged(Path(source)):
         data = load_retrieval(source, split)
@@ -95,11 +113,15 @@ def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSe
         relevant = [
             [row_of[doc] for doc, grade in data.qrels[q].items() if grade > 0 and doc in row_of] for q in data.query_ids
         ]
+        files = data.documents.files if isinstance(data.documents, Rows) else ()
         queries, rows_of_ids = data.queries, [row_of.get(query_id, -1) for query_id in data.query_ids]
     else:
         positive_texts: dict[str, list[str]] = {}
         passages: list[str] = []
-        for example in open_examples(source, split=split):
+        examples = open_examples(source, split=split)
+        say_of_prompts(examples)
+        files = examples.files
+        for example in examples:
             of_query = positive_texts.setdefault(example.query, [])
             of_query += [passage.full_text for passage in example.positives]
             passages += [passage.full_text for passage in (*example.positives, *example.negatives)]
@@ -116,6 +138,7 @@ def open_mining_set(source: str | os.PathLike, split: str = "train") -> MiningSe
         documents=texts,
         positives=[positives[place] for place in kept],
         same=[same[place] for place in kept],
+        files=files,
     )
 
 
@@ -290,6 +313,7 @@ def mine(
     similarity = collectives.together(lambda: similarity_of(model, retrieve), group)
 
     def begin() -> int:
+        check_output(output, data.files)
         models = [encoder for encoder in (model, query_model, teacher) if encoder is not None]
         digests = [model_digest(m) if isinstance(m, nn.Module) else repr(m) for m in models]
         texts = [text_digest(data.queries), text_digest(data.documents), text_digest(map(str, data.positives))]
@@ -332,7 +356,6 @@ class _Records:
         """Return how many queries an earlier run for the same inputs finished; remove what a run for others left."""
         self._made_for = json.loads(json.dumps(made_for))
         with naming(self._output):
-            self._output.parent.mkdir(parents=True, exist_ok=True)
             state = json.loads(self.state.read_text()) if self.state.exists() else {}
             if state.get("made for") != self._made_for or not partial(self._output).exists():
                 self.forget()

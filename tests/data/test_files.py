@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from inbatch.data.files import remove, replacing, write_json, write_text
+from inbatch.data.files import check_output, remove, replacing, write_json, write_text
 
 
 def _fill(path, name: str, text: str = "", error: Exception | None = None):
@@ -41,6 +41,18 @@ def test_a_file_takes_no_folders_place(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
     remove(tmp_path / "folder")
     assert not os.listdir(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_known_before(tmp_path):
+    check_output(tmp_path / "new" / "a.json")
+    assert os.listdir(tmp_path / "new") == []
+    source = tmp_path / "a.jsonl"
+    source.touch()
+    for path in (tmp_path, source / "a.json"):
+        with pytest.raises(ValueError, match=f"{path} cannot be written"):
+            check_output(path)
+    with pytest.raises(ValueError, match="is read as the source, and would be replaced: name another file"):
+        check_output(tmp_path / "new" / ".." / "a.jsonl", [tmp_path / "b.jsonl", source])
 
 
 def test_a_full_disk_is_named(tmp_path):

@@ -528,7 +528,7 @@ def test_a_run_file_that_cannot_be_written_is_known_before_anything_is_embedded(
     model = LetterEncoder()
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "a.run"):
-        with pytest.raises(ValueError, match=f"the run cannot be written to {path}"):
+        with pytest.raises(ValueError, match=f"{path} cannot be written"):
             evaluate(model, small_data(), run_file=path)
     assert not model.seen
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -83,7 +83,14 @@ def test_the_command_and_the_setting(tmp_path, capsys):
     path.write_text(json.dumps({"query": "other", "pos": ["text"]}) + "\n")
     with pytest.raises(ValueError, match=r"groups .*groups\.npz are of other examples than these 1: make them anew"):
         plan_mixture(config, open_training_data(config))
-    with pytest.raises(ValueError, match=r"no\.npz cannot be read"):
-        load_groups(tmp_path / "no.npz", examples)
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "cut.npz").write_bytes(save.read_bytes()[:100])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("no.npz", "empty.npz", "cut.npz", "array.npy"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            load_groups(tmp_path / name, examples)
+    command[3] = str(path)
+    assert run(command) == 1
+    assert "is read as the source, and would be replaced" in capsys.readouterr().err
     with pytest.raises(ValueError, match="groups need data"):
         DataConfig(train=[{"path": "p", "groups": "g"}], shuffle=False)

@@ -1,6 +1,8 @@
 """Mined negatives against brute force, on any number of ranks."""
 
 import json
+import math
+import os
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -81,10 +83,11 @@ def test_property_equals_brute_force(pool, data):
     queries = data.draw(st.integers(1, 9))
     given_set = some_set(sum(counts), queries, data.draw(st.integers(0, 99)))
     low = data.draw(st.integers(0, 5))
+    width = data.draw(st.integers(1, 60))
     options = MineOptions(
-        num_negatives=200,
+        num_negatives=width,
         range_min=low,
-        range_max=low + data.draw(st.integers(1, 60)),
+        range_max=low + width,
         relative_margin=data.draw(margins),
         absolute_margin=data.draw(margins),
         max_score=data.draw(margins),
@@ -202,6 +205,10 @@ def test_too_few_candidates_are_said_and_nothing_is_made_up(pool, tmp_path):
     [
         ({"num_negatives": 0}, "num_negatives is 0; expected at least 1"),
         ({"range_min": 100}, "range_min is 100 and range_max 100; expected 0 <= range_min < range_max"),
+        ({"num_negatives": 11, "range_max": 10}, "num_negatives is 11; expected .* at most the 10 candidates"),
+        ({"relative_margin": math.nan}, "relative_margin is nan; expected a number"),
+        ({"relative_margin": 5}, "relative_margin is 5; expected a share of at most 1, such as 0.05"),
+        ({"max_score": 0.1, "min_score": 0.9}, "min_score is 0.9 and max_score 0.1, between which is no score"),
         ({"sampling": "best"}, "sampling is 'best'; expected top or random"),
         ({"seed": -1}, "seed is -1; expected at least 0"),
     ],
@@ -209,6 +216,19 @@ def test_too_few_candidates_are_said_and_nothing_is_made_up(pool, tmp_path):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         MineOptions(**options)
+
+
+def test_records_are_not_replaced_by_what_is_mined_of_them_and_their_prompts_are_named(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"query": "ab", "pos": ["c"], "prompt": "Find: "}])
+    with pytest.warns(UserWarning, match=r"a\.jsonl: the prompts of the records are not used: texts are embedded"):
+        data = open_mining_set(source)
+    model, folder = LetterEncoder(), beir_set(tmp_path / "beir")[0]
+    for replaced, some in ((source, data), (folder / "corpus.jsonl", open_mining_set(folder))):
+        before = replaced.read_bytes()
+        with pytest.raises(ValueError, match="is read as the source, and would be replaced"):
+            mine(model, some, replaced)
+        assert replaced.read_bytes() == before
+    assert not model.seen
 
 
 def test_wrong_output_and_a_model_that_fails_leave_nothing(tmp_path):
@@ -306,6 +326,10 @@ def test_kept_embeddings_are_found_again_and_completed(tmp_path):
     rows.write_bytes(done)
     assert texts_seen(model) == len(data.queries) + 5
     assert (tmp_path / "mined.jsonl").read_text() == records
+    for damage in (lambda path: path.unlink(), lambda path: os.truncate(path, 100)):
+        damage(next((tmp_path / "kept").glob("*.embeddings")))
+        assert texts_seen(model) == everything
+        assert (tmp_path / "mined.jsonl").read_text() == records
     model.letters.weight.data += 1
     assert texts_seen(model) == everything
 
