@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.utils.rnn import pad_sequence
 
 from inbatch import collectives
 from inbatch.losses.ring import around
@@ -224,7 +223,7 @@ class Grid:
                     places_nC[tokens, columns_c] = place_tc.to(place_dtype)
                 else:
                     best_tc = grid_tcT.amax(2)
-                scores_BC[rows, columns_c] = self._summed(best_tc, rows)
+                scores_BC[rows, columns_c] = self._summed(best_tc, rows, tokens)
         return scores_BC.mul_(self.factor_B[:, None]), places_nC
 
     def add_gradients(
@@ -289,12 +288,17 @@ class Grid:
                 row += 1
             yield slice(first, row), slice(first_token, token)
 
-    def _summed(self, best_tc: Tensor, rows: slice) -> Tensor:
+    def _summed(self, best_tc: Tensor, rows: slice, tokens: slice) -> Tensor:
         """Return the sums [b, c] over the tokens of each text, in their order."""
         lengths = self.lengths[rows]
         if min(lengths) == max(lengths):
             return best_tc.view(len(lengths), lengths[0], -1).sum(1)
-        return pad_sequence([*best_tc.split(lengths)], batch_first=True).sum(1)
+        # Not pad_sequence, which on a GPU is a kernel for each text.
+        text_t = self.text_n[tokens] - rows.start
+        place_t = torch.cat([torch.arange(length) for length in lengths]).to(best_tc.device)
+        padded_bxc = best_tc.new_zeros(len(lengths), max(lengths), best_tc.shape[1])
+        padded_bxc[text_t, place_t] = best_tc
+        return padded_bxc.sum(1)
 
 
 class _RingMaxSim(torch.autograd.Function):
