@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from inbatch.encoder.folder_settings import UnsupportedError, read_object
 
 # transformers marks "no limit" with a huge model_max_length.
-_NO_LIMIT = 10**9
+NO_LIMIT = 10**9
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _OTHER_RUNTIMES = ["onnx/*", "openvino/*"]
 # Words, signs and letters that most vocabularies lack.
@@ -92,8 +92,10 @@ def load_backbone(
             place, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     config = backbone.config
-    if config.is_encoder_decoder or config.get_text_config() is not config:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "a model of several modalities"
+    # The encoder alone may have been saved, whose config says it is none.
+    both = config.is_encoder_decoder or (hasattr(backbone, "encoder") and hasattr(backbone, "decoder"))
+    if both or config.get_text_config() is not config:
+        kind = "an encoder-decoder" if both else "a model of several modalities"
         raise UnsupportedError(f"{place}: {config.model_type} is {kind}, which is not supported")
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -281,6 +283,8 @@ def set_attention(backbone: PreTrainedModel, bidirectional: bool | None, default
 
 def _is_decoder(backbone: PreTrainedModel) -> bool:
     """Return True if its attention looks back only by default."""
+    if getattr(backbone.config, "use_bidirectional_attention", None) is True:  # EmbeddingGemma's
+        return False
     if any(getattr(module, "is_causal", False) is True for module in backbone.modules()):
         return True
     # The modules of some decoders do not say so; those have no masked-language model.
@@ -315,7 +319,7 @@ def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
 def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
     """Raise ValueError for a tokenizer that does not fit the backbone: its ids, token types or length limit."""
     limit = tokenizer.model_max_length
-    if type(limit) not in (int, float) or limit < 1 or (limit < _NO_LIMIT and type(limit) is float):
+    if type(limit) not in (int, float) or limit < 1 or (limit < NO_LIMIT and type(limit) is float):
         raise ValueError(f"{place}: the tokenizer's model_max_length is {limit!r:.60}; expected a positive integer")
     if "attention_mask" not in tokenizer.model_input_names:
         raise ValueError(
@@ -364,4 +368,4 @@ def length_limit(
             stacklevel=3,
         )
     limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 0), positions]
-    return min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
+    return min((limit for limit in limits if limit and 0 < limit < NO_LIMIT), default=None)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from inbatch.encoder.card import model_card
 from inbatch.encoder.folder_settings import UnsupportedError
-from inbatch.encoder.loading import cut_of, local_folder, position_table, restore_cut
+from inbatch.encoder.loading import NO_LIMIT, cut_of, local_folder, position_table, restore_cut
 from inbatch.encoder.model import BiEncoderModel, attended
 from inbatch.encoder.pooling import first_of
 
@@ -73,9 +73,11 @@ class SentenceTransformerEncoder(BiEncoderModel):
         self.default_prompt_name, self.truncate_dim = model.default_prompt_name, model.truncate_dim
         self.similarity = model.similarity_fn_name or "cosine"
         self.query_length, self.document_length = (getattr(first, f"{n}_length", None) for n in ("query", "document"))
-        self.max_seq_length = None if self._static else model.max_seq_length
         transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         self.position_limit, self.position_offset = (None, 0) if transformer is None else position_table(transformer)
+        # Theirs may be no limit (10 ** 30), or RoBERTa's table of positions, two of which it cannot use.
+        limits = [length for length in (model.max_seq_length, self.position_limit) if length and length < NO_LIMIT]
+        self.max_seq_length = None if self._static else min(limits, default=None)
         self.base_model = self.backend_because = None
         self.packed, self.padded_because = False, "sentence-transformers encodes it"
         for module in model.modules():
@@ -165,7 +167,7 @@ class SentenceTransformerEncoder(BiEncoderModel):
         model.prompts, model.similarity_fn_name = dict(self.prompts), self.similarity
         if not self._static:
             restore_cut(self.tokenizer, self._cut)
-            model.max_seq_length = self.max_seq_length
+            model.max_seq_length = self.max_seq_length or model.max_seq_length
         model.save_pretrained(str(folder), create_model_card=False)
         (Path(folder) / "README.md").write_text(model_card(self), encoding="utf-8")
 

@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import CONFIG_MAPPING, AutoModel, Gemma3TextConfig
 
 from inbatch import BiEncoderModel
 from inbatch.encoder.loading import BIDIRECTIONAL_DECODERS
 from inbatch.encoder.pooling import POOLINGS, pool
-from tests.tiny_models import CONFIGS, TEXTS, gradients, save_all, save_tiny, tiny_tokenizer
+from tests.tiny_models import CONFIGS, TEXTS, VOCABULARY, gradients, save_all, save_tiny, tiny_tokenizer
 
 ENCODERS = ("bert", "roberta", "modernbert")
 
@@ -66,8 +68,6 @@ def test_encoders_are_bidirectional_and_cannot_be_made_causal(folders, kind):
 
 @pytest.mark.parametrize("kind", ["mistral", "stablelm", "bloom"])
 def test_other_decoders_are_bidirectional_or_refused(tmp_path, kind):
-    from transformers import CONFIG_MAPPING, AutoModel
-
     sizes = {"vocab_size": 24, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = CONFIG_MAPPING[kind](**sizes, num_hidden_layers=2)
     AutoModel.from_config(config).save_pretrained(tmp_path)
@@ -78,6 +78,22 @@ def test_other_decoders_are_bidirectional_or_refused(tmp_path, kind):
     with pytest.raises(ValueError, match=f"{kind} cannot be made bidirectional.*bidirectional=False"):
         BiEncoderModel.from_pretrained(tmp_path)
     BiEncoderModel.from_pretrained(tmp_path, bidirectional=False)
+
+
+def test_a_decoder_that_says_it_is_bidirectional_keeps_its_own_masks(tmp_path):
+    """EmbeddingGemma's: its window is another than that of is_causal=False, with which it would embed otherwise."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own = {"head_dim": 8, "num_hidden_layers": 2, "initializer_range": 0.3, "sliding_window": 6}
+    AutoModel.from_config(Gemma3TextConfig(**sizes, **own, use_bidirectional_attention=True)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = BiEncoderModel.from_pretrained(tmp_path, l2_normalize=False)
+    batch = model.tokenize(TEXTS)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(model(batch), theirs, rtol=0, atol=1e-5)
+    packed = BiEncoderModel.from_pretrained(tmp_path, l2_normalize=False, packed=None)
+    torch.testing.assert_close(packed(batch), theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="bidirectional=False: gemma3_text is an encoder"):
+        BiEncoderModel.from_pretrained(tmp_path, bidirectional=False)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
+from transformers import T5Config, T5EncoderModel
 
 from inbatch import BiEncoderModel, cli
 from inbatch.encoder.sentence_transformer import SentenceTransformerEncoder, open_encoder
@@ -14,7 +15,7 @@ from inbatch.train.check import check
 from inbatch.train.loop import train
 from inbatch.train.run_folder import read_metrics
 from tests.helpers import device
-from tests.tiny_models import TEXTS, tiny_tokenizer
+from tests.tiny_models import TEXTS, VOCABULARY, save_tiny, tiny_tokenizer
 from tests.train.test_loop import folder, make_config  # noqa: F401
 
 
@@ -117,3 +118,20 @@ def test_what_is_chosen_and_what_is_refused(folder, saved, tmp_path):  # noqa: F
     checked = check(make_config(folder, tmp_path / "check", model={"name_or_path": str(saved["static"])}))
     assert checked.memory["activations"] == 0
     assert checked.sources[0].tokens["query"].min() > 0
+
+
+def test_an_encoder_without_its_decoder_and_lengths_that_are_no_limit(tmp_path):
+    """T5's encoder has any length; RoBERTa's positions are two fewer than its config says."""
+    T5EncoderModel(T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    save_tiny("roberta", tmp_path / "roberta")
+    for kind, length in (("t5", None), ("roberta", 64)):
+        modules = [Transformer(str(tmp_path / kind)), Pooling(32, "max" if kind == "roberta" else "mean")]
+        SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / f"{kind} saved"))
+        assert_as_theirs(tmp_path / f"{kind} saved")
+        model = open_encoder(tmp_path / f"{kind} saved")
+        assert model.max_seq_length == length
+        model.save_pretrained(tmp_path / f"{kind} again")
+        assert_as_theirs(tmp_path / f"{kind} again")
