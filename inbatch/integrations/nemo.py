@@ -123,7 +123,7 @@ class _Keys:
     def take(self, key: str, *, default: Any = None) -> Any:
         """Return the value of a key, the default where it is absent; ValueError unless it is of the default's kind."""
         value = self._left.pop(key, default)
-        kinds = {bool: bool, int: int, float: (int, float), str: str, list: (list, str)}.get(type(default), object)
+        kinds = {bool: bool, int: int, str: str, list: (list, str)}.get(type(default), object)
         if not isinstance(value, kinds):
             raise ValueError(f"{key} is {value!r}: expected a value such as {default!r}")
         return value
@@ -137,8 +137,8 @@ class _Keys:
         return [{"path": source} if isinstance(source, str) else dict(source) for source in listed]
 
     def number(self, key: str, *, default: float) -> float:
-        """Return a number, which YAML 1.1 may have read as text."""
-        value = self.take(key, default=default)
+        """Return a number, which YAML 1.1 may have read as text: it takes 1e-5 for such."""
+        value = self._left.pop(key, default)
         try:
             return float(value)
         except (TypeError, ValueError):
@@ -191,7 +191,7 @@ def _lora(keys: _Keys) -> dict[str, Any]:
     return {
         "r": keys.take("peft.dim", default=8 if adapted else None),
         "alpha": keys.take("peft.alpha", default=32),
-        "dropout": keys.take("peft.dropout", default=0.0),
+        "dropout": keys.number("peft.dropout", default=0.0),
         "target_modules": names,
     }
 
@@ -328,8 +328,8 @@ def _train(keys: _Keys, world_size: int) -> dict[str, Any]:
 
 
 def _checkpoint(keys: _Keys) -> dict[str, Any]:
-    every, enabled = keys.take("step_scheduler.ckpt_every_steps", default=100), keys.take("checkpoint.enabled")
+    every = keys.take("step_scheduler.ckpt_every_steps", default=100)
     return {
-        "every_steps": every if enabled is not False else None,
+        "every_steps": every if keys.take("checkpoint.enabled", default=True) else None,
         "keep_last": keys.take("checkpoint.max_recent_checkpoints", default=2),
     }

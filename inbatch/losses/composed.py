@@ -59,7 +59,6 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
     scores are a small part of the grid.
     """
     softmaxes, group = terms(problem.objective, queries_BTD.shape[2]), problem.group
-    place_of_positive = problem.positives
     travels = problem.negatives == "ring" and problem.kernels is not None and len(problem.passage_counts) > 1
     gathers = _gathers(problem) and not travels
     query_columns = any(term.query_columns for term in softmaxes)
@@ -67,11 +66,10 @@ def multi_vector(queries_BTD: Tensor, passages_MTD: Tensor, spans: Sequence[Span
     queries, passages = packed(queries_BTD, spans[0]), (in_place if stays else packed)(passages_MTD, spans[1])
     options: dict[str, Any] = {"mean": problem.token_reduction == "mean", "chunk_mib": problem.chunk_mib}
     options["fused"] = problem.kernels is not tiled
+    everyone, positives = queries, passages[problem.positives] if query_columns else passages
+    lengths = lengths_by_rank(passages, problem.passage_counts, group) if travels else []
     if gathers or travels:
         problem = _at_hand(problem, query_columns=query_columns)
-    lengths = lengths_by_rank(passages, problem.passage_counts, group) if travels else []
-    everyone = queries
-    positives = passages[place_of_positive] if query_columns else passages
     if gathers:
         passages = gathered_texts(passages, problem.passage_counts, group)
         everyone = gathered_texts(queries, problem.query_counts, group) if query_columns else queries

@@ -85,8 +85,8 @@ def distill(
         error=error,
     )
     assert isinstance(column_B, Tensor)
-    for rank, (rows, width) in enumerate(zip(counts["queries"], counts["scores"], strict=True)):
-        if over == "pool" and rows and width != sum(counts["passages"]):
+    for rank, width in enumerate(counts["scores"]):
+        if over == "pool" and width != sum(counts["passages"]):
             raise ValueError(
                 f"teacher_scores must have a column for each of the {sum(counts['passages'])} passages of all ranks, "
                 f"got {width} on rank {rank}"

@@ -197,6 +197,7 @@ def test_recipes_train(folder, tmp_path, capsys, written, kind):
         ({"dataset.surprise": 1}, "unknown key 'dataset.surprise'"),
         ({"step_scheduler.local_batch_size": 0}, "8 is not divisible by local_batch_size 0"),
         ({"step_scheduler.global_batch_size": "all"}, "global_batch_size is 'all': expected a value such as 32"),
+        ({"optimizer.lr": "high"}, "optimizer.lr is 'high': expected a number"),
         ({"dataset.data_dir_list": [3]}, "dataset.data_dir_list has 3: expected paths"),
         ({"dataloader.dataset.n_passages": 9}, "dataset.n_passages is 9 and dataset.n_passages is 3: leave one out"),
         ({"step_scheduler.local_batch_size": 3}, "8 is not divisible by local_batch_size 3 x 1"),
@@ -237,6 +238,7 @@ def test_what_keys_become(tmp_path):
     ]  # fmt: skip
     assert data["mixed_batches"]
     assert became(lr_scheduler={"lr_warmup_steps": 3})["optim"]["warmup_steps"] == 3
+    assert became(optimizer=yaml.safe_load("lr: 1e-5"))["optim"]["lr"] == 1e-5, "which YAML takes for text"
     assert became(model={"is_causal": True})["model"]["bidirectional"] is False
     assert became(validation_dataset=None, validation_dataloader=None, peft=None, clip_grad_norm=None)["eval"] == {}
 

@@ -184,6 +184,11 @@ def disagreeing_body(rank: int) -> None:
         distill(queries, passages, [1.0] if rank else torch.ones(2, 2))
     with pytest.raises(ValueError, match="a column for each of the 8 passages of all ranks, got 4 on rank 0"):
         distill(queries, passages, torch.ones(2, 4), over="pool")
+    with pytest.raises(ValueError, match="a column for each of the 4 passages of all ranks, got 0 on rank 1"):
+        distill(
+            *((queries[:0], passages[:0], torch.ones(0, 0)) if rank else (queries, passages, torch.ones(2, 4))),
+            over="pool",
+        )
 
 
 def test_misuse(pool):
