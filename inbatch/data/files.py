@@ -4,6 +4,7 @@ A file or folder is filled under a hidden name beside it (`.NAME.partial`), forc
 write leaves the hidden name behind, which the next write of the same file or folder replaces.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -37,6 +38,25 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def partial(path: Path) -> Path:
     """Return the hidden path beside `path` under which it is filled."""
     return path.with_name(f".{path.name}.partial")
+
+
+def claimed(path: Path) -> IO[bytes]:
+    """Open `partial(path)` to append, and keep other processes out of it until the file is closed, or published.
+
+    Raises ValueError while another process holds it.
+    """
+    file, taken = partial(path).open("ab"), False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not os.path.samestat(os.fstat(file.fileno()), partial(path).stat())
+    except (BlockingIOError, FileNotFoundError):  # the other has it, or published it in this moment
+        taken = True
+    except OSError:
+        pass  # a file system without locks
+    if taken:
+        file.close()
+        raise ValueError(f"{path} is being written by another run: wait for its end, or name another file")
+    return file
 
 
 def publish(path: Path) -> None:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inbatch import collectives
 from inbatch.data import open_corpus
-from inbatch.data.files import naming, partial, publish, remove, replacing
+from inbatch.data.files import check_output, claimed, naming, partial, publish, remove, replacing
 from inbatch.losses.max_sim import Tokens
 from inbatch.retrieval.embed import EmbedOptions, embed_windows, is_multi_vector, share, unwrap
 from inbatch.retrieval.nearest import Embeddings
@@ -55,11 +55,15 @@ def encode_to_file(
     texts, several, row_bytes = documents.texts, is_multi_vector(module), module.embedding_dim * dtype.itemsize
     shape = len(texts), module.embedding_dim
     header = collectives.together(lambda: _header(output, dtype, shape), group)
-    collectives.together(lambda: output.parent.mkdir(parents=True, exist_ok=True), group)
     ids_path, offsets_path = (output.with_name(f"{output.name}.{what}") for what in ("ids.txt", "offsets.npy"))
     first, rows = collectives.rank(group) == 0, share(len(texts), group)
     part = output.with_name(f".{output.name}.rank-{collectives.rank(group)}")
     options = options if first else replace(options, progress=None)
+    claims: list[IO] = []
+
+    def claim() -> None:
+        check_output(output, documents.files)
+        claims.append(claimed(output))
 
     def create() -> None:
         with naming(output), partial(output).open("wb") as file:
@@ -81,6 +85,7 @@ def encode_to_file(
             file.seek(len(header) + int(lengths[: rows.start].sum()) * row_bytes)
             shutil.copyfileobj(mine, file, 1 << 24)
 
+    collectives.on_rank_0(claim, group)
     try:
         if several:
             filled = collectives.together(lambda: fill(part, "wb", 0), group)
@@ -97,6 +102,8 @@ def encode_to_file(
             remove(partial(ids_path))
         raise
     finally:
+        for file in claims:
+            file.close()
         remove(part)
     return shape
 
@@ -142,8 +149,6 @@ def _header(output: Path, dtype: torch.dtype, shape: tuple[int, int]) -> bytes:
     formats = {".npy": _NPY, ".safetensors": _SAFETENSORS}
     if output.suffix not in formats:
         raise ValueError(f"the output is {output.name!r}; expected a name ending in .npy or .safetensors")
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; expected the name of a file to write")
     names = formats[output.suffix]
     if dtype not in names:
         raise ValueError(f"{output.suffix} files cannot hold {dtype}; expected float32 or float16, or .safetensors")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from inbatch import collectives
 from inbatch.data import load_retrieval, open_examples
-from inbatch.data.files import check_output, naming, partial, publish, remove, sync, write_json
+from inbatch.data.files import check_output, claimed, naming, partial, publish, remove, sync, write_json
 from inbatch.data.identity import normalised
 from inbatch.data.judged import is_judged
 from inbatch.data.lines import Rows, chosen
@@ -309,7 +309,7 @@ def mine(
             "top_k and keep_identical_ids of RetrieveOptions"
         )
     query_model, folder = model if query_model is None else query_model, None if kept is None else Path(kept)
-    device, first = next(model.parameters()).device, collectives.rank(group) == 0
+    device = next(model.parameters()).device
     similarity = collectives.together(lambda: similarity_of(model, retrieve), group)
 
     def begin() -> int:
@@ -335,9 +335,12 @@ def mine(
             collectives.on_rank_0(lambda negatives=negatives: written.add(*negatives), group)
         return collectives.on_rank_0(lambda: written.finish({"similarity": similarity, **asdict(options)}), group)
     except Exception:
-        if first and not written.state.exists():  # else the same call goes on from there
+        if written.claim is not None and not written.state.exists():  # else the same call goes on from there
             written.forget()
         raise
+    finally:
+        if written.claim is not None:
+            written.claim.close()
 
 
 class _Records:
@@ -346,6 +349,7 @@ class _Records:
     def __init__(self, output: Path, data: MiningSet, options: MineOptions, format: str):
         self._output, self._data, self._options, self._format = output, data, options, format
         self.state = output.with_name(f".{output.name}.state.json")
+        self.claim: IO | None = None  # while this process fills the output
         self._made_for: dict[str, Any] = {}
         self._counts = Counter()
         # By their first two digits.
@@ -356,11 +360,13 @@ class _Records:
         """Return how many queries an earlier run for the same inputs finished; remove what a run for others left."""
         self._made_for = json.loads(json.dumps(made_for))
         with naming(self._output):
+            self.claim = claimed(self._output)
             state = json.loads(self.state.read_text()) if self.state.exists() else {}
-            if state.get("made for") != self._made_for or not partial(self._output).exists():
-                self.forget()
+            if state.get("made for") != self._made_for or self.claim.tell() < state["bytes"]:
+                self.claim.truncate(0)
+                remove(self.state)
                 return 0
-            os.truncate(partial(self._output), state["bytes"])
+            self.claim.truncate(state["bytes"])
         self._counts, self._examples = Counter(state["counts"]), state["examples"]
         self._scores = {name: Counter(of_side) for name, of_side in state["scores"].items()}
         return state["queries"]

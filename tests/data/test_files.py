@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from inbatch.data.files import check_output, remove, replacing, write_json, write_text
+from inbatch.data.files import check_output, claimed, partial, publish, remove, replacing, write_json, write_text
 
 
 def _fill(path, name: str, text: str = "", error: Exception | None = None):
@@ -53,6 +53,20 @@ def test_a_file_that_cannot_be_written_is_known_before(tmp_path):
             check_output(path)
     with pytest.raises(ValueError, match="is read as the source, and would be replaced: name another file"):
         check_output(tmp_path / "new" / ".." / "a.jsonl", [tmp_path / "b.jsonl", source])
+
+
+def test_two_runs_never_fill_one_file(tmp_path):
+    path = tmp_path / "a.npy"
+    with claimed(path) as file:
+        file.write(b"one")
+        file.flush()
+        with pytest.raises(ValueError, match=r"a\.npy is being written by another run: wait for its end, or name"):
+            claimed(path)
+        publish(path)
+        with claimed(path):  # the next one
+            assert path.read_bytes() == b"one"
+    with claimed(path) as file:
+        assert partial(path).read_bytes() == b""
 
 
 def test_a_full_disk_is_named(tmp_path):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.data import RetrievalData, load_retrieval
+from inbatch.data.files import claimed
 from inbatch.retrieval import metrics
 from inbatch.retrieval.embed import EmbedOptions, embed
 from inbatch.retrieval.encode_file import encode_to_file
@@ -661,8 +662,20 @@ def test_a_failed_or_another_encoding_leaves_no_ids_beside_embeddings_that_are_n
     encode_to_file(model, tmp_path / "texts.txt", output)
     assert list(output.parent.iterdir()) == [output]
     (tmp_path / "out.npy").mkdir()
-    with pytest.raises(ValueError, match=r"out\.npy is a folder"):
+    with pytest.raises(ValueError, match=r"out\.npy cannot be written, since it is not a file"):
         encode_to_file(model, tmp_path / "texts.txt", tmp_path / "out.npy")
+
+
+def test_what_another_run_writes_is_left_alone(tmp_path):
+    (tmp_path / "texts.txt").write_text("b\n")
+    with claimed(tmp_path / "e.npy") as file:
+        file.write(b"another run's")
+        file.flush()
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(ValueError, match=r"e\.npy is being written by another run"):
+            encode_to_file(LetterEncoder(), tmp_path / "texts.txt", tmp_path / "e.npy")
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / ".e.npy.partial").read_bytes() == b"another run's"
 
 
 def test_an_encoding_for_which_there_is_no_room_leaves_nothing(tmp_path):

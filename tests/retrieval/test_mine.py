@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from inbatch.cli import run
 from inbatch.data import open_examples
+from inbatch.data.files import claimed
 from inbatch.retrieval.evaluate import RetrieveOptions, embed_queries
 from inbatch.retrieval.mine import MineOptions, MiningSet, choose, mine, open_mining_set, search_negatives
 from tests.data_files import write_beir, write_jsonl
@@ -228,6 +229,12 @@ def test_records_are_not_replaced_by_what_is_mined_of_them_and_their_prompts_are
         with pytest.raises(ValueError, match="is read as the source, and would be replaced"):
             mine(model, some, replaced)
         assert replaced.read_bytes() == before
+    with claimed(tmp_path / "mined.jsonl") as file:
+        file.write(b"another run's")
+        file.flush()
+        with pytest.raises(ValueError, match="is being written by another run"):
+            mine(model, data, tmp_path / "mined.jsonl")
+    assert (tmp_path / ".mined.jsonl.partial").read_bytes() == b"another run's"
     assert not model.seen
 
 
