@@ -21,7 +21,7 @@ def share(count: int, index: int, parts: int) -> range:
 def _batches(rows: int, size: int, drop_last: bool) -> int:
     """Return the batches in an epoch; ValueError where none is full and the last is left out."""
     if drop_last and rows < size:
-        raise ValueError(f"{rows} examples fill no batch of {size}, and drop_last leaves out others: lower the size")
+        raise ValueError(f"{rows} examples fill no batch of {size}: lower global_batch_size, or set drop_last to false")
     return rows // size if drop_last else -(-rows // size)
 
 

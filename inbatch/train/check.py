@@ -125,7 +125,6 @@ class Check:
     sources: list[SourceFacts]
     batches: BatchFacts
     lines: list[str]
-    memory: Mapping[str, float]  # GiB of a rank
 
 
 def check(config: Config, *, ranks: int = 1) -> Check:
@@ -168,7 +167,7 @@ def check(config: Config, *, ranks: int = 1) -> Check:
     ]
     order = list(LEVELS)
     findings = sorted(findings, key=lambda finding: order.index(finding.code))
-    return Check(findings=findings, sources=sources, batches=batches, lines=lines, memory=memory)
+    return Check(findings=findings, sources=sources, batches=batches, lines=lines)
 
 
 # ---- facts

@@ -314,10 +314,7 @@ class _Reader:
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """Return (step, path) of the checkpoints, oldest first; what was being written and other files are not seen."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    matches = [(_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
+    matches = [(_STEP_FOLDER.fullmatch(path.name), path) for path in Path(folder).glob("step-*")]
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 

@@ -451,12 +451,8 @@ class Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Return {"optim.lr": 1e-4, ...}: every field by its name on the command line, tuples as lists."""
-    return {
-        f"{group}.{name}": list(value) if isinstance(value, tuple) else value
-        for group, values in asdict(config).items()
-        for name, value in values.items()
-    }
+    """Return {"optim.lr": 1e-4, ...}: every field by its name on the command line."""
+    return {f"{group}.{name}": value for group, values in asdict(config).items() for name, value in values.items()}
 
 
 def unused(config: Config) -> list[str]:
@@ -490,11 +486,7 @@ def unused(config: Config) -> list[str]:
 
 def dump(config: Config) -> str:
     """Return every field, defaults included, as YAML that `config_file.load` reads back to an equal configuration."""
-    tree: dict[str, dict[str, Any]] = {}
-    for key, value in flatten(config).items():
-        group, name = key.split(".")
-        tree.setdefault(group, {})[name] = value
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:

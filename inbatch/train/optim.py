@@ -24,7 +24,7 @@ def build_optimizer(modules: Sequence[nn.Module], config: OptimConfig) -> torch.
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=all(p.device.type in ("cuda", "cpu") for p in parameters),
+        fused=True,
     )
 
 

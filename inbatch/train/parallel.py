@@ -100,12 +100,8 @@ def _drops(backbone: nn.Module) -> bool:
 
 def _keeping_less(compiled: Callable, *args: object, **options: object) -> object:
     # Read where a call compiles. Set for good, it would hold for models that drop something, too.
-    config = torch._functorch.config
-    before, config.aggressive_recomputation = config.aggressive_recomputation, True
-    try:
+    with torch._functorch.config.patch(aggressive_recomputation=True):
         return compiled(*args, **options)
-    finally:
-        config.aggressive_recomputation = before
 
 
 @contextmanager

@@ -34,13 +34,7 @@ class Report:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        config: Config,
-        *,
-        first_step: int,
-        total_steps: int,
-        on_figures: OnFigures | None = None,
+        self, folder: RunFolder, config: Config, first_step: int, total_steps: int, on_figures: OnFigures | None
     ):
         folder.drop_lines_after(first_step)
         self._on_figures = on_figures
@@ -121,13 +115,10 @@ class Report:
 class NoReport(Report):
     """Stand for the report on ranks other than the first, which write nothing."""
 
-    best_step, stale = None, 0
+    best_step = None
 
     def __init__(self):
         pass
-
-    def evaluated(self, step: int) -> set[str]:
-        return set()
 
     def _nothing(self, *arguments: object, **options: object) -> None:
         pass

@@ -29,11 +29,12 @@ from inbatch.train import checkpoint
 from inbatch.train.boards import check_loggers
 from inbatch.train.config import Config, EvalConfig, LossConfig, TrainSource
 from inbatch.train.optim import build_optimizer
+from inbatch.train.parallel import compile_layers, replicate, shard
 from inbatch.train.report import NoReport, OnFigures, Report
 from inbatch.train.run_folder import RunFolder
 from inbatch.train.same import check_data, check_towers
 from inbatch.train.teacher import Vectors, teacher_vectors
-from inbatch.train.towers import open_towers, spread
+from inbatch.train.towers import open_towers
 
 # Compiling took 10 s (MiniLM) and 46 s (Qwen3-0.6B's size) on an H200, and saved a seventh and (on another host)
 # three fifths of a step. Without it both did about 1.3e14 operations a second: this many take more than a minute.
@@ -161,21 +162,22 @@ def set_up(
     if evaluation is not None and config.eval.sampled:
         part = sample(evaluation, config.eval.sample_queries, config.eval.sample_documents)
     folder.claim(config, len(examples))
-    progress: dict[str, Any] = {"first_step": first_step, "total_steps": total_steps}
-    report = together(
-        lambda: Report(folder, config, on_figures=on_figures, **progress) if collectives.rank() == 0 else NoReport()
-    )
+
+    def open_report() -> Report:
+        return Report(folder, config, first_step, total_steps, on_figures) if collectives.rank() == 0 else NoReport()
+
     return Run(
         config=config,
         folder=folder,
-        report=report,
+        report=together(open_report),
         learner=learner,
         plan=plan,
         steps=steps,
         evaluation=evaluation,
         sample=part,
         validation=validation,
-        **progress,
+        first_step=first_step,
+        total_steps=total_steps,
     )
 
 
@@ -313,7 +315,12 @@ def open_learner(
     if compiled is None:
         compiled = device.type == "cuda" and operations(towers, config, total_steps) > REPAYS_COMPILING
         compiled = compiled and all(any(isinstance(m, nn.ModuleList) for m in t.modules()) for t in towers.values())
-    networks = spread(towers, config, device, bf16=precision != "fp32", compiled=compiled)
+    for tower in towers.values() if compiled else ():
+        compile_layers(tower)
+    networks = {
+        name: shard(tower, device, bf16=precision != "fp32") if sharded else replicate(tower, device)
+        for name, tower in towers.items()
+    }
     loss = build_loss(config.loss, model.embedding_dim, device)
     return Learner(
         device=device,

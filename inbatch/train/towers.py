@@ -1,13 +1,12 @@
 """The encoders of a run: one tower for queries and passages alike ("model"), or one for each ("query", "passage").
 
-Opened as the configuration says, spread over the ranks, and saved as folders that sentence-transformers opens.
+Opened as the configuration says, and saved as folders that sentence-transformers opens.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from inbatch import collectives
 from inbatch.data.files import replacing, write_text
@@ -19,7 +18,7 @@ from inbatch.train import checkpoint
 from inbatch.train.card import hub_data, training_section
 from inbatch.train.config import Config
 from inbatch.train.config_file import load
-from inbatch.train.parallel import compile_layers, replicate, shard, whole_state
+from inbatch.train.parallel import whole_state
 from inbatch.train.run_folder import read_metrics
 
 
@@ -94,21 +93,6 @@ def _check_multi_vector(config: Config) -> None:
     for key, value in wrong.items():
         if value is not None:
             raise ValueError(f"{key} is {value}, which a multi-vector model does not have: leave it out")
-
-
-def spread(
-    towers: Mapping[str, BiEncoderModel], config: Config, device: torch.device, *, bf16: bool, compiled: bool
-) -> dict[str, nn.Module]:
-    """Return the towers as training calls them: see `inbatch.train.parallel`."""
-    networks = {}
-    for name, tower in towers.items():
-        if compiled:
-            compile_layers(tower)
-        if config.train.parallel == "fsdp2":
-            networks[name] = shard(tower, device, bf16=bf16)
-        else:
-            networks[name] = replicate(tower, device)
-    return networks
 
 
 def save_towers(towers: Mapping[str, BiEncoderModel], config: Config, folder: Path) -> None:

@@ -91,6 +91,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_impossible_plan(arguments):
     with pytest.raises(ValueError, match="got"):
         BatchPlan(*arguments)
+    with pytest.raises(ValueError, match="3 examples fill no batch of 4: lower global_batch_size, or set drop_last to"):
+        BatchPlan(3, 4, drop_last=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- collator
