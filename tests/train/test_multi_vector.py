@@ -107,6 +107,11 @@ def search_body(rank, model_folder, beir, records, output):
     return run, shape
 
 
+def test_one_process_needs_no_process_group(folder, tmp_path):
+    train_body(0, settings(folder, tmp_path, train={"max_steps": 1}))
+    assert "eval_nDCG@10" in read_metrics(tmp_path)[-1]
+
+
 def test_search_encode_and_mine_by_max_sim(pool, folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
