@@ -124,12 +124,19 @@ def clears(model, batch):
     return loss, found
 
 
+def names_of_the_wrapper(model, batch):
+    loss, found = clears(model, batch)
+    return loss, {f"module.{name}": gradient for name, gradient in found.items()}
+
+
 def check_mistakes(rank: int):
     assert_gradient_parity(clears, model(), batches(2, 3), reference=gathered_alone)
     with pytest.raises(ValueError, match="got 3 batches; expected 2, one for each process"):
         gradient_parity(ours, model(), batches(1, 1, 1))
     with pytest.raises(ValueError, match="no parameter of 'encoder' has a gradient"):
         gradient_parity(ours, model(), batches(1, 1), reference=gathered_alone, towers=("encoder",))
+    with pytest.raises(ValueError, match=r"a gradient of 'module\.\S+': the model has no such parameter"):
+        gradient_parity(names_of_the_wrapper, model(), batches(2, 3), reference=gathered_alone)
     with pytest.raises(ValueError, match="left no gradient"):
         gradient_parity(ours, model(), batches(1, 1), reference=lambda model, batch: 0.0)
 

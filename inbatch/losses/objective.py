@@ -73,12 +73,8 @@ class Objective:
             elif not isinstance(value, tuple) and (value is not None or name == "directions"):
                 # The order of a set differs between processes, and so would what they compute.
                 raise ValueError(f"{name} must be a tuple or a list, got {type(value).__name__} {value!r}")
-        if (
-            not self.directions
-            or not all(isinstance(direction, str) for direction in self.directions)
-            or len(set(self.directions)) < len(self.directions)
-            or set(self.directions) - set(DIRECTIONS)
-        ):
+        known = [direction for direction in DIRECTIONS if direction in self.directions]
+        if not known or len(known) < len(self.directions):  # some repeated, or not among them
             raise ValueError(f"directions must be different ones of {', '.join(DIRECTIONS)}, got {self.directions!r}")
         if self.partition not in ("joint", "per_direction"):
             raise ValueError(f'partition must be "joint" or "per_direction", got {self.partition!r}')

@@ -86,7 +86,7 @@ def gradient_parity(
     """Compare the gradient of `step` on len(batches) processes with that of one process on the joined batch.
 
     step(model, batch): runs forward and backward and returns the loss; gradients are then in `.grad`. A step that
-        clears or keeps them elsewhere, as a trainer does, returns (loss, {parameter name: gradient}).
+        clears or keeps them elsewhere, as a trainer does, returns (loss, {name in the unwrapped model: gradient}).
     model: with dropout off; a copy is trained, never the model itself. Put a loss with parameters into it.
     batches: one for each rank; they may differ in rows. Mappings, tuples and namedtuples of tensors and lists.
     wrap: what the model is given to on several processes; None where the step wraps it. Not called in one process.
@@ -131,6 +131,9 @@ def _run(step: Step, model: nn.Module, batch: Any, wrap: Callable | None = None)
         raise ValueError("gradient_parity: the step returned None; it must return the loss")
     if found is None:
         found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    if others := found.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+        expected = "the model has no such parameter; expected the names that they have before it is wrapped"
+        raise ValueError(f"gradient_parity: the step returned a gradient of {min(others)!r}: {expected}")
     whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
     return float(torch.as_tensor(loss).detach()), {
         name: grad.detach().to("cpu", torch.float64) for name, grad in whole.items()
