@@ -45,7 +45,9 @@ def local_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
-            raise ValueError(f"{name} is not a model: the folder has neither config.json nor modules.json")
+            inside = [path.parent.name for path in sorted(folder.glob("*/modules.json"))]
+            hint = f": there are models in it, {', '.join(inside)}" if inside else ""
+            raise ValueError(f"{name} is not a model: the folder has neither config.json nor modules.json{hint}")
         return folder
     if not is_hub_name(name):
         raise ValueError(f"{name} is not a model: there is no such folder")
@@ -205,7 +207,7 @@ def load_tokenizer(
     missing = "" if any(folder.glob("tokenizer*")) else " (no tokenizer.json: copy its files from the base model)"
     with failing_as(f"{folder}: its tokenizer cannot be opened{missing}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **(options or {}))
-    _require_vocabulary(folder, tokenizer)
+    require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"{folder}: the tokenizer has neither a pad token nor an eos token to pad with")
@@ -245,7 +247,7 @@ def _lower_case(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         backend.normalizer = normalizers.Sequence([lower, *parts]) if parts else lower
 
 
-def _require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if transformers made up an empty vocabulary, which makes every token unknown."""
     # Merges or settings alone hold no tokens. Tokenizers of bytes or characters need no file.
     other = ("merges_file", "normalizer_file", "tokenizer_config_file")
@@ -353,6 +355,14 @@ def padding_shifts(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel
         return "weights"
     scaled = "llama_4_scaling_beta" in (getattr(backbone.config, "rope_parameters", None) or {})
     return "positions" if scaled or position_table(backbone)[0] else None
+
+
+def require_unshifted(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, pooling: str) -> None:
+    if what := padding_shifts(tokenizer, backbone, pooling):
+        raise ValueError(
+            f"{place}: padding_side left shifts the {what} of shorter texts, so that their embeddings depend on the "
+            "longer ones; set it to right in tokenizer_config.json"
+        )
 
 
 def length_limit(

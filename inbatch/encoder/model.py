@@ -28,6 +28,7 @@ from inbatch.encoder.loading import (
     padding_shifts,
     position_table,
     require_fit,
+    require_unshifted,
     restore_cut,
     set_attention,
 )
@@ -164,11 +165,8 @@ class BiEncoderModel(nn.Module):
         )
         cut = cut_of(tokenizer)
         require_fit(home, tokenizer, backbone)
-        if from_sentence_transformers and (what := padding_shifts(tokenizer, backbone, saved.layout.pooling)):
-            raise ValueError(
-                f"{home}: padding_side left shifts the {what} of shorter texts, so that their embeddings depend on the "
-                "longer ones; set it to right in tokenizer_config.json"
-            )
+        if from_sentence_transformers:
+            require_unshifted(home, tokenizer, backbone, saved.layout.pooling)
         if max_seq_length is None:
             max_seq_length = length_limit(home, layout.max_seq_length, tokenizer, backbone)
         layout = replace(
@@ -373,9 +371,18 @@ class BiEncoderModel(nn.Module):
         if self.position_limit and length > self.position_limit:
             raise ValueError(f"a length of {length} tokens exceeds the {self.position_limit} positions of the backbone")
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in the backward pass (non-reentrant, which DDP and FSDP2 need)."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute activations in the backward pass; non-reentrant, as DDP and FSDP2 need it, unless told otherwise.
+
+        It takes what transformers' Trainer gives to a model of its own.
+        """
+        model = next((module for module in self.backbone.modules() if isinstance(module, PreTrainedModel)), None)
+        if model is None:
+            raise ValueError("model.gradient_checkpointing: there is no transformer in this model")
+        given = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Save the model to the hub as `repo_id`, its card included, and return its address; see `card.push`."""

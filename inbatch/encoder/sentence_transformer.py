@@ -13,7 +13,17 @@ from transformers import PreTrainedModel
 
 from inbatch.encoder.card import model_card
 from inbatch.encoder.folder_settings import UnsupportedError
-from inbatch.encoder.loading import NO_LIMIT, cut_of, local_folder, position_table, restore_cut
+from inbatch.encoder.loading import (
+    NO_LIMIT,
+    cut_of,
+    failing_as,
+    local_folder,
+    position_table,
+    require_fit,
+    require_unshifted,
+    require_vocabulary,
+    restore_cut,
+)
 from inbatch.encoder.model import BiEncoderModel, attended
 from inbatch.encoder.pooling import first_of
 
@@ -74,7 +84,13 @@ class SentenceTransformerEncoder(BiEncoderModel):
         self.similarity = model.similarity_fn_name or "cosine"
         self.query_length, self.document_length = (getattr(first, f"{n}_length", None) for n in ("query", "document"))
         transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        self.position_limit, self.position_offset = (None, 0) if transformer is None else position_table(transformer)
+        self.position_limit = self.position_offset = None
+        if transformer is not None:
+            place = Path(self.tokenizer.name_or_path)
+            require_vocabulary(place, self.tokenizer)
+            require_fit(place, self.tokenizer, transformer)
+            require_unshifted(place, self.tokenizer, transformer, pooling="")
+            self.position_limit, self.position_offset = position_table(transformer)
         # Theirs may be no limit (10 ** 30), or RoBERTa's table of positions, two of which it cannot use.
         limits = [length for length in (model.max_seq_length, self.position_limit) if length and length < NO_LIMIT]
         self.max_seq_length = None if self._static else min(limits, default=None)
@@ -101,12 +117,14 @@ class SentenceTransformerEncoder(BiEncoderModel):
         arguments = {name: options.pop(name, None) for name in ("dtype", "attn_implementation")}
         if isinstance(arguments["dtype"], str):
             arguments["dtype"] = getattr(torch, arguments["dtype"], arguments["dtype"])
-        model = SentenceTransformer(
-            str(local_folder(str(name_or_path))),
-            device="cpu",
-            trust_remote_code=options.pop("trust_remote_code", False),
-            model_kwargs={name: value for name, value in arguments.items() if value is not None},
-        )
+        folder = local_folder(str(name_or_path))
+        with failing_as(f"{folder}: sentence-transformers cannot open it"):
+            model = SentenceTransformer(
+                str(folder),
+                device="cpu",
+                trust_remote_code=options.pop("trust_remote_code", False),
+                model_kwargs={name: value for name, value in arguments.items() if value is not None},
+            )
         encoder = cls(model if arguments["dtype"] is None else model.to(arguments["dtype"]))
         encoder.base_model = str(name_or_path)
         encoder.prompts |= options.pop("prompts", None) or {}
@@ -115,6 +133,7 @@ class SentenceTransformerEncoder(BiEncoderModel):
         encoder._check_length(length)
         if length is not None and not encoder._static:
             encoder.max_seq_length = length
+        encoder._require_finite(folder)
         return encoder.eval()
 
     @property
@@ -148,13 +167,6 @@ class SentenceTransformerEncoder(BiEncoderModel):
         return first_of(embeddings_BD, rows, self.truncate_dim)
 
     forward = encode
-
-    def gradient_checkpointing_enable(self) -> None:
-        models = [module for module in self.backbone.modules() if isinstance(module, PreTrainedModel)]
-        if not models:
-            raise ValueError("model.gradient_checkpointing: there is no transformer in this model")
-        for model in models:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save the folder as sentence-transformers does, with our card; state_dict as in BiEncoderModel."""

@@ -185,8 +185,8 @@ def _read_modules(folder: Path) -> tuple[list[str], list[str]]:
         file_within(folder, module["path"])
         if not module["type"].startswith("sentence_transformers.") and module["type"] != DENSE:
             raise UnsupportedError(
-                f"{folder}: module {module['type']:.200} is custom code, which is not run, whatever trust_remote_code "
-                f"says: expected {_SUPPORTED}, of sentence-transformers"
+                f"{folder}: module {module['type']:.200} is custom code, which inbatch does not run itself: expected "
+                f"{_SUPPORTED}, of sentence-transformers"
             )
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     several = _is_multi_vector(kinds)

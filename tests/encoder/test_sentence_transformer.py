@@ -1,9 +1,12 @@
 """Models that only sentence-transformers opens: their embeddings before and after training."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
 from transformers import T5Config, T5EncoderModel
@@ -135,3 +138,43 @@ def test_an_encoder_without_its_decoder_and_lengths_that_are_no_limit(tmp_path):
         assert model.max_seq_length == length
         model.save_pretrained(tmp_path / f"{kind} again")
         assert_as_theirs(tmp_path / f"{kind} again")
+
+
+def test_folders_that_sentence_transformers_would_open_and_get_wrong(folder, saved, tmp_path):  # noqa: F811
+    """Each ends in one line: a module's file, another width, weights that are NaN, a tokenizer that is made up."""
+
+    def no_tokenizer(path: Path) -> None:
+        for file in path.glob("tokenizer*"):
+            file.unlink()
+
+    def left(path: Path) -> None:
+        tiny_tokenizer(padding_side="left").save_pretrained(path)
+
+    def nan(path: Path) -> None:
+        weights = {name: value * float("nan") for name, value in load_file(path / "2_Dense/model.safetensors").items()}
+        save_file(weights, path / "2_Dense/model.safetensors")
+
+    def type_of(name: str) -> Callable[[Path], object]:
+        text = (saved["dense"] / "modules.json").read_text()
+        kind = "sentence_transformers.base.modules.dense.Dense"
+        assert kind in text
+        return lambda path: (path / "modules.json").write_text(text.replace(kind, name))
+
+    for number, (change, message) in enumerate(
+        (
+            (lambda path: (path / "2_Dense/model.safetensors").unlink(), "sentence-transformers cannot open it: Could"),
+            (lambda path: (path / "1_Pooling/config.json").write_text("{}"), "cannot open it: TypeError: .*Pooling"),
+            (lambda path: shutil.rmtree(path / "3_Dense"), "sentence-transformers cannot open it"),
+            (lambda path: shutil.copytree(path / "3_Dense", path / "2_Dense", dirs_exist_ok=True), "embeds no text"),
+            (nan, "embeddings hold NaN"),
+            (no_tokenizer, "has no vocabulary for its tokenizer|no tokenizer.json"),
+            (left, "padding_side left shifts the positions"),
+            (type_of("sentence_transformers.nothing.Dense"), "cannot open it: No module named"),
+            (type_of("mine.Dense"), "cannot open it: .*executes third-party code"),
+        )
+    ):
+        path = shutil.copytree(saved["dense"], tmp_path / str(number))
+        change(path)
+        with pytest.raises(ValueError, match=message) as error:
+            open_encoder(path)
+        assert "\n" not in str(error.value)

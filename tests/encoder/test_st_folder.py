@@ -206,7 +206,7 @@ def test_custom_code_is_not_run_and_nobody_is_asked(folders, tmp_path, monkeypat
     (tmp_path / "modules" / "modules.json").write_text(
         text.replace("sentence_transformers.models.Pooling", "mine.Pooling")
     )
-    with pytest.raises(ValueError, match=r"module mine\.Pooling is custom code, which is not run"):
+    with pytest.raises(ValueError, match=r"module mine\.Pooling is custom code, which inbatch does not run"):
         BiEncoderModel.from_pretrained(tmp_path / "modules")
 
 
@@ -321,9 +321,11 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
     (tmp_path / "bare" / "model.safetensors").unlink()
     shutil.copytree(folders["bert"], tmp_path / "no-tokens")
     (tmp_path / "no-tokens" / "tokenizer.json").write_text("[]")
+    for tower in ("query", "passage"):
+        BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / tower)
     for path, message in (
         (tmp_path / "missing", "missing is not a model: there is no such folder"),
-        (tmp_path, "not a model: the folder has neither config.json"),
+        (tmp_path, "neither config.json nor modules.json: there are models in it, passage, query"),
         ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here, and cannot be had from the hub"),
         ("./here/nothing", "no such folder"),
         (tmp_path / "adapter", "names no base_model_name_or_path"),
