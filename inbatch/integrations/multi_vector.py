@@ -119,4 +119,6 @@ class CachedMultiVectorMultipleNegativesRankingLoss(Cached):
     ):
         super().__init__(model, **options)
         longest = getattr(getattr(model, "module", model), "max_seq_length", None)
-        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, longest)
+        self.micro_batch_tokens = micro_batch_tokens(
+            mini_batch_size, mini_batch_num_tokens, longest, show_progress_bar=show_progress_bar
+        )

@@ -84,4 +84,7 @@ class CachedContrastive(Cached, Contrastive):
             temperature,
             **options,
         )
-        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, None, getattr(model, "document_length", 180))
+        longest = getattr(model, "document_length", 180)
+        self.micro_batch_tokens = micro_batch_tokens(
+            mini_batch_size, None, longest, show_progress_bar=show_progress_bar
+        )

@@ -165,7 +165,9 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         if any(isinstance(module, StaticEmbedding) for module in model.modules()):
             raise ValueError("a StaticEmbedding's inputs cannot be cut into rows: use MultipleNegativesRankingLoss")
         longest = getattr(unwrap(model), "max_seq_length", None)
-        self.micro_batch_tokens = micro_batch_tokens(mini_batch_size, mini_batch_num_tokens, longest)
+        self.micro_batch_tokens = micro_batch_tokens(
+            mini_batch_size, mini_batch_num_tokens, longest, show_progress_bar=show_progress_bar
+        )
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of the columns' embeddings, each in parts."""

@@ -94,8 +94,12 @@ def ids_of(labels: Any, rows: int, passages: int) -> FalseNegatives | None:
     return FalseNegatives(passage_ids=labels[:, -passages:].flatten(), query_ids=queries)
 
 
-def micro_batch_tokens(size: int | None, tokens: int | None, longest: int | None) -> int | str:
+def micro_batch_tokens(
+    size: int | None, tokens: int | None, longest: int | None, *, show_progress_bar: bool = False
+) -> int | str:
     """Return the tokens of a micro-batch: those given, or of so many rows of the longest; "auto" where neither is."""
+    if show_progress_bar:
+        warnings.warn("show_progress_bar is not used: micro-batches show no progress", stacklevel=3)
     for name, given in (("mini_batch_size", size), ("mini_batch_num_tokens", tokens)):
         if given is not None and (not isinstance(given, int) or given < 1):
             raise ValueError(f"{name} must be an integer of at least 1, or None, got {given!r}")

@@ -49,6 +49,8 @@ def test_value_and_gradient_are_theirs(folder):
         assert_equal(our_gradient, their_gradient)
     with pytest.warns(UserWarning, match="mini_batch_size is not used: no grid"):
         MultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=8)
+    with pytest.warns(UserWarning, match="show_progress_bar is not used"):
+        CachedMultiVectorMultipleNegativesRankingLoss(model, show_progress_bar=True)
     ids = torch.arange(12).reshape(6, 2)
     ids[1, 0] = ids[0, 0]
     loss = MultiVectorMultipleNegativesRankingLoss(model, scale=np.float32(2.0))  # type: ignore[arg-type]
