@@ -236,7 +236,7 @@ def _batch_facts(
     queries, passages = [len(rows) for rows in shares], [sum(widths[row] for row in rows) for rows in shares]
     usual = sources[0]
     mean = {side: tokens.clip(max=usual.limits[side]).mean() for side, tokens in usual.tokens.items()}
-    tokens = queries[0] * mean["query"] + passages[0] * mean["passage"]
+    tokens = queries[-1] * mean["query"] + passages[-1] * mean["passage"]  # the last rank has the most rows
     duplicates = sum(copy > 0 for copy in copies) / max(1, len(copies))
     first_batch = FirstBatch(queries=queries, passages=passages, duplicates=duplicates, tokens=int(tokens))
     return BatchFacts(*np.array(counts, dtype=np.int64).T, first=first_batch)
@@ -266,8 +266,8 @@ def _memory(config: Config, towers: Sequence[BiEncoderModel], first: FirstBatch,
     weights = sum(p.numel() for tower in towers for p in tower.parameters())
     trained = sum(p.numel() for tower in towers for p in tower.parameters() if p.requires_grad)
     parts = ranks if config.train.parallel == "fsdp2" else 1
-    texts = sum(first.passages) + sum(first.queries) if config.loss.negatives == "gather" else first.passages[0] * 2
-    per_text = 1 if towers[0].multi_vector is None else first.tokens / (first.passages[0] + first.queries[0])
+    texts = sum(first.passages) + sum(first.queries) if config.loss.negatives == "gather" else first.passages[-1] * 2
+    per_text = 1 if towers[0].multi_vector is None else first.tokens / max(1, first.passages[-1] + first.queries[-1])
     shape = getattr(towers[0].backbone, "config", None)
     width, layers = getattr(shape, "hidden_size", 0), getattr(shape, "num_hidden_layers", 0)  # 0: no transformer
     budget = config.train.micro_batch_tokens

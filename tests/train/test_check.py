@@ -175,6 +175,13 @@ def test_what_training_cuts_and_refuses_is_cut_and_found(tmp_path):
     assert checked.batches.first.tokens == 32 * (12 + 24), "texts are cut on both sides"
     (found,) = [finding for finding in checked.findings if finding.code == "no_candidates"]
     assert f"{source}: negatives is own, and train_n_passages is 1" in found.text
+    one = {
+        "model": {"name_or_path": str(tmp_path / "model"), "pooling": "multi_vector"},
+        "data": {"train": str(source)},
+    }
+    alone = config_of(tmp_path, **one, train={"global_batch_size": 1})
+    with pytest.warns(UserWarning, match="has no projection"):
+        assert check.check(load(alone), ranks=3).batches.first.queries == [0, 0, 1]
 
 
 def test_candidates_are_those_that_training_counts(tmp_path):
