@@ -207,7 +207,6 @@ def load_tokenizer(
     missing = "" if any(folder.glob("tokenizer*")) else " (no tokenizer.json: copy its files from the base model)"
     with failing_as(f"{folder}: its tokenizer cannot be opened{missing}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **(options or {}))
-    require_vocabulary(folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"{folder}: the tokenizer has neither a pad token nor an eos token to pad with")
@@ -245,20 +244,6 @@ def _lower_case(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
         lower = normalizers.Lowercase()
         backend.normalizer = normalizers.Sequence([lower, *parts]) if parts else lower
-
-
-def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if transformers made up an empty vocabulary, which makes every token unknown."""
-    # Merges or settings alone hold no tokens. Tokenizers of bytes or characters need no file.
-    other = ("merges_file", "normalizer_file", "tokenizer_config_file")
-    names = sorted(name for kind, name in tokenizer.vocab_files_names.items() if kind not in other)
-    # Under these names transformers finds a vocabulary too, whatever the class of the tokenizer.
-    anywhere = [*folder.glob("*.model"), *folder.glob("*tekken*.json"), *folder.glob("tokenizer.*.json")]
-    if names and not anywhere and not any((folder / name).is_file() for name in names):
-        raise ValueError(
-            f"{folder} has no vocabulary for its tokenizer ({type(tokenizer).__name__}): expected one of the files "
-            f"{', '.join(names)}; copy the tokenizer's files there from the model it was trained from"
-        )
 
 
 def set_attention(backbone: PreTrainedModel, bidirectional: bool | None, default: bool) -> None:
@@ -318,8 +303,28 @@ def position_table(backbone: PreTrainedModel) -> tuple[int | None, int]:
     return None, 0
 
 
-def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
-    """Raise ValueError for a tokenizer that does not fit the backbone: its ids, token types or length limit."""
+def require_fit(
+    place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, pooling: str | None
+) -> None:
+    """Raise ValueError for a tokenizer that has no vocabulary, or whose ids, types, limit or padding do not fit.
+
+    pooling: of a folder of sentence-transformers, which counts padding on the left; None for another folder.
+    """
+    # Merges or settings alone hold no tokens. Tokenizers of bytes or characters need no file.
+    other = ("merges_file", "normalizer_file", "tokenizer_config_file")
+    files = sorted(name for kind, name in tokenizer.vocab_files_names.items() if kind not in other)
+    # Under these names transformers finds a vocabulary too, whatever the class of the tokenizer.
+    found = any(any(place.glob(name)) for name in (*files, "*.model", "*tekken*.json", "tokenizer.*.json"))
+    if files and not found:  # transformers made up an empty one, to which every token is unknown
+        raise ValueError(
+            f"{place} has no vocabulary for its tokenizer ({type(tokenizer).__name__}): expected one of the files "
+            f"{', '.join(files)}; copy the tokenizer's files there from the model it was trained from"
+        )
+    if pooling is not None and (what := padding_shifts(tokenizer, backbone, pooling)):
+        raise ValueError(
+            f"{place}: padding_side left shifts the {what} of shorter texts, so that their embeddings depend on the "
+            "longer ones; set it to right in tokenizer_config.json"
+        )
     limit = tokenizer.model_max_length
     if type(limit) not in (int, float) or limit < 1 or (limit < NO_LIMIT and type(limit) is float):
         raise ValueError(f"{place}: the tokenizer's model_max_length is {limit!r:.60}; expected a positive integer")
@@ -329,7 +334,9 @@ def require_fit(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTr
             "would count as text; add it in tokenizer_config.json"
         )
     with failing_as(f"{place}: its tokenizer takes no text"):
+        cut = cut_of(tokenizer)
         tokens = tokenizer([_PROBE, ""], padding=True)
+        restore_cut(tokenizer, cut)
         names = {id: token for token, id in tokenizer.get_vocab().items()}
     try:
         rows: int = backbone.get_input_embeddings().num_embeddings  # type: ignore[assignment]
@@ -355,14 +362,6 @@ def padding_shifts(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel
         return "weights"
     scaled = "llama_4_scaling_beta" in (getattr(backbone.config, "rope_parameters", None) or {})
     return "positions" if scaled or position_table(backbone)[0] else None
-
-
-def require_unshifted(place: Path, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, pooling: str) -> None:
-    if what := padding_shifts(tokenizer, backbone, pooling):
-        raise ValueError(
-            f"{place}: padding_side left shifts the {what} of shorter texts, so that their embeddings depend on the "
-            "longer ones; set it to right in tokenizer_config.json"
-        )
 
 
 def length_limit(

@@ -28,7 +28,6 @@ from inbatch.encoder.loading import (
     padding_shifts,
     position_table,
     require_fit,
-    require_unshifted,
     restore_cut,
     set_attention,
 )
@@ -163,10 +162,7 @@ class BiEncoderModel(nn.Module):
         tokenizer = load_tokenizer(
             home, saved.tokenizer_options, lower_case=layout.do_lower_case, trust_remote_code=trust_remote_code
         )
-        cut = cut_of(tokenizer)
-        require_fit(home, tokenizer, backbone)
-        if from_sentence_transformers:
-            require_unshifted(home, tokenizer, backbone, saved.layout.pooling)
+        require_fit(home, tokenizer, backbone, saved.layout.pooling if from_sentence_transformers else None)
         if max_seq_length is None:
             max_seq_length = length_limit(home, layout.max_seq_length, tokenizer, backbone)
         layout = replace(
@@ -181,7 +177,6 @@ class BiEncoderModel(nn.Module):
         model = cls(backbone, tokenizer, layout, packed=packed if attn_implementation is None else False, head=head)
         if packed is None and attn_implementation is not None:
             model.padded_because = f"attn_implementation={attn_implementation!r} was given"
-        model._cut = cut
         model.base_model = str(name_or_path)
         model._require_finite(home)
         return model

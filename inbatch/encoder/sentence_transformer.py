@@ -20,8 +20,6 @@ from inbatch.encoder.loading import (
     local_folder,
     position_table,
     require_fit,
-    require_unshifted,
-    require_vocabulary,
     restore_cut,
 )
 from inbatch.encoder.model import BiEncoderModel, attended
@@ -84,12 +82,9 @@ class SentenceTransformerEncoder(BiEncoderModel):
         self.similarity = model.similarity_fn_name or "cosine"
         self.query_length, self.document_length = (getattr(first, f"{n}_length", None) for n in ("query", "document"))
         transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        self.position_limit = self.position_offset = None
+        self.position_limit, self.position_offset = None, 0
         if transformer is not None:
-            place = Path(self.tokenizer.name_or_path)
-            require_vocabulary(place, self.tokenizer)
-            require_fit(place, self.tokenizer, transformer)
-            require_unshifted(place, self.tokenizer, transformer, pooling="")
+            require_fit(Path(self.tokenizer.name_or_path), self.tokenizer, transformer, pooling="")
             self.position_limit, self.position_offset = position_table(transformer)
         # Theirs may be no limit (10 ** 30), or RoBERTa's table of positions, two of which it cannot use.
         limits = [length for length in (model.max_seq_length, self.position_limit) if length and length < NO_LIMIT]
