@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -121,15 +122,21 @@ def _kept_tokens(module: Any, texts: Any, options: EmbedOptions, name: Path, row
             with replacing(paths[some.start + start]) as filled:
                 save_file({"vectors": window.vectors, "lengths": window.lengths}, filled)
 
+    def read() -> Tokens:
+        parts = []
+        for first, path in paths.items():
+            begin, end = max(rows.start, first), min(rows.stop, first + WINDOW)
+            if begin < end:
+                try:
+                    tensors = load_file(path)
+                except SafetensorError as error:
+                    raise ValueError(f"{path} is damaged ({error}): remove it, and it is made anew") from None
+                part = Tokens(tensors["vectors"], tensors["lengths"])
+                parts.append(part if end - begin == len(part) else part[begin - first : end - first])
+        return joined(parts, module.embedding_dim, options.dtype)
+
     collectives.together(fill, group)
-    parts = []
-    for first, path in paths.items():
-        begin, end = max(rows.start, first), min(rows.stop, first + WINDOW)
-        if begin < end:
-            tensors = load_file(path)
-            part = Tokens(tensors["vectors"], tensors["lengths"])
-            parts.append(part if end - begin == len(part) else part[begin - first : end - first])
-    return joined(parts, module.embedding_dim, options.dtype)
+    return collectives.together(read, group)
 
 
 def _missing(done: np.ndarray, first: int) -> list[range]:

@@ -152,3 +152,12 @@ def test_search_encode_and_mine_by_max_sim(pool, folder, tmp_path):
         assert [line["neg"] for line in lines] == [line["neg"] for line in mined]
     assert all(record["neg_scores"] == sorted(record["neg_scores"], reverse=True) for record in mined)
     assert sum(map(len, (record["neg"] for record in mined))) > 0
+    shard = next((tmp_path / "out" / "kept").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-5])
+    again = BiEncoderModel.from_pretrained(tmp_path / "model")
+    records, message = (
+        open_mining_set(folder / "records.jsonl"),
+        r"safetensors is damaged .*: remove it, and it is made",
+    )
+    with patch.object(keeping, "WINDOW", 4), pytest.raises(ValueError, match=message):
+        mine(again, records, tmp_path / "a.jsonl", kept=tmp_path / "out" / "kept")
