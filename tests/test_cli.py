@@ -184,6 +184,10 @@ def test_train_evaluate_encode(home, capsys):
     assert cli.run(["mine", model, str(home / "beir"), str(mined), "--range-min", "100", "--device", "cpu"]) == 1
     assert "range_min is 100 and range_max 100" in only_message(capsys)
 
+    command = ["mine", model, str(home / "beir"), str(mined), "--split", "test", "--teacher", str(home / "run")]
+    for wrong in (["encode", str(home / "run"), str(home / "beir"), str(output)], command):
+        assert cli.run([*wrong, "--device", "cpu"]) == 1
+        assert f"{home / 'run'} is not a model, but holds {home / 'run' / 'model'}: name" in only_message(capsys)
     assert cli.run(["encode", model, str(home / "beir"), str(output), "--prompt", "poem", "--device", "cpu"]) == 1
     assert "--prompt poem: expected one of" in only_message(capsys)
 

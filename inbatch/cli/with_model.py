@@ -99,6 +99,7 @@ def _print_once(text: str) -> None:
 
 def _open_model(name: str, device: torch.device, pool_factor: int | None = None) -> BiEncoderModel:
     """Return the model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
+    _check_single(name)
     packed = wish(None, device)
     model = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=packed))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
@@ -111,10 +112,18 @@ def _open_model(name: str, device: torch.device, pool_factor: int | None = None)
     return model.to(device).eval()
 
 
+def _check_single(name: str) -> None:
+    """Raise ValueError for a folder that only holds folders of models, such as a run's, or that of two towers."""
+    folder = Path(name).expanduser()
+    within = sorted(str(file.parent) for file in folder.glob("*/modules.json"))
+    if within and not (folder / "modules.json").is_file():
+        raise ValueError(f"{name} is not a model, but holds {' and '.join(within)}: name one of them")
+
+
 def _open_towers(known: argparse.Namespace, device: torch.device) -> tuple[BiEncoderModel, BiEncoderModel | None]:
     """Return the encoder of the documents, and that of the queries where the folder holds two."""
     name, pool_factor = known.model, known.pool_factor
-    towers = [Path(name) / tower for tower in ("passage", "query")]
+    towers = [Path(name).expanduser() / tower for tower in ("passage", "query")]
     if all(tower.is_dir() for tower in towers):
         return _open_model(str(towers[0]), device, pool_factor), _open_model(str(towers[1]), device)
     return _open_model(name, device, pool_factor), None
@@ -122,6 +131,7 @@ def _open_towers(known: argparse.Namespace, device: torch.device) -> tuple[BiEnc
 
 def _open_teacher(name: str, device: torch.device) -> Any:
     """Return a CrossEncoder where the folder holds a classifier of pairs, else an encoder."""
+    _check_single(name)
     config = collectives.together(lambda: local_folder(name)) / "config.json"
     if not config.is_file() or "ForSequenceClassification" not in config.read_text(encoding="utf-8"):
         return _open_model(name, device)
