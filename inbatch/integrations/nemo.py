@@ -289,9 +289,8 @@ def _optim(keys: _Keys) -> dict[str, Any]:
 
 
 def _train(keys: _Keys, world_size: int) -> dict[str, Any]:
-    size, local = (
-        keys.take(f"step_scheduler.{name}_batch_size", default=n) for name, n in (("global", 32), ("local", 1))
-    )
+    size = keys.take("step_scheduler.global_batch_size", default=32)
+    local = keys.take("step_scheduler.local_batch_size", default=1)
     if local < 1 or size % (local * world_size):
         raise ValueError(
             f"step_scheduler.global_batch_size {size} is not divisible by local_batch_size {local} x {world_size} "
@@ -300,13 +299,10 @@ def _train(keys: _Keys, world_size: int) -> dict[str, Any]:
     wanted = keys.take("distributed.dp_size", default=world_size)
     if wanted != world_size:
         raise ValueError(f"distributed.dp_size is {wanted}, but there are {world_size} processes: leave it out")
-    strategy, precision = (
-        keys.take("distributed.strategy", default="fsdp2"),
-        keys.take("model.torch_dtype", default="auto"),
-    )
+    strategy = keys.take("distributed.strategy", default="fsdp2")
+    precision = keys.take("model.torch_dtype", default="auto").removeprefix("torch.")
     if strategy not in ("fsdp2", "ddp", "megatron_fsdp"):
         raise ValueError(f"distributed.strategy is {strategy}: expected fsdp2, ddp or megatron_fsdp")
-    precision = precision.removeprefix("torch.")
     if precision not in _PRECISIONS:
         raise ValueError(f"model.torch_dtype is {precision}: expected bfloat16 or float32")
     sharded, max_steps = strategy != "ddp", keys.take("step_scheduler.max_steps")

@@ -74,16 +74,8 @@ class CachedContrastive(Cached, Contrastive):
         temperature: float = 1.0,
         **options: Any,
     ):
-        Contrastive.__init__(
-            self,
-            model,
-            score_metric,
-            score_mini_batch_size,
-            size_average,
-            gather_across_devices,
-            temperature,
-            **options,
-        )
+        theirs = score_metric, score_mini_batch_size, size_average, gather_across_devices, temperature
+        Contrastive.__init__(self, model, *theirs, **options)
         longest = getattr(model, "document_length", 180)
         self.micro_batch_tokens = micro_batch_tokens(
             mini_batch_size, None, longest, show_progress_bar=show_progress_bar

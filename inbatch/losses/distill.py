@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from inbatch import collectives
 from inbatch.losses.composed import gathered_texts
 from inbatch.losses.info_nce import describe, find_error, one_of, wrong_weights
-from inbatch.losses.max_sim import Spans, max_sim, packed, read_spans
+from inbatch.losses.max_sim import Sides, Spans, max_sim, packed, read_spans
 from inbatch.losses.softmax import Problem
 
 OVER = ("group", "pool")
@@ -98,10 +98,8 @@ def distill(
         if over == "pool":
             score_BC = _pool_scores(queries, passages, counts["passages"], asked, spans)
         else:
-            column_B, width = column_B.to(queries.device, non_blocking=True), teacher_BC.shape[1]
-            score_BC = _group_scores(
-                queries, passages, column_B, width, (query_mask, passage_mask), mean=token_reduction == "mean"
-            )
+            column_B = column_B.to(queries.device, non_blocking=True)
+            score_BC = _group_scores(sides, column_B, teacher_BC.shape[1], mean=token_reduction == "mean")
         loss_B = _divergence(teacher_BC / float(teacher_temperature), score_BC / temperature)
         return (loss_B if weights is None else loss_B * weights.to(loss_B, non_blocking=True)).sum() * share
 
@@ -194,26 +192,19 @@ def _pool_scores(queries: Tensor, passages: Tensor, counts: list[int], asked: Pr
     return max_sim(packed(queries, spans[0]), texts, mean=asked.token_reduction == "mean")
 
 
-def _group_scores(
-    queries: Tensor,
-    passages: Tensor,
-    first_B: Tensor,
-    width: int,
-    masks: tuple[Tensor | None, Tensor | None],
-    *,
-    mean: bool,
-) -> Tensor:
+def _group_scores(sides: Sides, first_B: Tensor, width: int, *, mean: bool) -> Tensor:
     """Return the similarities [B, G] with `width` passages from the row's first on."""
+    (queries, query_mask), (passages, passage_mask) = sides.values()
     place_BG = first_B[:, None] + torch.arange(width, device=queries.device)
     place_BG = place_BG.clamp(max=max(0, len(passages) - 1))  # beyond the last one there are no scores
     wide = torch.promote_types(queries.dtype, torch.float32)
     if queries.ndim == 2:
         return torch.einsum("bd,bgd->bg", queries.to(wide), passages[place_BG].to(wide))
     grid_BGtT = torch.einsum("btd,bgsd->bgts", queries.to(wide), passages[place_BG].to(wide))
-    if (mask := masks[1]) is not None:
-        grid_BGtT = grid_BGtT.masked_fill((mask.to(grid_BGtT.device) == 0)[place_BG][:, :, None], -math.inf)
+    if passage_mask is not None:
+        masked_BGT = (passage_mask.to(grid_BGtT.device) == 0)[place_BG]
+        grid_BGtT = grid_BGtT.masked_fill(masked_BGT[:, :, None], -math.inf)
     best_BGt = grid_BGtT.max(3).values
-    mask = masks[0]
-    real_Bt = torch.ones_like(queries[..., 0], dtype=wide) if mask is None else (mask != 0).to(best_BGt)
+    real_Bt = torch.ones_like(queries[..., 0], dtype=wide) if query_mask is None else (query_mask != 0).to(best_BGt)
     total_BG = (best_BGt * real_Bt[:, None]).sum(2)
     return total_BG / real_Bt.sum(1, keepdim=True) if mean else total_BG

@@ -31,7 +31,7 @@ from inbatch.losses.masking import (
     row_keys,
     sharing,
 )
-from inbatch.losses.max_sim import read_spans
+from inbatch.losses.max_sim import Sides, read_spans
 from inbatch.losses.objective import PLAIN, Objective, terms
 from inbatch.losses.softmax import Problem
 from inbatch.losses.stats import LossStats
@@ -171,6 +171,9 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
     else:
         group_size = num_passages // num_queries if num_queries else 1
         positives = slice(0, num_queries * group_size, group_size)
+    weights = asked.weights
+    if weights is not None:
+        weights = weights.to(queries.device, torch.promote_types(queries.dtype, torch.float32), non_blocking=True)
     problem = replace(
         asked,
         kernels=kernels,
@@ -179,10 +182,8 @@ def _agree(queries: Tensor, passages: Tensor, asked: Problem, kernels: Kernels |
         rank=collectives.rank(asked.group),
         query_counts=counts["queries"],
         passage_counts=counts["passages"],
+        weights=weights,
     )
-    if asked.weights is not None:
-        weights = asked.weights.to(queries.device, torch.promote_types(queries.dtype, torch.float32), non_blocking=True)
-        problem = replace(problem, weights=weights)
     grouped = ids.needs_groups or asked.objective.hardness_mode is not None
     if ids.passage_ids is None and ids.query_ids is None and not grouped:
         return problem
@@ -253,8 +254,8 @@ def _same(asked: Problem, kernels: Kernels | None) -> dict[str, int | float | st
 # ---- checks
 
 
-def find_error(asked: Problem, sides: dict[str, tuple[Tensor, Tensor | None]]) -> str | None:
-    """Return the first mistake in this rank's arguments, in words; None if there is none. sides: (vectors, mask)."""
+def find_error(asked: Problem, sides: Sides) -> str | None:
+    """Return the first mistake in this rank's arguments, in words; None if there is none."""
     queries, passages = (vectors for vectors, _ in sides.values())
     return (
         _wrong_embeddings(queries, passages)
@@ -286,7 +287,7 @@ def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
     return None
 
 
-def _wrong_tokens(asked: Problem, sides: dict[str, tuple[Tensor, Tensor | None]]) -> str | None:
+def _wrong_tokens(asked: Problem, sides: Sides) -> str | None:
     if asked.token_reduction not in ("sum", "mean"):
         return f'token_reduction must be "sum" or "mean", got {asked.token_reduction!r}'
     for name, (vectors, mask) in sides.items():

@@ -24,6 +24,8 @@ from inbatch import collectives
 from inbatch.losses.ring import around
 from inbatch.losses.softmax import refuse_second_derivatives
 
+# The names of the masks -> (vectors [rows, T, D], mask [rows, T] or None), of queries and of passages.
+Sides = Mapping[str, tuple[Tensor, Tensor | None]]
 _CHUNK_MIB = {"cpu": 16.0, "cuda": 256.0}
 
 
@@ -80,9 +82,7 @@ class Spans:
     whole: bool
 
 
-def read_spans(
-    sides: Mapping[str, tuple[Tensor, Tensor | None]], *, fused: bool = False
-) -> tuple[list[Spans], str | None]:
+def read_spans(sides: Sides, *, fused: bool = False) -> tuple[list[Spans], str | None]:
     """Return the spans of each (vectors, mask), and, in words, a text without a real token, if there is one.
 
     Waits for a GPU once, if there are masks. fused: in one kernel for each.
