@@ -72,10 +72,14 @@ def load_backbone(
     attn_implementation: str | None,
     *,
     trust_remote_code: bool = False,
+    whole: bool = False,
 ) -> PreTrainedModel:
-    """Open the backbone in folder / home; for faults ValueError in one line, before anything large is built."""
+    """Open the backbone in folder / home; for faults ValueError in one line, before anything large is built.
+
+    whole: leave out an adapter that lies beside it.
+    """
     place = folder / home
-    if (adapter := read_object(folder, Path(home, "adapter_config.json"))) is not None:
+    if not whole and (adapter := read_object(folder, Path(home, "adapter_config.json"))) is not None:
         return _with_adapter(place, adapter, dtype, attn_implementation, trust_remote_code=trust_remote_code)
     values = read_object(folder, Path(home, "config.json")) or {}
     if not trust_remote_code:
@@ -119,7 +123,10 @@ def _with_adapter(
         raise ValueError(f"{place / 'adapter_config.json'} names no base_model_name_or_path: put its base model there")
     if not any((place / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
         raise ValueError(f"{place} has no adapter_model.safetensors beside its adapter_config.json: copy it there")
-    backbone = load_backbone(local_folder(base), "", dtype, attn, trust_remote_code=trust_remote_code)
+    with failing_as(f"{place}: the base model of its adapter cannot be opened"):
+        below = local_folder(base)
+        whole = below.resolve() == place.resolve()
+        backbone = load_backbone(below, "", dtype, attn, trust_remote_code=trust_remote_code, whole=whole)
     with failing_as(f"{place}: its adapter does not fit {base}"), warnings.catch_warnings():
         # peft would go on with random numbers in their place.
         warnings.filterwarnings("error", "Found missing adapter keys")
@@ -130,7 +137,9 @@ def _with_adapter(
         config.task_type = None
         head = {f"^{re.escape(backbone.base_model_prefix)}\\.": ""}
         adapted: Any = PeftModel.from_pretrained(backbone, str(place), config=config, key_mapping=head)
-        return adapted.merge_and_unload()
+        merged = adapted.merge_and_unload()
+        del merged.peft_config  # peft would warn of it when another adapter is added
+        return merged
 
 
 @contextmanager

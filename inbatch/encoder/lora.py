@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from inbatch.encoder.loading import local_folder
+
 if TYPE_CHECKING:
     from inbatch.encoder.model import BiEncoderModel
 
@@ -63,9 +65,15 @@ def merge_lora(model: "BiEncoderModel") -> None:
 def check_adapter(model: "BiEncoderModel") -> None:
     """Raise ValueError for a model that an adapter cannot describe: a decoder made bidirectional, new tokens.
 
-    An adapter's folder has no config.json: sentence-transformers would take it for the whole model.
+    An adapter's folder has no config.json: sentence-transformers would take it for the whole model. It reads that of
+    the base model, at the top of its folder.
     """
     config = model.backbone.config
+    if model.base_model and not (local_folder(model.base_model) / "config.json").is_file():
+        raise ValueError(
+            f"{model.base_model} is an adapter, or has its backbone in a folder of its own, and sentence-transformers "
+            "opens no adapter of it: set lora.merge to true"
+        )
     base = AutoConfig.from_pretrained(str(config.name_or_path), trust_remote_code=False)
     if getattr(config, "is_causal", None) != getattr(base, "is_causal", None):
         raise ValueError(
@@ -83,6 +91,9 @@ def save_lora(model: "BiEncoderModel", folder: Path, weights: Mapping[str, Tenso
     """Write the adapter to a folder, the name of its base model in it; weights: of the backbone, None reads them."""
     check_adapter(model)
     backbone: Any = model.backbone
+    base = model.base_model
+    if base is not None and (path := Path(base).expanduser()).is_dir():
+        base = str(path.resolve())
     for options in backbone.peft_config.values():
-        options.base_model_name_or_path = model.base_model or options.base_model_name_or_path
+        options.base_model_name_or_path = base or options.base_model_name_or_path
     backbone.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, CanineTokenizer, T5Con
 
 from inbatch import BiEncoderModel
 from inbatch.encoder.loading import BIDIRECTIONAL_DECODERS, load_tokenizer
+from inbatch.encoder.lora import add_lora
 from inbatch.encoder.pooling import POOLINGS
 from inbatch.encoder.sentence_transformer import open_encoder
 from tests.tiny_models import TEXTS, gradients, minilm, save_all, save_tiny, tiny_tokenizer
@@ -391,6 +393,39 @@ def test_adapters_of_a_backbone_and_of_a_model_with_a_head_on_it(folders, tmp_pa
         path.unlink()
     with pytest.raises(ValueError, match=r"its tokenizer cannot be opened \(no tokenizer\.json: copy its files"):
         BiEncoderModel.from_pretrained(tmp_path / "head")
+
+
+def test_where_an_adapter_and_its_base_model_lie(folders, tmp_path, monkeypatch):
+    """In one folder, or in one that is named as it was seen from elsewhere; not on another adapter."""
+
+    def with_adapter(base) -> BiEncoderModel:
+        model = BiEncoderModel.from_pretrained(base)
+        add_lora(model, r=2, alpha=4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        return model
+
+    shutil.copytree(folders["bert"], tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = with_adapter("base")
+    for place in ("apart", "base"):
+        model.save_pretrained(place)
+        monkeypatch.chdir("/")
+        torch.testing.assert_close(ours(BiEncoderModel.from_pretrained(tmp_path / place)), ours(model))
+        theirs = SentenceTransformer(str(tmp_path / place), device="cpu")
+        torch.testing.assert_close(st_encode(theirs), ours(model), rtol=0, atol=1e-5)
+        monkeypatch.chdir(tmp_path)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"apart is an adapter, or .* set lora\.merge to true"),
+    ):
+        warnings.simplefilter("error")
+        with_adapter(tmp_path / "apart").save_pretrained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"apart: the base model of its adapter cannot be opened: .*no such folder"):
+        BiEncoderModel.from_pretrained(tmp_path / "apart")
 
 
 def test_other_kinds_of_models_are_refused(folders, tmp_path):
