@@ -460,7 +460,8 @@ def unused(config: Config) -> list[str]:
     data, train, optim, evaluation = config.data, config.train, config.optim, config.eval
     weighted = any("weight" in source for source in data.sources)
     nothing = evaluation.data is None and evaluation.validation is None
-    vectors = config.distill.kind in ("cosine", "mse")
+    distill, vectors = config.distill, config.distill.kind in ("cosine", "mse")
+    of_contrast = ["objective", "matryoshka_dims", "learnable_temperature", "hardness_mode", "margin"]
     warm_up = optim.warmup_ratio if optim.warmup_steps is None else optim.warmup_steps
     idle = [
         ("data.train is one source", len(data.sources) == 1, ["data.source_weights", "data.mixed_batches"]),
@@ -470,8 +471,8 @@ def unused(config: Config) -> list[str]:
         ("optim.schedule is constant", optim.schedule == "constant", ["optim.decay_steps", "optim.min_lr"]),
         ("optim.warmup_steps is given", optim.warmup_steps is not None, ["optim.warmup_ratio"]),
         ("there is no warm-up", warm_up == 0, ["optim.init_lr"]),
-        ("optim.weight_decay is 0", optim.weight_decay == 0, ["optim.decay_all"]),
-        ("distill.kind takes vectors", vectors, ["distill.student_temperature", "distill.teacher_temperature"]),
+        (f"distill.kind is {distill.kind}", vectors, ["distill.student_temperature", "distill.teacher_temperature"]),
+        ("distill.contrastive_weight is 0", distill.contrastive_weight == 0, [f"loss.{name}" for name in of_contrast]),
         ("eval.data is null", evaluation.data is None, ["eval.measures"]),
         ("nothing is evaluated", nothing, ["eval.every_steps", "eval.at_start", "eval.split"]),
     ]

@@ -88,12 +88,12 @@ def test_settings_that_look_wrong():
         "optim.schedule is constant; eval.measures is ['R@1'], which is not used: eval.data is null; "
         "eval.every_steps is 9, which is not used: nothing is evaluated"
     )
-    vectors = {"distill": DistillConfig(weight=1, kind="mse", teacher="t", teacher_temperature=0.1)}
-    idle = {"optim": OptimConfig(warmup_steps=0, init_lr=1e-6, weight_decay=0, decay_all=True), **vectors}
+    alone = DistillConfig(weight=1, kind="mse", teacher="t", teacher_temperature=0.1, contrastive_weight=0)
+    idle = {"optim": OptimConfig(warmup_steps=0, init_lr=1e-6), "distill": alone, "loss": LossConfig(margin=0.1)}
     (line,) = warnings(replace(make_config(), **idle, eval=EvalConfig(at_start=False, split="test")))
     assert line == (
-        "optim.init_lr is 1e-06, which is not used: there is no warm-up; optim.decay_all is true, which is not used: "
-        "optim.weight_decay is 0; distill.teacher_temperature is 0.1, which is not used: distill.kind takes vectors; "
+        "optim.init_lr is 1e-06, which is not used: there is no warm-up; distill.teacher_temperature is 0.1, which is "
+        "not used: distill.kind is mse; loss.margin is 0.1, which is not used: distill.contrastive_weight is 0; "
         "eval.at_start is false, which is not used: nothing is evaluated; eval.split is test, which is not used: "
         "nothing is evaluated"
     )
