@@ -429,11 +429,14 @@ def check_finite(parameters: Iterable[nn.Parameter], done: int) -> None:
 
 
 def save_checkpoint(run: Run, clock: Stopwatch, done: int) -> None:
-    """Begin to write a checkpoint, once the previous checkpoint is written."""
+    """Begin to write a checkpoint, once the previous checkpoint is written, unless that is of the same step."""
     finish_saving(run, clock)
+    if run.saved_step == done:
+        return
     with clock.during("saving"):
         check_finite(run.learner.parameters, done)
         run.report.sync()
+        run.saved_step = done
         run.saving = checkpoint.save(
             run.folder.checkpoints,
             done,

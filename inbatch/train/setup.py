@@ -93,6 +93,7 @@ class Run:
     validation: tuple[Batches, list[int]] | None
     first_step: int
     total_steps: int
+    saved_step: int | None  # of the newest checkpoint, which may still be written
     saving: checkpoint.Saving | None = None  # what is being written
 
 
@@ -178,6 +179,7 @@ def set_up(
         validation=validation,
         first_step=first_step,
         total_steps=total_steps,
+        saved_step=None if newest is None else first_step,
     )
 
 

@@ -108,10 +108,15 @@ def test_a_run_without_patience_left_ends_once(folder, tmp_path, capsys):  # noq
     assert json.loads((tmp_path / "done.json").read_text()) == {"steps": 9}
 
 
-def test_the_best_checkpoint_outlives_newer_ones(folder, tmp_path):  # noqa: F811
+def test_the_best_checkpoint_outlives_newer_ones_and_is_written_once(folder, tmp_path, monkeypatch):  # noqa: F811
+    written, save = [], checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda folder, step, **given: written.append(step) or save(folder, step, **given)
+    )
     config = evaluating(folder, tmp_path, steps=8, lr=1e-30, keep_best=True, at_start=False, best_by="validation_loss")
     train(replace(config, checkpoint=replace(config.checkpoint, every_steps=1, keep_last=2)))
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [2, 7, 8]
+    assert written == [*range(1, 9)]
 
 
 def test_a_best_step_of_which_no_checkpoint_was_kept_is_said(folder, tmp_path, capsys):  # noqa: F811
