@@ -137,9 +137,7 @@ def _with_adapter(
         config.task_type = None
         head = {f"^{re.escape(backbone.base_model_prefix)}\\.": ""}
         adapted: Any = PeftModel.from_pretrained(backbone, str(place), config=config, key_mapping=head)
-        merged = adapted.merge_and_unload()
-        del merged.peft_config  # peft would warn of it when another adapter is added
-        return merged
+        return adapted.merge_and_unload()
 
 
 @contextmanager
