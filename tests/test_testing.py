@@ -177,6 +177,12 @@ def check_constants(rank):
         assert assert_gradient_parity(classify, Shifted(), parts, reference=classify).rows == (3, 3)
     with pytest.raises(ValueError, match="the step returned None; it must return the loss"):
         gradient_parity(lambda model, batch: None, Shifted(), parts, reference=classify)
+    frozen = Shifted()
+    frozen.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter with several elements has a gradient"):
+        gradient_parity(classify, frozen, parts, reference=classify)
+    with pytest.raises(ValueError, match=r"batches have other names than \['a'\]: give join="):
+        gradient_parity(classify, frozen, [{"a": 1}, {"b": 1}], reference=classify)
 
 
 def test_constants_in_batches_and_a_gradient_of_zero(pool):

@@ -170,6 +170,8 @@ def _worker(call: Callable[[], Any], rank: int, size: int, port: int) -> Any:
 def _joined(batches: Sequence[Any]) -> Any:
     first = batches[0]
     if isinstance(first, Mapping):
+        if any(batch.keys() != first.keys() for batch in batches):
+            raise ValueError(f"gradient_parity: batches have other names than {list(first)}: give join=")
         return {name: _joined([batch[name] for batch in batches]) for name in first}
     if isinstance(first, tuple):
         parts = map(_joined, zip(*batches, strict=True))
@@ -233,6 +235,10 @@ def _compared(
 def _flat(gradients: Gradients, like: Gradients, tower: str | None = None) -> Tensor:
     """Return one vector of the tower's gradients, or of all but the scalars'; one that is missing is zero."""
     chosen = [n for n, grad in like.items() if (grad.numel() > 1 if tower is None else n.startswith(f"{tower}."))]
+    if not chosen and tower is None:
+        raise ValueError(
+            "gradient_parity: no parameter with several elements has a gradient: there is no direction to compare"
+        )
     if not chosen:
         raise ValueError(f"gradient_parity: no parameter of {tower!r} has a gradient; towers are names of submodules")
     return torch.cat([gradients.get(name, torch.zeros_like(like[name])).flatten() for name in chosen])
