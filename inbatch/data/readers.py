@@ -92,6 +92,13 @@ def open_examples(
     corpora: Corpora = {}
     opened = [_open(settings, corpora, seed) for settings in asked]
     _check_given([source.columns for source in opened], opened[0].name, columns)
+    for source, given in zip(opened, asked, strict=True):
+        if given["columns"] and given["columns"] is not columns:
+            for described in _check_judged([source.columns], source.name, given["columns"]):
+                for column, role in described.missing().items():
+                    notice(
+                        f"{source.name}: columns names {column!r} for {role!r}, but no record has it: it is not used"
+                    )
     for name in dict.fromkeys(key_of(given["corpus"]) for given in asked if given["corpus"] is not None):
         if name not in corpora:
             notice(f"the corpus {name} is not used: no record names documents by id")
@@ -472,12 +479,18 @@ def _sampled(source: Source, number: int | None, seed: int) -> Rows[Example]:
 
 def _check_given(opened: Sequence[Columns | None], name: str, columns: GivenColumns | None) -> None:
     """Raise ValueError for a given column that no source has."""
+    read = _check_judged(opened, name, columns)
+    for column, role in read[0].missing().items() if read else ():
+        if all(column in described.missing() for described in read):
+            present = list(dict.fromkeys(n for described in read for n in (*described.roles, *described.unread)))
+            raise ValueError(f"{name}: columns names {column!r} for {role!r}, but the columns are {listed(present)}")
+
+
+def _check_judged(opened: Sequence[Columns | None], name: str, columns: GivenColumns | None) -> list[Columns]:
+    """Return the columns of what is read by them; ValueError for columns given where there are judged folders alone."""
     read = [described for described in opened if described is not None]
     if columns and not read:
         raise ValueError(
             f"{name} is a judged folder, whose columns are fixed: leave `columns` out (got {dict(columns)})"
         )
-    for column, role in read[0].missing().items() if read else ():
-        if all(column in described.missing() for described in read):
-            present = list(dict.fromkeys(n for described in read for n in (*described.roles, *described.unread)))
-            raise ValueError(f"{name}: columns names {column!r} for {role!r}, but the columns are {listed(present)}")
+    return read

@@ -147,6 +147,10 @@ def test_columns_count_where_they_fit(tmp_path):
     with pytest.raises(ValueError, match=r"columns names 'fragen' for 'query', but the columns are .*'frage'") as error:
         open_examples([own, usual], columns={"query": "fragen", "positive": "antwort"})
     one_line(error)
+    with pytest.warns(UserWarning, match=r"usual\.jsonl: columns names 'qery' for 'query', but no record has it"):
+        open_examples([own, {"path": usual, "columns": {"query": "qery"}}], columns=columns)
+    with pytest.raises(ValueError, match="beir is a judged folder, whose columns are fixed"):
+        open_examples([usual, {"path": beir, "columns": columns}])
 
 
 def test_numbered_positives(tmp_path):
