@@ -67,6 +67,8 @@ def group_examples(
     """
     options, retrieve = options or GroupOptions(), retrieve or RetrieveOptions()
     texts, positives = _texts(examples, lambda e: e.query), _texts(examples, lambda e: e.positives[0].full_text)
+    if options.range_min >= len(examples):
+        raise ValueError(f"range_min is {options.range_min}, and there are {len(examples)} examples: lower it")
     similarity, queries, documents = embed_both(model, texts, positives, retrieve, query_model=query_model, group=group)
     depth, count = min(options.range_max, len(examples)), len(examples)
     source = examples.sources[0]

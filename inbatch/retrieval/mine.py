@@ -86,6 +86,8 @@ class MineOptions:
             raise ValueError(f"sampling is {self.sampling!r}; expected top or random")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected at least 0")
+        if self.seed != MineOptions.seed and self.sampling == "top":
+            raise ValueError(f"seed is {self.seed}, which sampling 'top' does not use: set sampling to random")
 
 
 @dataclass(frozen=True, kw_only=True)

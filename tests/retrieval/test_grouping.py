@@ -56,6 +56,12 @@ def test_known_documents_make_no_neighbours(tmp_path):
     assert groups.of[0] not in (groups.of[1], groups.of[2])
 
 
+def test_ranks_beyond_the_documents_are_refused(tmp_path):
+    path = write_topics(tmp_path / "few.jsonl", 5)
+    with pytest.raises(ValueError, match="range_min is 5, and there are 5 examples: lower it"):
+        group_examples(LetterEncoder(), open_examples(path))
+
+
 def test_batches_are_made_of_whole_groups(tmp_path):
     groups = Groups(np.arange(48, dtype=np.int32) % 12)
     plan = BatchPlan(48, 16, seed=3, groups=groups)

@@ -211,6 +211,7 @@ def test_too_few_candidates_are_said_and_nothing_is_made_up(pool, tmp_path):
         ({"relative_margin": 5}, "relative_margin is 5; expected a share of at most 1, such as 0.05"),
         ({"max_score": 0.1, "min_score": 0.9}, "min_score is 0.9 and max_score 0.1, between which is no score"),
         ({"sampling": "best"}, "sampling is 'best'; expected top or random"),
+        ({"seed": 7}, "seed is 7, which sampling 'top' does not use: set sampling to random"),
         ({"seed": -1}, "seed is -1; expected at least 0"),
     ],
 )
