@@ -103,7 +103,7 @@ class MultiVectorConfig:
     """embedded documents keep a vector for so many tokens, as `inbatch encode --pool-factor` says; not in training"""
 
 
-@with_config(ConfigDict(extra="forbid", strict=True))
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class TrainSource(TypedDict, total=False):
     """A source of training records with settings of its own, over those of the group `data`.
 
@@ -172,8 +172,8 @@ class DataConfig:
     """text put before every passage, saved with the model; null takes the saved model's"""
 
     def __post_init__(self):
-        if isinstance(self.source_weights, (int, float)) and self.source_weights <= 0:
-            raise ValueError(f"data.source_weights is {self.source_weights}: expected a positive number, or a name")
+        if isinstance(self.source_weights, (int, float)) and self.source_weights < 0.1:  # a power of at most 10
+            raise ValueError(f"data.source_weights is {self.source_weights}: expected at least 0.1, or a name")
         if (self.mixed_batches or not self.shuffle) and any("groups" in source for source in self.sources):
             raise ValueError("a source's groups need data.mixed_batches false and data.shuffle true: set these")
         for name in ("mixed_batches", "drop_last"):
@@ -324,7 +324,7 @@ class TrainConfig:
     """passes over the training records"""
     max_steps: int | None = Field(default=None, ge=1)
     """stop after this many optimizer steps; null means after `epochs`"""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """fixes the order of the records and the dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
@@ -348,7 +348,7 @@ class TrainConfig:
     """where figures go beside metrics.jsonl; wandb and mlflow take what else they need from their own variables"""
     progress: bool = True
     """show a progress bar"""
-    timeout_minutes: Number = Field(default=10, gt=0)
+    timeout_minutes: Number = Field(default=10, gt=0, lt=1e6)
     """end all processes when none gets further, or one is silent, for this long"""
 
     def __post_init__(self):

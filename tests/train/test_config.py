@@ -89,7 +89,8 @@ def test_sources_may_have_settings(write):
     config = load(write(), ["--data.train={path: a, num_samples: 5}", "--data.corpus=c"])
     assert (config.data.train, config.data.corpus) == ({"path": "a", "num_samples": 5}, "c")
     expected = ": expected text or {path, weight, num_samples, split, columns, corpus, "
-    for wrong in ({"path": "a", "numsamples": 5}, {"num_samples": 5}, {"path": 3}, {"path": "a", "num_samples": "5"}):
+    mistakes = {"numsamples": 5}, {"path": 3}, {"num_samples": "5"}, {"weight": float("inf")}
+    for wrong in ({"num_samples": 5}, *({"path": "a", **mistake} for mistake in mistakes)):
         for train in (wrong, [wrong]):
             with pytest.raises(ValueError, match=rf"line 2: data.train is .*{re.escape(expected)}"):
                 load(write(data={"train": train}))
@@ -149,6 +150,9 @@ def test_saved_and_read_back_is_equal(write, tmp_path):
         ("optim", "betas", [0.9, 1.5], "optim.betas is [0.9, 1.5]: expected less than 1"),
         ("optim", 7, 1, "optim has the key 7, which is no name"),
         ("train", "seed", True, "train.seed is true: expected a whole number"),
+        ("train", "seed", 2**64, "train.seed is 18446744073709551616: expected less than 9.22337e+18"),
+        ("train", "timeout_minutes", 1e300, "train.timeout_minutes is 1e+300: expected less than 1e+06"),
+        ("data", "source_weights", 1e-300, "data.source_weights is 1e-300: expected at least 0.1, or a name"),
         ("train", "progress", 1, "train.progress is 1: expected true or false"),
         ("loss", "temperature", 1e-40, "loss.temperature is 1e-40: expected at least 1e-6"),
         ("model", "name_or_path", 7, "model.name_or_path is 7: expected text"),
