@@ -40,7 +40,7 @@ def distill(
     passage_mask: Tensor | None = None,
     token_reduction: str = "sum",
 ) -> Tensor:
-    """Mean over the queries of all ranks of  KL(teacher || student) = sum_{j in C(i)} a_ij (log a_ij - log b_ij).
+    """Compute the mean over the queries of all ranks of KL(teacher || student), sum_{j in C(i)} a_ij log(a_ij / b_ij).
 
         a_i = softmax_j(teacher_scores_ij / teacher_temperature),    b_i = softmax_j(q_i . p_j / temperature)
 
@@ -113,7 +113,7 @@ def match_vectors(
     weights: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Mean over the texts of all ranks of  1 - cos(e_i, t_i)  ("cosine") or of  mean_d (e_id - t_id)^2  ("mse").
+    """Compute the mean over the texts of all ranks of 1 - cos(e_i, t_i) ("cosine") or mean_d (e_id - t_id)^2 ("mse").
 
     embeddings, teacher_vectors [n, D]: of the same texts, such as a rank's queries and passages together; n may differ
     by rank and may be 0. weights [n], not negative, multiply the texts' terms. A teacher of another dimension needs a

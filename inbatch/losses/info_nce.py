@@ -63,9 +63,10 @@ def info_nce(
     passage_mask: Tensor | None = None,
     token_reduction: str = "sum",
 ) -> Tensor:
-    """Mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i),  s_ij = q_i . p_j / temperature.
+    """Compute the mean over the queries of all ranks of  logsumexp_{j in C(i)} s_ij - s_i,y(i).
 
-    C(i): the passages of all ranks less what `false_negatives` leaves out. `Objective`: other sums of such terms.
+    s_ij = q_i . p_j / temperature; C(i): the passages of all ranks less what `false_negatives` leaves out. `Objective`:
+    other sums of such terms.
 
     queries [B, D], passages [M, D]: both float16, bfloat16, float32 or float64; B, M may differ by rank and may be 0
     positives [B] int64: column of each query's positive among the local passages; default: equal groups, positive first
@@ -420,7 +421,7 @@ def wrong_weights(weights: Any, rows: int, row: str) -> str | None:
 
 
 def one_of(choices: tuple[str, ...]) -> str:
-    """'"a", "b" or "c"'"""
+    """Return '"a", "b" or "c"'."""
     *first, last = (f'"{choice}"' for choice in choices)
     return f"{', '.join(first)} or {last}"
 
