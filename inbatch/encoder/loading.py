@@ -137,7 +137,7 @@ def _with_adapter(
         config.task_type = None
         head = {f"^{re.escape(backbone.base_model_prefix)}\\.": ""}
         adapted: Any = PeftModel.from_pretrained(backbone, str(place), config=config, key_mapping=head)
-        return adapted.merge_and_unload()
+        return adapted.merge_and_unload().requires_grad_(True)  # peft freezes what an adapter is put on
 
 
 @contextmanager

@@ -54,6 +54,8 @@ def open_encoder(name_or_path: str | Path, *, backend: str = "auto", **options: 
 class SentenceTransformerEncoder(BiEncoderModel):
     """A SentenceTransformer that is tokenised for, called and saved as a BiEncoderModel; `backbone` holds it."""
 
+    _opened_with: dict[str, Any]
+
     def __init__(self, model: "SentenceTransformer"):
         nn.Module.__init__(self)
         self.head = self.multi_vector = None
@@ -109,6 +111,7 @@ class SentenceTransformerEncoder(BiEncoderModel):
                 raise ValueError(
                     f"model.{name} is for models that inbatch opens itself: leave it out for {name_or_path}"
                 )
+        opened_with = {name: options.get(name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
         arguments = {name: options.pop(name, None) for name in ("dtype", "attn_implementation")}
         if isinstance(arguments["dtype"], str):
             arguments["dtype"] = getattr(torch, arguments["dtype"], arguments["dtype"])
@@ -117,11 +120,11 @@ class SentenceTransformerEncoder(BiEncoderModel):
             model = SentenceTransformer(
                 str(folder),
                 device="cpu",
-                trust_remote_code=options.pop("trust_remote_code", False),
+                trust_remote_code=bool(options.pop("trust_remote_code", False)),
                 model_kwargs={name: value for name, value in arguments.items() if value is not None},
             )
         encoder = cls(model if arguments["dtype"] is None else model.to(arguments["dtype"]))
-        encoder.base_model = str(name_or_path)
+        encoder.base_model, encoder._opened_with = str(name_or_path), opened_with
         encoder.prompts |= options.pop("prompts", None) or {}
         length = options.pop("max_seq_length", None)
         assert not options, options
@@ -169,10 +172,12 @@ class SentenceTransformerEncoder(BiEncoderModel):
         if state_dict is not None:
             # The modules may be sharded: their state goes into new ones.
             assert self.base_model is not None
-            model = SentenceTransformerEncoder.from_pretrained(self.base_model).backbone
+            model = SentenceTransformerEncoder.from_pretrained(self.base_model, **self._opened_with).backbone
             model.load_state_dict({key.removeprefix("backbone."): value for key, value in state_dict.items()})
         model.prompts, model.similarity_fn_name = dict(self.prompts), self.similarity
+        model.default_prompt_name, model.truncate_dim = self.default_prompt_name, self.truncate_dim
         if not self._static:
+            model[0].query_length, model[0].document_length = self.query_length, self.document_length
             restore_cut(self.tokenizer, self._cut)
             model.max_seq_length = self.max_seq_length or model.max_seq_length
         model.save_pretrained(str(folder), create_model_card=False)

@@ -178,3 +178,19 @@ def test_folders_that_sentence_transformers_would_open_and_get_wrong(folder, sav
         with pytest.raises(ValueError, match=message) as error:
             open_encoder(path)
         assert "\n" not in str(error.value)
+
+
+def test_what_was_changed_in_memory_is_saved(saved, tmp_path):
+    """Its settings, and a state of another dtype than the weights on disk (as FSDP2 gathers it)."""
+    open_encoder(saved["dense"], dtype="float16").save_pretrained(tmp_path / "half")
+    model = open_encoder(tmp_path / "half", dtype=torch.float32)
+    settings = {"truncate_dim": 8, "default_prompt_name": "query", "query_length": 7, "document_length": 9}
+    for name, value in settings.items():
+        setattr(model, name, value)
+    state = {name: value + 1e-5 for name, value in model.state_dict().items()}
+    for number, given in enumerate((None, state)):
+        model.save_pretrained(tmp_path / str(number), state_dict=given)
+        again = open_encoder(tmp_path / str(number))
+        assert {name: getattr(again, name) for name in settings} == settings
+        expected = model.state_dict() if given is None else given
+        assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())

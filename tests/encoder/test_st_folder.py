@@ -375,6 +375,7 @@ def test_adapters_of_a_backbone_and_of_a_model_with_a_head_on_it(folders, tmp_pa
         plain_BD = ours(expected)
         expected.backbone = adapted.model.model if kind == "head" else adapted
         torch.testing.assert_close(ours(opened), ours(expected), rtol=0, atol=1e-5)
+        assert all(parameter.requires_grad for parameter in opened.parameters())
         assert (ours(opened) - plain_BD).abs().max() > 1e-2
     path = tmp_path / "bare" / "adapter_model.safetensors"
     weights = load_file(path)
