@@ -5,6 +5,7 @@ import glob
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from inbatch.data.columns import Columns, listed, not_read, one_line, show
+from inbatch.data.columns import Columns, listed, not_read, notice, one_line, show
 from inbatch.data.index import Arrays, arrays_made_once
 from inbatch.data.json_spans import JsonText
 from inbatch.data.lines import Lines, Rows, joined, json_value, places_dtype, text_value
@@ -136,6 +137,10 @@ def _shards(folder: Path, split: str | None, without: Sequence[Path]) -> list[Pa
     # Files of other splits need no mention. A corpus has no splits, so all its files that are not read do.
     rest = [file for file, name in files.items() if file not in taken and (name is None or split is None)]
     not_read(str(folder), [str(file.relative_to(folder)) for file in rest])
+    numbered = filter(None, (re.match(r"(.+-)[0-9]+(-of-([0-9]+)\..+)", file.name) for file in taken))
+    for (before, after, total), count in Counter(match.groups() for match in numbered).items():
+        if count < int(total):
+            notice(f"{folder}: of {int(total)} files {before}*{after} {count} are there, and read")
     return taken
 
 
@@ -326,11 +331,11 @@ def _csv_bounds(lines: Lines, delimiter: str, names: Sequence[str]) -> Arrays:
         for row in reader:  # it takes the lines of one row at a time
             if any(cell.strip() for cell in row):
                 if len(row) != len(names):
-                    raise ValueError(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
+                    raise csv.Error(f"{len(row)} cells, expected {len(names)}: {listed(names)}")
                 starts.append(lines.stops[before - 1] + 1 if before else 0)
                 stops.append(lines.stops[reader.line_num - 1])
             before = reader.line_num
-    except (csv.Error, ValueError) as error:
+    except csv.Error as error:
         raise ValueError(f"{lines.where(before)} is not CSV: {error}") from None
     return {"starts": np.frombuffer(starts, dtype)[1:], "stops": np.frombuffer(stops, dtype)[1:]}
 

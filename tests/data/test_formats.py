@@ -457,6 +457,7 @@ def test_a_csv_with_semicolons_and_crlf(tmp_path):
         ("a.csv", 'query,positive\na,b\nc,"d\n', r"a\.csv, line 3 is not CSV: unexpected end of data"),
         ("a.csv", 'query,positive\na,"b"c\n', r"a\.csv, line 2 is not CSV: ',' expected after '\"'"),
         ("a.tsv", "query\tpositive\na\n", r"a\.tsv, line 2 has 1 cells, expected 2"),
+        ("a.csv", b"query,positive\na,b\nc,\xe9\n", r"^[^ ]*a\.csv, line 3 is not UTF-8 .*0xe9"),
         ("a.csv", "query,positive,query\na,b,c\n", r"a\.csv: the columns \['query'\] stand there twice"),
         ("a.tsv", "one\ttwo\nthree\tfour\n", r"a\.tsv: no cell of the first line names .*column: str 'one\\ttwo'"),
         ("a.csv", "query,pos,neg\nq,p,n\nq,p,\"['n', 'm']\"\n", r"a\.csv, line 3 holds a list in a cell, str .*'n'"),
@@ -467,7 +468,7 @@ def test_a_csv_with_semicolons_and_crlf(tmp_path):
     ],
 )  # fmt: skip
 def test_malformed_tables(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error:
         open_examples(tmp_path / name)
     one_line(error)
@@ -536,6 +537,9 @@ def test_shards_of_a_split(tmp_path):
     assert [e.query for e in open_examples(folder)] == [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
     for split in ("dev", "validation"):
         assert [e.query for e in open_examples(folder, split=split)] == ["data/validation-00000-of-00001.parquet"]
+    (folder / "data/train-00000-of-00002.parquet").unlink()
+    with pytest.warns(UserWarning, match=r"hub: of 2 files train-\*-of-00002\.parquet 1 are there, and read"):
+        assert len(open_examples(folder)) == 1
     with pytest.raises(ValueError, match=r"hub has no split 'trial': it has \['dev', 'test', 'train'\]") as error:
         open_examples(folder, split="trial")
     one_line(error)
