@@ -68,6 +68,10 @@ class MultipleNegativesRankingLoss(TrainerLoss):
         if not isinstance(model, nn.Module) or isinstance(inner, MultiVectorEncoder):
             remedy = "of inbatch.integrations.multi_vector for a MultiVectorEncoder"
             raise ValueError(f"the loss takes a SentenceTransformer, got {type(inner).__name__}: take those {remedy}")
+        if "objective" in options:
+            raise ValueError(
+                "objective is directions, partition_mode, hardness_mode and hardness_strength here: give those"
+            )
         objective = Objective(
             directions=tuple(direction.replace("doc", "passage") for direction in directions),
             partition=partition_mode,

@@ -33,7 +33,7 @@ from inbatch.losses.masking import (
 )
 from inbatch.losses.max_sim import Sides, read_spans
 from inbatch.losses.objective import PLAIN, Objective, terms
-from inbatch.losses.softmax import Problem
+from inbatch.losses.softmax import LEAST_TEMPERATURE, TOKEN_REDUCTIONS, Problem
 from inbatch.losses.stats import LossStats
 from inbatch.other_names import explains_other_names
 
@@ -97,8 +97,8 @@ def info_nce(
     if impl == "auto" and isinstance(queries, Tensor) and queries.is_cuda and all(x is None for x in extras):
         from inbatch.losses.triton import small  # here, since it imports triton
 
-        alone = negatives in NEGATIVES and collectives.world_size(group) == 1
-        if alone and small.fits(queries, passages, temperature, false_negatives):
+        right = negatives in NEGATIVES and token_reduction in TOKEN_REDUCTIONS
+        if right and collectives.world_size(group) == 1 and small.fits(queries, passages, temperature, false_negatives):
             ids = None if false_negatives is None else false_negatives.passage_ids
             return small.SmallSoftmax.apply(queries, passages, ids, temperature)
     asked = Problem(
@@ -289,8 +289,8 @@ def _wrong_embeddings(queries: Tensor, passages: Tensor) -> str | None:
 
 
 def _wrong_tokens(asked: Problem, sides: Sides) -> str | None:
-    if asked.token_reduction not in ("sum", "mean"):
-        return f'token_reduction must be "sum" or "mean", got {asked.token_reduction!r}'
+    if asked.token_reduction not in TOKEN_REDUCTIONS:
+        return f"token_reduction must be {one_of(TOKEN_REDUCTIONS)}, got {asked.token_reduction!r}"
     for name, (vectors, mask) in sides.items():
         expected = list(vectors.shape[:2])
         if mask is not None and vectors.ndim == 2:
@@ -333,9 +333,6 @@ def _wrong_positives(positives: Any, num_queries: int, num_passages: int, group:
     return None
 
 
-_LEAST_TEMPERATURE = 1e-30  # whose inverse is a float32
-
-
 def _wrong_temperature(temperature: Any) -> str | None:
     if isinstance(temperature, Tensor):
         if temperature.ndim or temperature.dtype not in DTYPES:
@@ -345,7 +342,7 @@ def _wrong_temperature(temperature: Any) -> str | None:
         if temperature.is_cuda:
             return None  # reading it would make the CPU wait for the GPU
         temperature = temperature.item()
-    if not isinstance(temperature, Real) or not _LEAST_TEMPERATURE <= float(temperature) < math.inf:
+    if not isinstance(temperature, Real) or not LEAST_TEMPERATURE <= float(temperature) < math.inf:
         return f"temperature must be positive and finite (0.01 to 0.1 for normalised embeddings), got {temperature!r}"
     return None
 

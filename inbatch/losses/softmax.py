@@ -23,6 +23,9 @@ from inbatch.losses.masking import NO_IDS, NO_KEYS, FalseNegatives, Keys, match
 from inbatch.losses.objective import DIRECTIONS, PLAIN, Objective, Term
 from inbatch.losses.stats import LossStats
 
+LEAST_TEMPERATURE = 1e-30  # whose inverse is a float32
+TOKEN_REDUCTIONS = ("sum", "mean")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:

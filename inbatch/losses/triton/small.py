@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inbatch.losses.masking import FalseNegatives
-from inbatch.losses.softmax import refuse_second_derivatives
+from inbatch.losses.softmax import LEAST_TEMPERATURE, refuse_second_derivatives
 from inbatch.losses.triton import host
 from inbatch.losses.triton.launch import launch
 
@@ -38,7 +38,7 @@ def fits(
         and 0 < queries.shape[0] * passages.shape[0] <= MAX_SCORES
         and passages.shape[0] % queries.shape[0] == 0
         and isinstance(temperature, float)
-        and 0 < temperature < math.inf
+        and LEAST_TEMPERATURE <= temperature < math.inf
         and queries.device.index == torch.cuda.current_device()
         and not torch.is_autocast_enabled("cuda")
         and host.kernels is not None
