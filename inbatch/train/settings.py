@@ -7,11 +7,11 @@ messages. A message names the key, what was given and what is expected.
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import dataclass_transform, is_typeddict
+from typing_extensions import dataclass_transform, get_type_hints, is_typeddict
 
 Class = TypeVar("Class")
 
@@ -146,9 +146,24 @@ def _explained(error: ValidationError, group: str, values: Mapping[str, Any]) ->
             missing.append(key)
         elif detail["type"] == "unexpected_keyword_argument":
             wrong[key] = unknown(key)
+        elif within := _within(detail, kind(key)):
+            wrong[key] = f"{key}: {within}"
         elif key not in wrong:  # a union has a mistake for each of its members
             wrong[key] = f"{key} {_expected(detail, values[name], kind(key))}"
     return SettingsError(wrong, missing)
+
+
+def _within(detail: Any, kind_: Any) -> str | None:
+    """Return the message about a key of a mapping that the value is or holds; None for other mistakes."""
+    holder, name = ["", *detail["loc"]][-2:]
+    known = next((get_type_hints(one) for one in members(kind_) if is_typeddict(one) and one.__name__ == holder), None)
+    if known is None:
+        return None
+    if name not in known:
+        return f"unknown key {name!r}, expected {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} {_expected(detail, detail['input'], known[name])}"
 
 
 def _expected(detail: Any, value: Any, kind_: Any) -> str:

@@ -88,12 +88,18 @@ def test_sources_may_have_settings(write):
     assert load(write(data={"train": ["b", source]})).data.train == ["b", source]
     config = load(write(), ["--data.train={path: a, num_samples: 5}", "--data.corpus=c"])
     assert (config.data.train, config.data.corpus) == ({"path": "a", "num_samples": 5}, "c")
-    expected = ": expected text or {path, weight, num_samples, split, columns, corpus, "
-    mistakes = {"numsamples": 5}, {"path": 3}, {"num_samples": "5"}, {"weight": float("inf")}
-    for wrong in ({"num_samples": 5}, *({"path": "a", **mistake} for mistake in mistakes)):
-        for train in (wrong, [wrong]):
-            with pytest.raises(ValueError, match=rf"line 2: data.train is .*{re.escape(expected)}"):
-                load(write(data={"train": train}))
+    for wrong, message in (
+        ({"path": "a", "numsamples": 5}, ": unknown key 'numsamples', expected path, weight, num_samples, split, "),
+        ({"num_samples": 5}, ": path is missing"),
+        ({"path": 3}, ": path is 3: expected text"),
+        ({"path": "a", "num_samples": "5"}, ": num_samples is 5: expected a whole number"),
+        ({"path": "a", "weight": float("inf")}, ": weight is inf: expected a finite number"),
+        (3, " is 3: expected text or {path, weight, num_samples, split, columns, corpus, "),
+    ):
+        with pytest.raises(ValueError, match=rf"line 2: data.train{re.escape(message)}"):
+            load(write(data={"train": wrong}))
+        with pytest.raises(ValueError, match=re.escape(message.removeprefix(" is 3"))):
+            load(write(data={"train": ["b", wrong]}))
 
 
 def test_documents_by_id_are_trained_on_from_the_file_alone(write, tmp_path):
