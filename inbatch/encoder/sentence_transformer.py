@@ -111,20 +111,18 @@ class SentenceTransformerEncoder(BiEncoderModel):
                 raise ValueError(
                     f"model.{name} is for models that inbatch opens itself: leave it out for {name_or_path}"
                 )
-        opened_with = {name: options.get(name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
-        arguments = {name: options.pop(name, None) for name in ("dtype", "attn_implementation")}
-        if isinstance(arguments["dtype"], str):
-            arguments["dtype"] = getattr(torch, arguments["dtype"], arguments["dtype"])
+        given = {name: options.pop(name, None) for name in ("dtype", "attn_implementation", "trust_remote_code")}
+        dtype = getattr(torch, given["dtype"], None) if isinstance(given["dtype"], str) else given["dtype"]
         folder = local_folder(str(name_or_path))
         with failing_as(f"{folder}: sentence-transformers cannot open it"):
             model = SentenceTransformer(
                 str(folder),
                 device="cpu",
-                trust_remote_code=bool(options.pop("trust_remote_code", False)),
-                model_kwargs={name: value for name, value in arguments.items() if value is not None},
+                trust_remote_code=bool(given["trust_remote_code"]),
+                model_kwargs={key: value for key in ("dtype", "attn_implementation") if (value := given[key])},
             )
-        encoder = cls(model if arguments["dtype"] is None else model.to(arguments["dtype"]))
-        encoder.base_model, encoder._opened_with = str(name_or_path), opened_with
+        encoder = cls(model if dtype is None else model.to(dtype))
+        encoder.base_model, encoder._opened_with = str(name_or_path), given
         encoder.prompts |= options.pop("prompts", None) or {}
         length = options.pop("max_seq_length", None)
         assert not options, options

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -138,6 +139,13 @@ def test_an_encoder_without_its_decoder_and_lengths_that_are_no_limit(tmp_path):
         assert model.max_seq_length == length
         model.save_pretrained(tmp_path / f"{kind} again")
         assert_as_theirs(tmp_path / f"{kind} again")
+    adapted = peft.get_peft_model(
+        T5EncoderModel.from_pretrained(tmp_path / "t5"), peft.LoraConfig(r=2, target_modules=["q"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    # Theirs would put random numbers into the decoder's part of it.
+    with pytest.raises(ValueError, match="the base model of its adapter cannot be opened: .* t5 is an encoder-decoder"):
+        open_encoder(tmp_path / "adapter")
 
 
 def test_folders_that_sentence_transformers_would_open_and_get_wrong(folder, saved, tmp_path):  # noqa: F811
