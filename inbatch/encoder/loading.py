@@ -45,9 +45,9 @@ def local_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
-            inside = [path.parent.name for path in sorted(folder.glob("*/modules.json"))]
-            hint = f": there are models in it, {', '.join(inside)}" if inside else ""
-            raise ValueError(f"{name} is not a model: the folder has neither config.json nor modules.json{hint}")
+            if within := sorted(str(file.parent) for file in folder.glob("*/modules.json")):
+                raise ValueError(f"{name} is not a model, but holds {' and '.join(within)}: name one of them")
+            raise ValueError(f"{name} is not a model: the folder has neither config.json nor modules.json")
         return folder
     if not is_hub_name(name):
         raise ValueError(f"{name} is not a model: there is no such folder")

@@ -144,7 +144,9 @@ def test_an_encoder_without_its_decoder_and_lengths_that_are_no_limit(tmp_path):
     )
     adapted.save_pretrained(tmp_path / "adapter")
     # Theirs would put random numbers into the decoder's part of it.
-    with pytest.raises(ValueError, match="the base model of its adapter cannot be opened: .* t5 is an encoder-decoder"):
+    with pytest.raises(
+        ValueError, match=r"the base model of its adapter cannot be opened: .* t5 is an encoder-decoder"
+    ):
         open_encoder(tmp_path / "adapter")
 
 

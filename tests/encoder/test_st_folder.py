@@ -322,11 +322,13 @@ def test_paths_that_are_no_model(folders, tmp_path, monkeypatch):
     (tmp_path / "bare" / "model.safetensors").unlink()
     shutil.copytree(folders["bert"], tmp_path / "no-tokens")
     (tmp_path / "no-tokens" / "tokenizer.json").write_text("[]")
+    (tmp_path / "nothing").mkdir()
     for tower in ("query", "passage"):
         BiEncoderModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / tower)
     for path, message in (
         (tmp_path / "missing", "missing is not a model: there is no such folder"),
-        (tmp_path, "neither config.json nor modules.json: there are models in it, passage, query"),
+        (tmp_path, "is not a model, but holds .*passage and .*query: name one of them"),
+        (tmp_path / "nothing", "not a model: the folder has neither config.json"),
         ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here, and cannot be had from the hub"),
         ("./here/nothing", "no such folder"),
         (tmp_path / "adapter", "names no base_model_name_or_path"),
