@@ -132,7 +132,7 @@ def check_output(path: str | os.PathLike, sources: Iterable[Path] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}; name a file in another folder") from None
+        raise ValueError(f"{path} cannot be written: {error.strerror}; name a file in another folder") from None
     if path.exists() and any(source.exists() and path.samefile(source) for source in sources):
         raise ValueError(f"{path} is read as the source, and would be replaced: name another file")
 

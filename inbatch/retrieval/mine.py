@@ -338,7 +338,7 @@ def mine(
         return collectives.on_rank_0(lambda: written.finish({"similarity": similarity, **asdict(options)}), group)
     except Exception:
         if written.claim is not None and not written.state.exists():  # else the same call goes on from there
-            written.forget()
+            remove(partial(output))
         raise
     finally:
         if written.claim is not None:
@@ -417,11 +417,6 @@ class _Records:
         write_json(self._output.with_name(f"{self._output.name}.report.json"), {**report, "examples": self._examples})
         _plot(self._scores, self._output)
         return report
-
-    def forget(self) -> None:
-        """Remove the incomplete output and its progress."""
-        remove(partial(self._output))
-        remove(self.state)
 
 
 def _triplets(record: dict[str, Any]) -> list[dict[str, str]]:
