@@ -301,10 +301,9 @@ class BiEncoderModel(nn.Module):
         if not texts:
             tokens = {key: torch.zeros(0, 0, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
             return self.mark(tokens, task or prompt)
-        if prefix and max_length and (length := len(self.token_ids([prefix], None)[0])) >= max_length:
+        if prefix and max_length and len(self.token_ids([prefix], max_length)[0]) >= max_length:
             warnings.warn(
-                f"the prompt {prefix!r:.60} is {length} tokens long and texts are cut to {max_length}: nothing of them "
-                "is left",
+                f"the prompt {prefix!r:.60} fills all {max_length} tokens that texts are cut to: nothing is left of them",
                 stacklevel=2,
             )
         rows = self.token_ids([prefix + text for text in texts], max_length)
