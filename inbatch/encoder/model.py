@@ -303,7 +303,7 @@ class BiEncoderModel(nn.Module):
             return self.mark(tokens, task or prompt)
         if prefix and max_length and len(self.token_ids([prefix], max_length)[0]) >= max_length:
             warnings.warn(
-                f"the prompt {prefix!r:.60} fills all {max_length} tokens that texts are cut to: nothing is left of them",
+                f"the prompt {prefix!r:.60} fills all {max_length} tokens that a text may have: none are left for it",
                 stacklevel=2,
             )
         rows = self.token_ids([prefix + text for text in texts], max_length)

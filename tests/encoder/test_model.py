@@ -297,7 +297,7 @@ def test_tokenize(folders):
             model.tokenize(["cat"], max_length=length)
     with pytest.raises(ValueError, match="2 tokens leaves none to a text beside the 2 special ones"):
         model.tokenize(["cat"], max_length=2)  # transformers cuts nothing at a length of 1
-    with pytest.warns(UserWarning, match="the prompt 'query ' fills all 3 tokens that texts are cut to"):
+    with pytest.warns(UserWarning, match="the prompt 'query ' fills all 3 tokens that a text may have"):
         model.tokenize(["cat"], prompt="query", max_length=3)
     for texts in (("cat", "the cat sat"), np.array(["cat", "the cat sat"])):
         assert torch.equal(model.tokenize(texts, prompt="query")["input_ids"], batch["input_ids"])
