@@ -278,12 +278,13 @@ def _optim(keys: _Keys) -> dict[str, Any]:
         raise ValueError("lr_scheduler.lr_warmup_steps is missing: its default depends on the data, so give a number")
     if style not in ("linear", "cosine", "constant"):
         raise ValueError(f"lr_scheduler.lr_decay_style is {style}: expected linear, cosine or constant")
+    named = steps or "lr_scheduler.init_lr" in keys.given
     return {
         **settings,
         "schedule": style,
         "warmup_steps": steps,
         "decay_steps": keys.take("lr_scheduler.lr_decay_steps"),
-        "init_lr": keys.number("lr_scheduler.init_lr", default=0.1 * rate),
+        "init_lr": keys.number("lr_scheduler.init_lr", default=0.1 * rate) if named else None,
         "min_lr": keys.number("lr_scheduler.min_lr", default=0.01 * rate),
     }
 

@@ -477,7 +477,8 @@ def unused(config: Config) -> list[str]:
         ("nothing is evaluated", nothing, ["eval.every_steps", "eval.at_start", "eval.split"]),
     ]
     values = flatten(config)
-    return [
+    lines = ["the weight of a source is not used: data.train is one"] if weighted and len(data.sources) == 1 else []
+    return lines + [
         f"{key} is {shown(values[key])}, which is not used: {why}"
         for why, holds, keys in idle
         for key in keys

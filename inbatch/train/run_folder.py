@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
-from inbatch.collectives import on_rank_0
+from inbatch.collectives import on_rank_0, world_size
 from inbatch.data.files import write_json, write_text
 from inbatch.train.config import Config, differences, dump
 from inbatch.train.config_file import load
@@ -105,9 +105,16 @@ class RunFolder:
             )
 
     @_on_rank_0
-    def check_data(self, examples: int) -> None:
-        """Raise ValueError if the run began with more or fewer examples: its batches would be different."""
-        before = self.read("data.json").get("examples", examples)
+    def check_data(self, config: Config, examples: int) -> None:
+        """Raise ValueError if the run began with more or fewer examples, or, where that matters, ranks."""
+        began = self.read("data.json")
+        ranks, before = began.get("ranks", world_size()), began.get("examples", examples)
+        if config.loss.negatives == "local" and ranks != world_size():
+            raise ValueError(
+                f"loss.negatives is local, so that a query's negatives depend on the number of ranks: the run in "
+                f"{self.path} began with {ranks}, and this one has {world_size()}; start as many, or choose another "
+                "train.output_dir"
+            )
         if before != examples:
             raise ValueError(
                 f"data.train holds {examples} examples, but the run in {self.path} began with {before}, and would "
@@ -130,7 +137,7 @@ class RunFolder:
     @_on_rank_0
     def claim(self, config: Config, examples: int) -> None:
         """Make the folder this run's. It is the last preparation, so that a start that failed claims nothing."""
-        write_json(self.path / "data.json", {"examples": examples})
+        write_json(self.path / "data.json", {"examples": examples, "ranks": world_size()})
         write_text(self.path / "config.yaml", dump(config))
 
     @_on_rank_0

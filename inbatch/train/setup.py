@@ -118,7 +118,7 @@ def set_up(
                 f"{folder.path} has a checkpoint of step {newest[0]}, and the run is to have {total_steps}: set "
                 "train.max_steps (or train.epochs) higher, or delete the checkpoints after that step"
             )
-        folder.check_data(len(examples))
+        folder.check_data(config, len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
     held_out = together(lambda: open_validation(config))
     check_data(examples, plan, evaluation, held_out)

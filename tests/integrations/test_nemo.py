@@ -238,6 +238,7 @@ def test_what_keys_become(tmp_path):
     ]  # fmt: skip
     assert data["mixed_batches"]
     assert became(lr_scheduler={"lr_warmup_steps": 3})["optim"]["warmup_steps"] == 3
+    assert became(lr_scheduler={"lr_warmup_steps": 0})["optim"]["init_lr"] is None, "which only a warm-up uses"
     assert became(optimizer=yaml.safe_load("lr: 1e-5"))["optim"]["lr"] == 1e-5, "which YAML takes for text"
     assert became(model={"is_causal": True})["model"]["bidirectional"] is False
     assert became(validation_dataset=None, validation_dataloader=None, peft=None, clip_grad_norm=None)["eval"] == {}

@@ -402,7 +402,7 @@ def test_a_run_goes_on_with_the_data_it_began_with(folder, tmp_path):
         train(stopped)
     records.write_text(before.partition("\n")[2])
     train(stopped)
-    assert json.loads((tmp_path / "stopped" / "data.json").read_text()) == {"examples": QUERIES - 1}
+    assert json.loads((tmp_path / "stopped" / "data.json").read_text()) == {"examples": QUERIES - 1, "ranks": 1}
 
 
 def test_one_run_at_a_time_writes_to_a_folder(folder, tmp_path):

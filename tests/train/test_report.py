@@ -103,6 +103,8 @@ def test_settings_that_look_wrong():
         "data.source_weights is equal, which is not used: the sources have weights; train.epochs is 2, which is not "
         "used: train.max_steps is given"
     )
+    (line,) = warnings(replace(make_config(), data=DataConfig(train=[{"path": "a", "weight": 2.0}])))
+    assert line == "the weight of a source is not used: data.train is one"
     local = make_config(loss={"negatives": "local"})
     (line,) = warnings(local)
     assert "255 of 511 available negatives are used; set it to gather" in line

@@ -1,8 +1,18 @@
 """A run's folder: damaged files are named and not used, lines of a later step go."""
 
+from dataclasses import replace
+
 import pytest
 
+from inbatch.train.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from inbatch.train.run_folder import RunFolder, read_metrics
+
+CONFIG = Config(
+    model=ModelConfig(name_or_path="m"),
+    data=DataConfig(train="t"),
+    train=TrainConfig(output_dir="o"),
+    loss=LossConfig(negatives="local"),
+)
 
 
 def test_damaged_lines_are_named_and_left_out(tmp_path):
@@ -39,4 +49,13 @@ def test_damaged_files_are_named_and_not_used(tmp_path, content):
         assert folder.done() == {}
     (tmp_path / "data.json").write_bytes(content)
     with pytest.warns(UserWarning, match=r"data.json is damaged and is not used"):
-        folder.check_data(7)
+        folder.check_data(CONFIG, 7)
+
+
+def test_a_run_with_local_negatives_goes_on_with_as_many_ranks(tmp_path):
+    (tmp_path / "data.json").write_text('{"examples": 7, "ranks": 2}')
+    with pytest.raises(
+        ValueError, match=r"loss\.negatives is local, .* began with 2, and this one has 1; start as many"
+    ):
+        RunFolder(tmp_path).check_data(CONFIG, 7)
+    RunFolder(tmp_path).check_data(replace(CONFIG, loss=LossConfig()), 7)
