@@ -168,6 +168,12 @@ def test_train_evaluate_encode(home, capsys):
     assert figures["R@5"] == 1.0
     assert 0 < figures["nDCG@10"] <= 1
     assert len(run_file.read_text().splitlines()) == 5
+    qrels = home / "beir" / "qrels" / "test.tsv"
+    assert cli.run(["evaluate", model, str(home / "beir"), *options, "--run-file", str(qrels)]) == 1
+    assert (
+        only_message(capsys)
+        == f"inbatch: error: {qrels} is read as the source, and would be replaced: name another file"
+    )
 
     output = home / "corpus.npy"
     assert cli.run(["encode", model, str(home / "beir"), str(output), "--no-progress", "--device", "cpu"]) == 0

@@ -29,6 +29,8 @@ from inbatch.retrieval.metrics import DEFAULT_MEASURES
 
 def evaluate(known: argparse.Namespace, device: torch.device) -> None:
     data = collectives.together(lambda: load_retrieval(known.data, known.split))
+    if known.run_file is not None:
+        collectives.on_rank_0(lambda: check_output(known.run_file, Path(known.data).rglob("*")))
     model, query_model = _open_towers(known, device)
     measures = known.measures or DEFAULT_MEASURES
     figures = measure(
