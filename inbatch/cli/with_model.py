@@ -101,7 +101,6 @@ def _print_once(text: str) -> None:
 
 def _open_model(name: str, device: torch.device, pool_factor: int | None = None) -> BiEncoderModel:
     """Return the model on its device, in float32, packed on a GPU if it can be; its size agreed between the ranks."""
-    _check_single(name)
     packed = wish(None, device)
     model = collectives.together(lambda: open_encoder(name, dtype=torch.float32, packed=packed))
     collectives.agree("the model", {}, same={"embedding size": model.embedding_dim})
@@ -112,14 +111,6 @@ def _open_model(name: str, device: torch.device, pool_factor: int | None = None)
     if (packed is None or model.backend_because) and collectives.rank() == 0:
         print(f"{name}: {model.way}", file=sys.stderr)
     return model.to(device).eval()
-
-
-def _check_single(name: str) -> None:
-    """Raise ValueError for a folder that only holds folders of models, such as a run's, or that of two towers."""
-    folder = Path(name).expanduser()
-    within = sorted(str(file.parent) for file in folder.glob("*/modules.json"))
-    if within and not (folder / "modules.json").is_file():
-        raise ValueError(f"{name} is not a model, but holds {' and '.join(within)}: name one of them")
 
 
 def _open_towers(known: argparse.Namespace, device: torch.device) -> tuple[BiEncoderModel, BiEncoderModel | None]:
@@ -133,7 +124,6 @@ def _open_towers(known: argparse.Namespace, device: torch.device) -> tuple[BiEnc
 
 def _open_teacher(name: str, device: torch.device) -> Any:
     """Return a CrossEncoder where the folder holds a classifier of pairs, else an encoder."""
-    _check_single(name)
     config = collectives.together(lambda: local_folder(name)) / "config.json"
     if not config.is_file() or "ForSequenceClassification" not in config.read_text(encoding="utf-8"):
         return _open_model(name, device)
