@@ -19,7 +19,7 @@ class _OfTensors(nn.Module):
 
 
 def save_onnx(model: BiEncoderModel, path: str | Path) -> None:
-    """Write input_ids and attention_mask, int64 [B, T], to sentence_embedding, float32 [B, D], for any B above 0 and any T.
+    """Write input_ids and attention_mask, int64 [B, T], to sentence_embedding, float32 [B, D], for any B > 0 and T.
 
     Pooling and normalisation are inside; prompts are for the caller, who tokenises. Raises ValueError where onnx and
     onnxscript are not installed, and for a packed model.
