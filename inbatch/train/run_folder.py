@@ -65,9 +65,9 @@ class RunFolder:
                 file.close()
 
     def _lock(self) -> IO:
-        path = self.path.absolute()
+        path, saved = self.path.absolute(), "config_sentence_transformers.json"
         for folder in (path, *path.parents):
-            if any((folder / name).is_file() for name in ("modules.json", "query/modules.json")):
+            if (folder / saved).is_file() or (folder / "query" / saved).is_file():
                 raise ValueError(
                     f"train.output_dir {self.path} is or lies in the saved model {folder}, which is replaced as a "
                     "whole when it is saved again: choose a folder outside it"

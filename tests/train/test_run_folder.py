@@ -30,7 +30,7 @@ def test_damaged_lines_are_named_and_left_out(tmp_path):
 @pytest.mark.parametrize("model", ["model", "model/query"])
 def test_a_run_in_a_saved_model_is_refused(tmp_path, model):
     (tmp_path / model).mkdir(parents=True)
-    (tmp_path / model / "modules.json").touch()
+    (tmp_path / model / "config_sentence_transformers.json").touch()
     for path in (tmp_path / "model", tmp_path / "model" / "runs" / "a"):
         with pytest.raises(ValueError, match=r"is or lies in the saved model .*model, which is replaced"):
             RunFolder(path).locked().__enter__()
