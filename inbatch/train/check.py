@@ -125,6 +125,7 @@ class Check:
     sources: list[SourceFacts]
     batches: BatchFacts
     lines: list[str]
+    memory: Mapping[str, float]  # GiB of a rank
 
 
 def check(config: Config, *, ranks: int = 1) -> Check:
@@ -167,7 +168,7 @@ def check(config: Config, *, ranks: int = 1) -> Check:
     ]
     order = list(LEVELS)
     findings = sorted(findings, key=lambda finding: order.index(finding.code))
-    return Check(findings=findings, sources=sources, batches=batches, lines=lines)
+    return Check(findings=findings, sources=sources, batches=batches, lines=lines, memory=memory)
 
 
 # ---- facts
