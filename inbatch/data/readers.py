@@ -107,11 +107,14 @@ def open_examples(
 
 def say_of_prompts(examples: Examples) -> None:
     """Warn, for what embeds texts alone, if records have prompts of their own."""
-    if any(example.query_prefix or example.passage_prefix for example in examples):
-        notice(
-            f"{examples.sources[0].name}: the prompts of the records are not used: texts are embedded after the "
-            "model's, or those given"
-        )
+    for source in examples.sources:
+        first = source.examples[0]
+        column = source.columns is not None and "prompt" in source.columns.roles.values()
+        if column or first.query_prefix or first.passage_prefix:
+            notice(
+                f"{source.name}: the prompts of the records are not used: texts are embedded after the model's, or "
+                "those given"
+            )
 
 
 def _listed(sources: Any) -> list[Any]:
