@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from inbatch.encoder.loading import local_folder
-
 if TYPE_CHECKING:
     from inbatch.encoder.model import BiEncoderModel
 
@@ -69,7 +67,7 @@ def check_adapter(model: "BiEncoderModel") -> None:
     the base model, at the top of its folder.
     """
     config = model.backbone.config
-    if model.base_model and not (local_folder(model.base_model) / "config.json").is_file():
+    if model.base_folder is not None and not (model.base_folder / "config.json").is_file():
         raise ValueError(
             f"{model.base_model} is an adapter, or has its backbone in a folder of its own, and sentence-transformers "
             "opens no adapter of it: set lora.merge to true"

@@ -96,6 +96,7 @@ class BiEncoderModel(nn.Module):
         self._takes_positions = "position_ids" in accepted
         self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
         self.base_model: str | None = None
+        self.base_folder: Path | None = None  # where that lies here
         self.backend_because: str | None = None
         self.padded_because: str | None = "packed=False was given"
         if packed is not False:
@@ -177,7 +178,7 @@ class BiEncoderModel(nn.Module):
         model = cls(backbone, tokenizer, layout, packed=packed if attn_implementation is None else False, head=head)
         if packed is None and attn_implementation is not None:
             model.padded_because = f"attn_implementation={attn_implementation!r} was given"
-        model.base_model = str(name_or_path)
+        model.base_model, model.base_folder = str(name_or_path), folder
         model._require_finite(home)
         return model
 

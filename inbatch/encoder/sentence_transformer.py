@@ -91,7 +91,7 @@ class SentenceTransformerEncoder(BiEncoderModel):
         # Theirs may be no limit (10 ** 30), or RoBERTa's table of positions, two of which it cannot use.
         limits = [length for length in (model.max_seq_length, self.position_limit) if length and length < NO_LIMIT]
         self.max_seq_length = None if self._static else min(limits, default=None)
-        self.base_model = self.backend_because = None
+        self.base_model = self.base_folder = self.backend_because = None
         self.packed, self.padded_because = False, "sentence-transformers encodes it"
         for module in model.modules():
             if isinstance(pooler := getattr(module, "pooler", None), nn.Module):
