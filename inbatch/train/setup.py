@@ -93,7 +93,7 @@ class Run:
     validation: tuple[Batches, list[int]] | None
     first_step: int
     total_steps: int
-    saved_step: int | None  # of the newest checkpoint, which may still be written
+    saved_step: int  # of the newest checkpoint, which may still be written; before the first one that of the start
     saving: checkpoint.Saving | None = None  # what is being written
 
 
@@ -113,11 +113,7 @@ def set_up(
     if is_finished(folder, config.eval, total_steps, can_go_on=newest is not None):
         return None
     if newest is not None:
-        if newest[0] > total_steps:
-            raise ValueError(
-                f"{folder.path} has a checkpoint of step {newest[0]}, and the run is to have {total_steps}: set "
-                "train.max_steps (or train.epochs) higher, or delete the checkpoints after that step"
-            )
+        check_end(newest[1], newest[0], total_steps)
         folder.check_data(config, len(examples))
     evaluation = together(lambda: open_evaluation(config.eval))
     held_out = together(lambda: open_validation(config))
@@ -163,14 +159,13 @@ def set_up(
     if evaluation is not None and config.eval.sampled:
         part = sample(evaluation, config.eval.sample_queries, config.eval.sample_documents)
     folder.claim(config, len(examples))
-
-    def open_report() -> Report:
-        return Report(folder, config, first_step, total_steps, on_figures) if collectives.rank() == 0 else NoReport()
-
+    report = together(
+        lambda: Report(folder, config, first_step, total_steps, on_figures) if collectives.rank() == 0 else NoReport()
+    )
     return Run(
         config=config,
         folder=folder,
-        report=together(open_report),
+        report=report,
         learner=learner,
         plan=plan,
         steps=steps,
@@ -179,7 +174,7 @@ def set_up(
         validation=validation,
         first_step=first_step,
         total_steps=total_steps,
-        saved_step=None if newest is None else first_step,
+        saved_step=first_step,
     )
 
 
@@ -295,6 +290,15 @@ def is_finished(folder: RunFolder, config: EvalConfig, total_steps: int, *, can_
             "another train.output_dir (and set checkpoint.every_steps for runs that are to be extended)"
         )
     return steps >= total_steps
+
+
+def check_end(newest: Path, step: int, total_steps: int) -> None:
+    """Raise ValueError if the newest checkpoint, of this step, is beyond the end of the run."""
+    if step > total_steps:
+        raise ValueError(
+            f"{newest.parents[1]} has a checkpoint of step {step}, and the run is to have {total_steps}: set "
+            "train.max_steps (or train.epochs) higher, or delete the checkpoints after that step"
+        )
 
 
 def open_evaluation(config: EvalConfig) -> RetrievalData | None:
