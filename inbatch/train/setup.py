@@ -93,7 +93,7 @@ class Run:
     validation: tuple[Batches, list[int]] | None
     first_step: int
     total_steps: int
-    saved_step: int  # of the newest checkpoint, which may still be written; before the first one that of the start
+    saved_step: int | None  # of the newest checkpoint, which may still be written; 0 where the start was the best
     saving: checkpoint.Saving | None = None  # what is being written
 
 
@@ -174,7 +174,7 @@ def set_up(
         validation=validation,
         first_step=first_step,
         total_steps=total_steps,
-        saved_step=first_step,
+        saved_step=None if newest is None else first_step,
     )
 
 
